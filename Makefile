@@ -1,0 +1,52 @@
+# `make test` and `make demo` work on a fresh clone: the first run sets up .venv and builds.
+# PYTHON: the interpreter (3.11 or newer) that makes .venv. TORCH: the torch to install there.
+# ARGS: options of the command, as in `make demo ARGS=--quick`.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip -qq --disable-pip-version-check
+PEERS := lightly==1.6.0 open_clip_torch==3.3.0 pytorch-metric-learning==2.9.0
+BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
+    $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/build.stamp
+
+# torch comes first and alone: the bare version also matches a CPU build where pip is offered one.
+$(VENV)/requirements.stamp: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=<path>" \
+	    if sys.version_info < (3, 11) else 0)'
+	@echo "setting up $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c requirements.txt $(TORCH)
+	@$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/build.stamp: $(VENV)/requirements.stamp $(BUILD_INPUTS)
+	@echo "building the extension (incremental after the first time)"
+	@$(PIP) install --no-build-isolation -e '.[test,demo]'
+	@touch $@
+	@$(RUN) -m contrastive_kernels info
+
+demo: setup
+	@$(RUN) -m contrastive_kernels demo $(ARGS)
+
+test: lint
+	@$(RUN) -m pytest -q --durations=10 $(ARGS)
+
+lint: setup
+	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m ruff format --quiet --check .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	    | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+# Without their dependencies: only the files with the losses are imported, which need no more.
+bench: setup
+	@$(PIP) install --no-deps $(PEERS) || echo "some peers are missing: their rows will say so"
+	@$(RUN) -m benchmarks.run $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info contrastive_kernels/*.so \
+	    contrastive_kernels/_build_report.json
