@@ -1,0 +1,656 @@
+"""Dense, obvious PyTorch: the oracle of every backend, and every loss from its paper's definition.
+
+Everything here is plain differentiable torch (any device, any floating dtype, second-order
+gradients) and stores the whole similarity matrix. Half inputs are promoted to float32 first.
+The losses never use row statistics, so that an error in the algebra of `losses.py` cannot hide.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IdPair = tuple[Tensor, Tensor]
+
+
+class Sweep(NamedTuple):
+    """What one sweep over a similarity matrix gives; what was not asked for is None.
+
+    lse, mean, rank, total and count have one entry per row, col_lse and col_mean one per column.
+    """
+
+    lse: Tensor
+    mean: Tensor | None = None
+    col_lse: Tensor | None = None
+    col_mean: Tensor | None = None
+    rank: Tensor | None = None
+    total: Tensor | None = None
+    count: Tensor | None = None
+
+
+class SoftplusSweep(NamedTuple):
+    """Row sums of softplus, with the same optional statistics as `Sweep`."""
+
+    value: Tensor
+    rank: Tensor | None = None
+    total: Tensor | None = None
+    count: Tensor | None = None
+
+
+def promote(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def similarity(x: Tensor, y: Tensor | None, normalize: bool) -> Tensor:
+    """All inner products (N, M): x (N, D) with shared keys y (M, D), per-query keys y (N, M, D),
+    or with itself (y is None)."""
+    x = promote(x)
+    y = x if y is None else promote(y)
+    if normalize:
+        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    return x @ y.T if y.dim() == 2 else torch.einsum("nd,nmd->nm", x, y)
+
+
+def kept_pairs(z: Tensor, exclude: IdPair | None, keep: IdPair | None) -> Tensor:
+    """Boolean (N, M): pairs with equal `exclude` ids are dropped, only equal `keep` ids stay."""
+    kept = torch.ones_like(z, dtype=torch.bool)
+    if exclude is not None:
+        kept = kept & (exclude[0][:, None] != exclude[1][None, :])
+    if keep is not None:
+        kept = kept & (keep[0][:, None] == keep[1][None, :])
+    return kept
+
+
+def masked_softmax_stats(z: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """(log sum exp, softmax-weighted mean) of the kept entries along the last dimension.
+
+    An empty row gives (-inf, 0) and no gradient: its shift and its norm are replaced, so that
+    neither the first nor the second derivative meets inf - inf or log 0.
+    """
+    nonempty = kept.any(-1)
+    masked = torch.where(kept, z, -torch.inf)
+    shift = torch.where(nonempty, masked.detach().amax(-1), 0.0)
+    exp = torch.exp(masked - shift[..., None])
+    norm = torch.where(nonempty, exp.sum(-1), 1.0)
+    lse = torch.where(nonempty, shift + norm.log(), -torch.inf)
+    return lse, (exp * z).sum(-1) / norm
+
+
+def threshold_stats(
+    z: Tensor, kept: Tensor, threshold: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(rank, total, count) of the kept entries of each row, without gradient."""
+    if threshold is None:
+        return None, None, None
+    z = z.detach()
+    rank = (kept & (z > threshold.detach()[:, None])).sum(1)
+    return rank, torch.where(kept, z, 0.0).sum(1), kept.sum(1)
+
+
+def sweep(
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    exclude: IdPair | None = None,
+    keep: IdPair | None = None,
+    normalize: bool = False,
+    mean: bool = False,
+    columns: bool = False,
+    threshold: Tensor | None = None,
+) -> Sweep:
+    """Softmax statistics of z_ij = scale <x_i, y_j> + bias_j over the kept pairs.
+
+    x (N, D); y (M, D), (N, M, D) or None (y = x); bias (M,); threshold (N,). All numbers are
+    float32 for half inputs; rank and count are int64. A row (column) without a kept pair has
+    lse -inf, mean 0 and zero gradient.
+    """
+    z = scale * similarity(x, y, normalize)
+    if bias is not None:
+        z = z + bias
+    kept = kept_pairs(z, exclude, keep)
+    lse, row_mean = masked_softmax_stats(z, kept)
+    col_lse, col_mean = masked_softmax_stats(z.T, kept.T) if columns else (None, None)
+    return Sweep(
+        lse,
+        row_mean if mean else None,
+        col_lse,
+        col_mean if mean else None,
+        *threshold_stats(z, kept, threshold),
+    )
+
+
+def softplus_sweep(
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor = 0.0,
+    exclude: IdPair | None = None,
+    keep: IdPair | None = None,
+    normalize: bool = False,
+    threshold: Tensor | None = None,
+) -> SoftplusSweep:
+    """sum_j softplus(scale <x_i, y_j> + bias) over the kept pairs, shape (N,); 0 for an empty
+    row."""
+    z = scale * similarity(x, y, normalize) + bias
+    kept = kept_pairs(z, exclude, keep)
+    # F.softplus turns linear above 20, too coarse for float64; logsigmoid is exact everywhere
+    value = torch.where(kept, -F.logsigmoid(-torch.where(kept, z, 0.0)), 0.0).sum(1)
+    return SoftplusSweep(value, *threshold_stats(z, kept, threshold))
+
+
+def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False) -> Tensor:
+    """<x_i, y_i>: x (N, D) with y (N, D) gives (N,), with y (N, K, D) gives (N, K)."""
+    x, y = promote(x), promote(y)
+    if normalize:
+        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    return (x * y).sum(-1) if y.dim() == 2 else (x[:, None, :] * y).sum(-1)
+
+
+def whiten(x: Tensor, *, method: str = "cholesky", eps: float = 0.0, iterations: int = 5) -> Tensor:
+    """Whitens every group of x (..., n, D) on its own: the result has covariance I.
+
+    With Xc = X - mean, C = (1 - eps) Xc^T Xc / (n - 1) + eps I:
+    cholesky       Z = Xc L^-T with C = L L^T (W-MSE, Ermolov et al. 2021)
+    zca            Z = Xc C^-1/2 by eigendecomposition; autograd through it needs distinct
+                   eigenvalues
+    newton_schulz  P <- 1.5 P - 0.5 P^3 C / tr C from P = I, Z = Xc P / sqrt(tr C) (IterNorm, Huang
+                   et al. 2019); approaches zca with the number of iterations
+    """
+    x = promote(x)
+    n, dim = x.shape[-2:]
+    centered = x - x.mean(-2, keepdim=True)
+    identity = torch.eye(dim, dtype=x.dtype, device=x.device)
+    covariance = (1 - eps) * (centered.mT @ centered) / (n - 1) + eps * identity
+    if method == "cholesky":
+        factor = torch.linalg.cholesky(covariance)
+        return torch.linalg.solve_triangular(factor, centered.mT, upper=False).mT
+    if method == "zca":
+        eigenvalues, vectors = torch.linalg.eigh(covariance)
+        return (centered @ vectors * eigenvalues.rsqrt()[..., None, :]) @ vectors.mT
+    if method != "newton_schulz":
+        raise ValueError(f"method must be 'cholesky', 'zca' or 'newton_schulz', got {method!r}")
+    # IterNorm's recursion for P alone diverges in floating point as rounding breaks P C = C P;
+    # carrying product = (C / tr C) P beside it gives the same iterates and stays stable
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    product, root = covariance / trace, identity.expand_as(covariance)
+    for _ in range(iterations):
+        step = 1.5 * identity - 0.5 * root @ product
+        product, root = product @ step, step @ root
+    return centered @ root / trace.sqrt()
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    """The mean or the sum of the loss per row, or the rows themselves."""
+    if reduction == "mean":
+        return rows.mean()
+    if reduction == "sum":
+        return rows.sum()
+    if reduction == "none":
+        return rows
+    raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def cross_entropy_rows(
+    positive: Tensor, negatives: Tensor, kept: Tensor, alpha: float | None
+) -> Tensor:
+    """Cross entropy (N,) of each positive logit (N,) against its kept negative logits (N, M).
+
+    With alpha, log(alpha / K_i) is added to the K_i negatives that row i really has.
+    """
+    if alpha is not None:
+        count = kept.sum(1, keepdim=True).clamp(min=1).to(negatives.dtype)
+        negatives = negatives + (alpha / count).log()
+    logits = torch.cat([positive[:, None], negatives.masked_fill(~kept, -torch.inf)], 1)
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    temperature: float = 0.1,
+    scale: float | Tensor | None = None,
+    alpha: float | None = None,
+    in_batch: bool | None = None,
+    symmetric: bool = False,
+    exclude: IdPair | None = None,
+    key_bias: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log( e^{s+} / (e^{s+} + sum_neg e^{s-}) ) with s = scale <q, k>, scale = 1 / temperature.
+
+    van den Oord et al. 2018, eq. 4; alpha: the margin of EqCo (Zhu et al. 2020). query and key
+    (N, D); negatives (M, D), (N, M, D), or None for the other rows' keys. The candidates are the
+    in-batch keys, if used, followed by the negatives; exclude = (row ids, candidate ids) drops
+    negatives, never the positive; key_bias has one entry per candidate and reaches the positive
+    when that is one of them. symmetric averages with the direction from keys to in-batch queries.
+    """
+    scale = 1 / temperature if scale is None else scale
+    in_batch = negatives is None if in_batch is None else in_batch
+    if symmetric and not in_batch:
+        raise ValueError("symmetric must be False without in-batch keys, got True")
+    n = len(query)
+    candidates = [key] if in_batch else []
+    candidates += [] if negatives is None else [negatives]
+    z = scale * torch.cat([similarity(query, c, normalize) for c in candidates], 1)
+    positive = scale * row_dot(query, key, normalize=normalize)
+    if key_bias is not None:
+        z = z + key_bias
+        positive = positive + key_bias[:n] if in_batch else positive
+    kept = kept_pairs(z, exclude, None)
+    if in_batch:
+        kept[:, :n].fill_diagonal_(False)
+    rows = cross_entropy_rows(positive, z, kept, alpha)
+    if symmetric:
+        columns = cross_entropy_rows(positive, z[:, :n].T, kept[:, :n].T, alpha)
+        rows = (rows + columns) / 2
+    return reduce(rows, reduction)
+
+
+def eqco(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    alpha: float = 65536.0,
+    temperature: float = 0.2,
+    in_batch: bool | None = None,
+    symmetric: bool = False,
+    exclude: IdPair | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """log( e^{s+} + (alpha / K) sum_K e^{s-} ) - s+: InfoNCE with a margin (Zhu et al. 2020)."""
+    return info_nce(
+        query,
+        key,
+        negatives=negatives,
+        temperature=temperature,
+        alpha=alpha,
+        in_batch=in_batch,
+        symmetric=symmetric,
+        exclude=exclude,
+        normalize=normalize,
+        reduction=reduction,
+    )
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean of the cross entropies of images over texts and texts over images (Radford et al. 2021,
+    fig. 3). reduction="none" gives one value per pair, (N,)."""
+    logits = logit_scale * similarity(image_features, text_features, normalize)
+    target = torch.arange(len(logits), device=logits.device)
+    images = F.cross_entropy(logits, target, reduction="none")
+    texts = F.cross_entropy(logits.T, target, reduction="none")
+    return reduce((images + texts) / 2, reduction)
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Row sums of -log sigmoid(y_ij (scale s_ij + bias)), y = 1 on the diagonal and -1 elsewhere
+    (Zhai et al. 2023, algorithm 1); the mean is over the N images, not over N^2 pairs."""
+    logits = logit_scale * similarity(image_features, text_features, normalize) + logit_bias
+    sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return reduce(-F.logsigmoid(sign * logits).sum(1), reduction)
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.07,
+    base_temperature: float | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """-(1/|P_i|) sum_{p in P_i} log( e^{s_ip/t} / sum_{a != i} e^{s_ia/t} ), times t / base.
+
+    L_out of Khosla et al. 2020, eq. 2. features (N, D) or (N, V, D), labels (N,). Every view of
+    every sample is an anchor; an anchor without a positive counts as 0. reduction="none" gives
+    (N,) or (N, V). base_temperature None means temperature.
+    """
+    z = features.reshape(-1, features.shape[-1])
+    labels = labels.repeat_interleave(len(z) // len(labels))
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels[None, :]) & ~own
+    logits = similarity(z, None, normalize) / temperature
+    log_p = logits - logits.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
+    rows = -torch.where(positive, log_p, 0.0).sum(1) / positive.sum(1).clamp(min=1)
+    if base_temperature is not None:
+        rows = rows * temperature / base_temperature
+    return reduce(rows.view(features.shape[:-1]), reduction)
+
+
+def two_views(z1: Tensor, z2: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarities (2N, 2N) of cat(z1, z2), the positive of each anchor (2N,), and the mask of its
+    2N - 2 negatives: all but itself and its positive."""
+    s = similarity(torch.cat([z1, z2]), None, normalize)
+    sample = torch.arange(len(z1), device=z1.device).repeat(2)
+    positive = s.diagonal(len(z1)).repeat(2)
+    return s, positive, sample[:, None] != sample[None, :]
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross entropy of the other view among the 2N - 1 other features, for the 2N anchors
+    cat(z1, z2) (SimCLR, Chen et al. 2020, eq. 1). reduction="none" gives (2N,)."""
+    n = len(z1)
+    logits = similarity(torch.cat([z1, z2]), None, normalize) / temperature
+    own = torch.eye(2 * n, dtype=torch.bool, device=logits.device)
+    target = torch.arange(2 * n, device=logits.device).roll(n)
+    rows = F.cross_entropy(logits.masked_fill(own, -torch.inf), target, reduction="none")
+    return reduce(rows, reduction)
+
+
+def dcl(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float = 0.1,
+    sigma: float | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """-w_i s+/t + log sum_neg e^{s-/t} over 2N anchors and 2N - 2 negatives, the positive not in
+    the sum (Yeh et al. 2022). w = 1, or with sigma w_i = 2 - N softmax_i(s+ / sigma) over
+    the N pairs (DCLW), differentiated. reduction="none" gives (2N,)."""
+    s, positive, negative = two_views(z1, z2, normalize)
+    weight = 1.0
+    if sigma is not None:
+        weight = 2 - len(z1) * torch.softmax(positive[: len(z1)] / sigma, 0).repeat(2)
+    negatives = (s / temperature).masked_fill(~negative, -torch.inf)
+    return reduce(negatives.logsumexp(1) - weight * positive / temperature, reduction)
+
+
+def debiased_rows(
+    mean_ratio: Tensor, positive: Tensor, temperature: float, tau_plus: float
+) -> Tensor:
+    """log(1 + g/u) with u = e^{s+/t}, g = max((S - tau_plus K u) / (1 - tau_plus), K e^{-1/t}).
+
+    mean_ratio is S / (K u) and K = 2N - 2; everything is divided by u so that nothing overflows.
+    """
+    count = len(positive) - 2
+    estimate = count * (mean_ratio - tau_plus) / (1 - tau_plus)
+    floor = count * torch.exp(-(1 + positive) / temperature)
+    return torch.log1p(torch.maximum(estimate, floor))
+
+
+def debiased(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float = 0.5,
+    tau_plus: float = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log( u / (u + g) ), g the negatives' sum corrected for the share tau_plus of false ones
+    (Chuang et al. 2020, with one positive). reduction="none" gives (2N,)."""
+    s, positive, negative = two_views(z1, z2, normalize)
+    log_ratio = ((s - positive[:, None]) / temperature).masked_fill(~negative, -torch.inf)
+    mean_ratio = log_ratio.exp().sum(1) / (len(s) - 2)
+    return reduce(debiased_rows(mean_ratio, positive, temperature, tau_plus), reduction)
+
+
+def hcl(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float = 0.5,
+    tau_plus: float = 0.1,
+    beta: float = 1.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Debiased, with the negatives' mean weighted by softmax(beta s / t): hard negatives count more
+    (Robinson et al. 2021). Differentiated through the weights. reduction="none" gives (2N,).
+    """
+    s, positive, negative = two_views(z1, z2, normalize)
+    log_ratio = ((s - positive[:, None]) / temperature).masked_fill(~negative, -torch.inf)
+    weight = (beta * s / temperature).masked_fill(~negative, -torch.inf).softmax(1)
+    mean_ratio = (weight * log_ratio.exp()).sum(1)
+    return reduce(debiased_rows(mean_ratio, positive, temperature, tau_plus), reduction)
+
+
+def nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    *,
+    temperature: float = 0.07,
+    num_data: int,
+    Z: float | Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log h(key) - sum_j log(1 - h(negative_j)), h = P / (P + m / num_data), P = e^{s/t} / Z.
+
+    Instance discrimination, Wu et al. 2018, section 3.2. query and key (N, D), negatives (m, D) or
+    (N, m, D). Z None is num_data times the mean of e^{s/t} over all positives and negatives of this
+    call, detached.
+    """
+    positive = row_dot(query, key, normalize=normalize)[:, None] / temperature
+    logits = torch.cat([positive, similarity(query, negatives, normalize) / temperature], 1)
+    if Z is None:
+        mean_exp = logits.detach().flatten().logsumexp(0) - math.log(logits.numel())
+        log_z = math.log(num_data) + mean_exp
+    else:
+        log_z = torch.as_tensor(Z, dtype=logits.dtype, device=logits.device).log()
+    # h is the sigmoid of the log odds log P - log(m / num_data)
+    log_odds = logits - log_z - math.log((logits.shape[1] - 1) / num_data)
+    rows = -F.logsigmoid(log_odds[:, 0]) - F.logsigmoid(-log_odds[:, 1:]).sum(1)
+    return reduce(rows, reduction)
+
+
+def attraction(query: Tensor, positives: Tensor, t_pos: float, detach: bool) -> Tensor:
+    """sum_k softmax_k(t_pos d_ik) d_ik with d = |q - k|^2: query (N, D), positives (N, K, D)."""
+    distance = (query[:, None, :] - positives).square().sum(-1)
+    weight = (t_pos * distance).softmax(1)
+    return ((weight.detach() if detach else weight) * distance).sum(1)
+
+
+def repulsion(
+    query: Tensor,
+    negatives: Tensor,
+    kept: Tensor,
+    t_neg: float,
+    cost: str,
+    rbf_t: float,
+    detach: bool,
+) -> Tensor:
+    """With w = softmax_j(-t_neg d_ij) over the kept pairs: -sum_j w d per row ("euclidean"), or the
+    one number log mean_i sum_j w e^{-rbf_t d} ("rbf", where the log couples the rows)."""
+    squares = query.square().sum(1)[:, None] + negatives.square().sum(1)[None, :]
+    distance = squares - 2 * query @ negatives.T
+    weight = (-t_neg * distance).masked_fill(~kept, -torch.inf).softmax(1)
+    weight = weight.detach() if detach else weight
+    if cost == "euclidean":
+        return -(weight * distance).sum(1)
+    return (weight * torch.exp(-rbf_t * distance)).sum(1).mean().log()
+
+
+def check_cost(cost: str, reduction: str) -> None:
+    if cost not in ("euclidean", "rbf"):
+        raise ValueError(f"cost must be 'euclidean' or 'rbf', got {cost!r}")
+    if cost == "rbf" and reduction != "mean":
+        raise ValueError(
+            f"reduction must be 'mean' with cost='rbf', whose rows are coupled, got {reduction!r}"
+        )
+
+
+def cacr(
+    query: Tensor,
+    positives: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    t_pos: float = 1.0,
+    t_neg: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    cost: str = "euclidean",
+    rbf_t: float = 2.0,
+    detach_weights: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """alpha sum_k w+_ik d_ik - beta sum_j w-_ij d_ij, d = |q - k|^2, w+ = softmax_k(t_pos d_ik),
+    w- = softmax_j(-t_neg d_ij).
+
+    Contrastive attraction and contrastive repulsion, Zheng et al. 2023. query (N, D), positives
+    (N, D) or (N, K, D), negatives (M, D), or None: the (N - 1) K positives of the other rows in one
+    softmax. cost="rbf" replaces the repulsion by beta log mean_i sum_j w-_ij e^{-rbf_t d_ij}, as
+    the official code does (its losses/__init__.py), and couples the rows: reduction="mean" only.
+    """
+    check_cost(cost, reduction)
+    query, positives = promote(query), promote(positives)
+    positives = positives[:, None, :] if positives.dim() == 2 else positives
+    if normalize:
+        query, positives = F.normalize(query, dim=-1), F.normalize(positives, dim=-1)
+    if negatives is None:
+        row = torch.arange(len(query), device=query.device)
+        kept = row[:, None] != row.repeat_interleave(positives.shape[1])[None, :]
+        negatives = positives.flatten(0, 1)
+    else:
+        negatives = promote(negatives)
+        negatives = F.normalize(negatives, dim=-1) if normalize else negatives
+        kept = torch.ones(len(query), len(negatives), dtype=torch.bool, device=query.device)
+    attract = attraction(query, positives, t_pos, detach_weights)
+    repel = repulsion(query, negatives, kept, t_neg, cost, rbf_t, detach_weights)
+    return reduce(alpha * attract + beta * repel, reduction)
+
+
+def cacr_views(
+    views: Tensor,
+    *,
+    t_pos: float = 1.0,
+    t_neg: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    cost: str = "euclidean",
+    rbf_t: float = 2.0,
+    detach_weights: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """CACR of V views (V, N, D): the attraction is averaged over every view as query with all other
+    views as its positives, the repulsion over the view pairs v < u, from z_iv to z_ju with j != i
+    (official code of Zheng et al. 2023, small_scale_experiments). Options as in `cacr`."""
+    check_cost(cost, reduction)
+    views = promote(views)
+    views = F.normalize(views, dim=-1) if normalize else views
+    count, n, _ = views.shape
+    other_rows = ~torch.eye(n, dtype=torch.bool, device=views.device)
+    attract = []
+    for v in range(count):
+        others = torch.cat([views[:v], views[v + 1 :]]).transpose(0, 1)
+        attract.append(attraction(views[v], others, t_pos, detach_weights))
+    repel = [
+        repulsion(views[v], views[u], other_rows, t_neg, cost, rbf_t, detach_weights)
+        for v, u in combinations(range(count), 2)
+    ]
+    return reduce(alpha * sum(attract) / count + beta * sum(repel) / len(repel), reduction)
+
+
+def cct(
+    query: Tensor,
+    positives: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    t_pos: float = 1.0,
+    t_neg: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    detach_weights: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Contrastive conditional transport: the Euclidean form of `cacr` under its first name
+    (arXiv 2105.03746, version 1)."""
+    return cacr(
+        query,
+        positives,
+        negatives=negatives,
+        t_pos=t_pos,
+        t_neg=t_neg,
+        alpha=alpha,
+        beta=beta,
+        detach_weights=detach_weights,
+        normalize=normalize,
+        reduction=reduction,
+    )
+
+
+def w_mse(
+    views: Tensor,
+    *,
+    group_size: int = 128,
+    iterations: int = 1,
+    eps: float = 0.0,
+    method: str = "cholesky",
+    permutations: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean over view pairs and iterations of 2 - 2 cos(z_iv, z_iu), z the whitened views.
+
+    W-MSE, Ermolov et al. 2021. views (V, N, D); per iteration one permutation of the N indices,
+    cut into groups of group_size, the same for all views; every view of a group is whitened on its
+    own. permutations (iterations, N), or drawn. normalize=False: mean_d (z_iv - z_iu)^2 instead.
+    """
+    views = promote(views)
+    count, n, dim = views.shape
+    if permutations is None:
+        device = "cpu" if generator is None else generator.device
+        drawn = [torch.randperm(n, generator=generator, device=device) for _ in range(iterations)]
+        permutations = torch.stack(drawn).to(views.device)
+    values = []
+    for permutation in permutations:
+        groups = views[:, permutation].view(count, n // group_size, group_size, dim)
+        z = whiten(groups, method=method, eps=eps).reshape(count, n, dim)[:, permutation.argsort()]
+        z = F.normalize(z, dim=-1) if normalize else z
+        for v, u in combinations(range(count), 2):
+            if normalize:
+                values.append(2 - 2 * (z[v] * z[u]).sum(-1))
+            else:
+                values.append((z[v] - z[u]).square().mean(-1))
+    return reduce(torch.stack(values).mean(0), reduction)
+
+
+def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:
+    """log(K + 1) - loss, detached: InfoMin's I_NCE (Tian et al. 2020), in nats. A bound of
+    the mutual information for InfoNCE without a margin only."""
+    candidates = torch.as_tensor(num_negatives, dtype=loss.dtype, device=loss.device) + 1
+    return candidates.log() - loss.detach()
