@@ -1,0 +1,69 @@
+"""The command line: `python -m contrastive_kernels info|demo`."""
+
+import argparse
+import platform
+import sys
+from importlib import import_module
+
+import torch
+
+from contrastive_kernels import __version__
+from contrastive_kernels.backends import CPU_ERROR, backends
+
+
+def _info() -> int:
+    lines = [
+        ("contrastive_kernels", __version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("threads", torch.get_num_threads()),
+        ("cpu capability", torch.backends.cpu.get_cpu_capability()),
+    ]
+    if CPU_ERROR is None:
+        built = import_module("contrastive_kernels._cpu").build_info()
+        lines += [(f"cpu extension: {name}", value) for name, value in built.items()]
+    for name, value in lines:
+        print(f"{name:<25}{value}")
+
+    row = "{:<11}{:<7}{:<8}{:<11}{}".format
+    print("\n" + row("backend", "built", "usable", "devices", "dtypes"))
+    yes_no = {True: "yes", False: "no"}
+    report = backends()
+    for name, backend in report.items():
+        dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes) or "-"
+        devices = " ".join(backend.devices)
+        print(row(name, yes_no[backend.built], yes_no[backend.usable], devices, dtypes))
+    for name, backend in report.items():
+        if backend.reason is not None:
+            print(f"\n{name} is not usable: {backend.reason}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m contrastive_kernels",
+        description="Fused kernels for contrastive and whitening losses.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser(
+        "info",
+        help="versions, threads, and which backends are usable here, with the reason where not",
+        description="Print versions, threads, and which backends are usable here and why not.",
+    )
+    # The demo has options of its own: it gets the rest of the command line, --help included.
+    commands.add_parser(
+        "demo",
+        add_help=False,
+        help="train small encoders on real images, fused beside dense (demo --help: its options)",
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "demo":
+        return import_module("contrastive_kernels.demo").main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return _info()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Registered operators: one schema, one fake and one autograd rule for each primitive,
+bound to every backend that has kernels. The kernels register elsewhere (C++ for "cpu").
+
+A result that was not asked for is an empty tensor, since operators return a fixed number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "contrastive_kernels"
+BACKENDS = ("cpu",)
+
+_PAIRS = (
+    "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? exclude_rows, Tensor? exclude_cols, "
+    "Tensor? keep_rows, Tensor? keep_cols"
+)
+_SCHEMAS = {
+    "row_stats": (
+        f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend) -> "
+        "(Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor rank, Tensor total, "
+        "Tensor count, Tensor attended)"
+    ),
+    "row_stats_backward": (
+        f"({_PAIRS}, Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor attended, "
+        "Tensor? grad_lse, Tensor? grad_mean, Tensor? grad_col_lse, Tensor? grad_col_mean, "
+        "bool normalize, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "row_softplus": (
+        f"({_PAIRS}, Tensor? threshold, bool normalize) -> "
+        "(Tensor value, Tensor rank, Tensor total, Tensor count)"
+    ),
+    "row_softplus_backward": (
+        f"({_PAIRS}, Tensor grad, bool normalize, bool[4] needs) -> "
+        "(Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "row_dot": "(Tensor x, Tensor y, bool normalize) -> Tensor",
+    "row_dot_backward": (
+        "(Tensor x, Tensor y, Tensor grad, bool normalize, bool[2] needs) -> (Tensor, Tensor)"
+    ),
+}
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 features, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _stats(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=statistics_dtype(x))
+
+
+def _gradients(needs: list[bool], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(
+        t.new_empty(t.shape if need else (0,))
+        for need, t in zip(needs, (t if t is not None else inputs[0] for t in inputs), strict=True)
+    )
+
+
+def _fake_row_stats(
+    x, y, scale, bias, _er, _ec, _kr, _kc, threshold, mean, normalize, columns, attend
+):
+    rows, keys = x.shape[0], (x if y is None else y).shape[-2]
+    sizes = (rows, rows * mean, keys * columns, keys * (columns and mean))
+    monitors = (rows * (threshold is not None),) * 3
+    attended = _stats(x, rows, x.shape[1]) if attend else _stats(x, 0)
+    return (*(_stats(x, size) for size in sizes + monitors), attended)
+
+
+def _fake_row_softplus(x, y, scale, bias, _er, _ec, _kr, _kc, threshold, normalize):
+    monitors = (x.shape[0] * (threshold is not None),) * 3
+    return tuple(_stats(x, size) for size in (x.shape[0], *monitors))
+
+
+def _fake_pairs_backward(x, y, scale, bias, *rest):
+    return _gradients(rest[-1], x, y, scale, bias)
+
+
+def _setup_row_stats(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:8], *output[:4], output[7])
+    mean, ctx.normalize, columns = inputs[9:12]
+    asked = (True, mean, columns, columns and mean, *(4 * (False,)))
+    absent = [t for t, wanted in zip(output, asked, strict=True) if not wanted]
+    ctx.mark_non_differentiable(*absent)
+    ctx.set_materialize_grads(False)
+
+
+def _setup_row_softplus(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:8])
+    ctx.normalize = inputs[9]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _setup_row_dot(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.normalize = inputs[2]
+
+
+def _needed(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> list[Tensor | None]:
+    return [grad if need else None for need, grad in zip(needs, grads, strict=True)]
+
+
+def _no_second_order(ctx, *grads):
+    raise RuntimeError(
+        'second-order gradients are supported by backend="reference" only: '
+        "the fused backward has no derivative"
+    )
+
+
+def _register(backend: str) -> None:
+    ops = {name: getattr(getattr(torch.ops, NAMESPACE), f"{name}_{backend}") for name in _SCHEMAS}
+    ops = {name: op.default for name, op in ops.items()}
+
+    def row_stats_backward(ctx, *grads):
+        if all(grad is None for grad in grads[:4]):
+            return (None,) * 13
+        needs = list(ctx.needs_input_grad[:4])
+        out = ops["row_stats_backward"](*ctx.saved_tensors, *grads[:4], ctx.normalize, needs)
+        return (*_needed(needs, out), *(9 * (None,)))
+
+    def row_softplus_backward(ctx, *grads):
+        if grads[0] is None:
+            return (None,) * 10
+        needs = list(ctx.needs_input_grad[:4])
+        out = ops["row_softplus_backward"](*ctx.saved_tensors, grads[0], ctx.normalize, needs)
+        return (*_needed(needs, out), *(6 * (None,)))
+
+    def row_dot_backward(ctx, grad):
+        needs = list(ctx.needs_input_grad[:2])
+        out = ops["row_dot_backward"](*ctx.saved_tensors, grad, ctx.normalize, needs)
+        return (*_needed(needs, out), None)
+
+    rules = {
+        "row_stats": (_fake_row_stats, row_stats_backward, _setup_row_stats),
+        "row_stats_backward": (_fake_pairs_backward, _no_second_order, None),
+        "row_softplus": (_fake_row_softplus, row_softplus_backward, _setup_row_softplus),
+        "row_softplus_backward": (_fake_pairs_backward, _no_second_order, None),
+        "row_dot": (
+            lambda x, y, normalize: _stats(x, *y.shape[:2]), row_dot_backward, _setup_row_dot
+        ),
+        "row_dot_backward": (
+            lambda x, y, grad, normalize, needs: _gradients(needs, x, y), _no_second_order, None
+        ),
+    }  # fmt: skip
+    for name, (fake, backward, setup_context) in rules.items():
+        qualified = f"{NAMESPACE}::{name}_{backend}"
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=_library
+        )
+        _ops[name, backend] = ops[name]
+
+
+def row_stats(backend: str) -> Callable:
+    """The operator `row_stats_<backend>`."""
+    return _ops["row_stats", backend]
+
+
+def row_softplus(backend: str) -> Callable:
+    """The operator `row_softplus_<backend>`."""
+    return _ops["row_softplus", backend]
+
+
+def row_dot(backend: str) -> Callable:
+    """The operator `row_dot_<backend>`."""
+    return _ops["row_dot", backend]
+
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_ops: dict[tuple[str, str], Callable] = {}
+for _backend in BACKENDS:
+    for _name, _schema in _SCHEMAS.items():
+        _library.define(f"{_name}_{_backend}{_schema}")
+    _register(_backend)

@@ -1,0 +1,249 @@
+// Backward sweep: logits are made again, turned into dL/dz, and multiplied with both sides.
+#include "backward.h"
+
+#include <cmath>
+
+#include "schedule.h"
+
+namespace ck {
+namespace {
+
+// Statistics and gradients of one side as the tiles take them. A row with no pair (lse = -inf)
+// gets lse = +inf and no gradient, so that it adds nothing, whatever came from above.
+template <class T>
+class Side {
+ public:
+  Side() = default;
+  Side(int64_t size, const at::Tensor& lse, const at::Tensor& mean, const OptionalTensor& grad_lse,
+       const OptionalTensor& grad_mean) {
+    values_ = at::zeros({4, size}, kScalar<T>);
+    if (lse.numel() > 0) values_[0].copy_(lse);
+    if (grad_mean.has_value()) values_[1].copy_(mean);
+    if (grad_lse.has_value()) values_[2].copy_(*grad_lse);
+    if (grad_mean.has_value()) values_[3].copy_(*grad_mean);
+    T* v = values_.template data_ptr<T>();
+    for (int64_t i = 0; i < size; ++i) {
+      if (std::isinf(v[i]) && v[i] < 0) {
+        v[i] = std::numeric_limits<T>::infinity();
+        v[2 * size + i] = v[3 * size + i] = 0;
+      }
+    }
+  }
+  bool given() const { return values_.defined(); }
+  const T* of(int which) const {
+    return values_.template const_data_ptr<T>() + which * values_.size(1);
+  }
+  Coefficients<T> from(int64_t begin) const {
+    return {of(0) + begin, of(1) + begin, of(2) + begin, of(3) + begin};
+  }
+
+ private:
+  at::Tensor values_;
+};
+
+template <class T>
+class BackwardSweep {
+ public:
+  BackwardSweep(const PairArguments& arguments, const BackwardInputs& in, Needs needs)
+      : a_(arguments), in_(in), needs_(needs), p_(arguments) {
+    const bool with_mean = in.grad_mean.has_value() || in.grad_col_mean.has_value();
+    fold_ = in.softplus ? Fold::kSoftplus : with_mean ? Fold::kLseMean : Fold::kLse;
+    rows_ = Side<T>(p_.x.rows(), in.lse, in.mean, in.grad_lse, in.grad_mean);
+    if (in.grad_col_lse.has_value() || in.grad_col_mean.has_value())
+      keys_ = Side<T>(p_.keys, in.col_lse, in.col_mean, in.grad_col_lse, in.grad_col_mean);
+  }
+
+  BackwardResult run() {
+    const bool need_u = needs_.x || needs_.scale;
+    const at::TensorOptions options(kScalar<T>);
+    at::Tensor u, v, totals;
+    if (need_u && in_.attended.numel() > 0 && !needs_.y && !needs_.bias) {
+      u = from_attended();
+    } else if (p_.paired) {
+      if (needs_.bias) totals = at::zeros({p_.keys}, at::kDouble);
+      if (needs_.y) v = at::zeros(a_.y->sizes(), a_.y->options());  // tiles may be left out
+      u = sweep_pairs(v, totals);
+    } else if (p_.symmetric) {
+      u = at::zeros({p_.x.rows(), p_.x.d()}, options);
+      sweep_half(u);
+    } else if (needs_.y || needs_.bias) {
+      if (need_u) u = at::zeros({p_.x.rows(), p_.x.d()}, options);
+      if (needs_.y) v = at::zeros({p_.y.rows(), p_.y.d()}, options);
+      if (needs_.bias) totals = at::zeros({p_.keys}, at::kDouble);
+      sweep_all(u, v, totals);
+    } else if (need_u) {
+      u = sweep_rows();
+    }
+    const at::Tensor none = at::empty({0}, options);
+    BackwardResult result{none, none, none, none};
+    double along = 0;
+    if (need_u) {
+      const at::Tensor dx = finish_gradient<T>(u, a_.x, p_.x, p_.normalize, p_.scale, &along);
+      if (needs_.x) result.x = dx;
+    }
+    // both orders of a pair are in u when the matrix is symmetric
+    if (needs_.scale)
+      result.scale = at::scalar_tensor(p_.symmetric ? along / 2 : along, a_.scale.options());
+    if (needs_.y)
+      result.y =
+          p_.paired ? v : finish_gradient<T>(v, *a_.y, p_.y, p_.normalize, p_.scale, nullptr);
+    if (needs_.bias) result.bias = totals.to(a_.bias->scalar_type());
+    return result;
+  }
+
+ private:
+  // dL/dx from the keys weighted in the forward sweep
+  at::Tensor from_attended() {
+    const at::Tensor u = at::empty({p_.x.rows(), p_.x.d()}, kScalar<T>);
+    const int64_t d = p_.x.d();
+    const T* attended = in_.attended.template const_data_ptr<T>();
+    T* out = u.template data_ptr<T>();
+    at::parallel_for(0, p_.x.rows(), 256, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T weight = rows_.of(2)[i] * p_.x.inverse()[i];
+        for (int64_t k = 0; k < d; ++k) out[i * d + k] = weight * attended[i * d + k];
+      }
+    });
+    return u;
+  }
+
+  void sweep_half(const at::Tensor& u) {
+    T* out = u.template data_ptr<T>();
+    Workers<T> workers(p_, true);
+    for_half_pairs(p_, workers, [&](Worker<T>& w, Range rows, Range keys) {
+      part(w, rows, keys, true, out, out, nullptr);
+    });
+  }
+
+  void sweep_all(const at::Tensor& u, const at::Tensor& v, const at::Tensor& totals) {
+    T* to_rows = u.defined() ? u.template data_ptr<T>() : nullptr;
+    T* to_keys = v.defined() ? v.template data_ptr<T>() : nullptr;
+    double* key_totals = totals.defined() ? totals.data_ptr<double>() : nullptr;
+    Workers<T> workers(p_, true);
+    for_all_pairs(p_, workers, [&](Worker<T>& w, Range rows, Range keys) {
+      part(w, rows, keys, false, to_rows, to_keys, key_totals);
+    });
+  }
+
+  at::Tensor sweep_rows() {
+    const auto parts = key_parts(p_);
+    const int64_t count = static_cast<int64_t>(parts.size()), size = p_.x.rows() * p_.x.d();
+    const at::Tensor u = at::zeros({count, p_.x.rows(), p_.x.d()}, kScalar<T>);
+    T* out = u.template data_ptr<T>();
+    Workers<T> workers(p_, true);
+    for_row_blocks(p_, workers, parts, [&](Worker<T>& w, Range rows, int64_t index) {
+      part(w, rows, parts[index], false, out + index * size, nullptr, nullptr);
+    });
+    return count == 1 ? u[0] : u.sum(0);
+  }
+
+  // Keys of their own: each block of rows owns all of its pairs, but shares the keys' biases.
+  at::Tensor sweep_pairs(const at::Tensor& v, at::Tensor& totals) {
+    const auto parts = key_parts(p_);
+    const int64_t count = static_cast<int64_t>(parts.size()), size = p_.x.rows() * p_.x.d();
+    const at::Tensor u = at::zeros({count, p_.x.rows(), p_.x.d()}, kScalar<T>);
+    T* out = u.template data_ptr<T>();
+    const int64_t blocks = divide_up(p_.x.rows(), p_.block_rows);
+    at::Tensor block_totals;
+    if (totals.defined()) block_totals = at::zeros({blocks, p_.keys}, at::kDouble);
+    Workers<T> workers(p_, false);
+    for_row_blocks(p_, workers, parts, [&](Worker<T>& w, Range rows, int64_t index) {
+      double* key_totals = nullptr;
+      if (totals.defined())
+        key_totals = block_totals.data_ptr<double>() + rows.begin / p_.block_rows * p_.keys;
+      visit(w, rows, parts[index], false, key_totals, [&](bool) {
+        w.add_to_pairs(out + index * size + w.rows().begin * p_.x.d(), v.defined() ? &v : nullptr);
+      });
+    });
+    if (totals.defined()) totals = block_totals.sum(0);
+    return count == 1 ? u[0] : u.sum(0);
+  }
+
+  enum Lanes { kLse, kMean, kGradLse, kGradMean, kScaleLanes, kValid };
+
+  // adds dL/dz times keys to the rows, and times rows to the keys, where a place is given
+  void part(Worker<T>& w, Range rows, Range keys, bool half, T* to_rows, T* to_keys,
+            double* key_totals) {
+    const int64_t d = p_.x.d();
+    visit(w, rows, keys, half, key_totals, [&](bool mirrored) {
+      if (to_rows != nullptr) w.add_to_rows(to_rows + w.rows().begin * d, true);
+      if (to_keys != nullptr && (mirrored || !half)) w.add_to_keys(to_keys + w.keys().begin * d);
+    });
+  }
+
+  // use(mirrored) for every tile once it holds dL/dz
+  template <class Use>
+  void visit(Worker<T>& w, Range rows, Range keys, bool half, double* key_totals, Use use) {
+    BackwardTile<T> b{};
+    const auto start = [&](Range block) {
+      constexpr T infinity = std::numeric_limits<T>::infinity();
+      b.row.lse = w.lanes(kLse, rows_.of(0), infinity);
+      b.row.mean = w.lanes(kMean, rows_.of(1), 0);
+      b.row.grad_lse = w.lanes(kGradLse, rows_.of(2), 0);
+      b.row.grad_mean = w.lanes(kGradMean, rows_.of(3), 0);
+      b.row_scale = w.lanes(kScaleLanes, p_.x.inverse(), 0);
+      T* valid = w.lane_buffer(kValid);
+      std::fill_n(valid, block.size(), T{1});
+      std::fill(valid + block.size(), valid + w.padded_rows(), T{0});
+      b.row_valid = valid;
+    };
+    const auto push = [&](bool mirrored) {
+      const int64_t first_key = w.keys().begin;
+      // a symmetric matrix has its rows' statistics on its columns
+      if (half || keys_.given()) b.key = (half ? rows_ : keys_).from(first_key);
+      if (key_totals != nullptr) b.key_total = key_totals + first_key;
+      p_.kernels.backward(w.tile(), fold_, b);
+      use(mirrored);
+    };
+    for_tiles(p_, w, rows, keys, half, start, push, [](Range) {});
+  }
+
+  const PairArguments& a_;
+  const BackwardInputs& in_;
+  Needs needs_;
+  Problem<T> p_;
+  Fold fold_;
+  Side<T> rows_, keys_;
+};
+
+}  // namespace
+
+template <class T>
+at::Tensor finish_gradient(const at::Tensor& u, const at::Tensor& tensor, const Features<T>& x,
+                           bool normalize, T scale, double* along) {
+  const int64_t rows = x.rows(), d = x.d();
+  const at::Tensor alongs = at::empty({rows}, kScalar<T>);
+  T* out = u.template data_ptr<T>();
+  T* products = alongs.template data_ptr<T>();
+  constexpr int64_t kBlock = 64;
+  at::parallel_for(0, divide_up(rows, kBlock), 16, [&](int64_t begin, int64_t end) {
+    const at::Tensor buffer = x.direct() ? at::Tensor() : at::empty({kBlock * d}, kScalar<T>);
+    for (int64_t b = begin; b < end; ++b) {
+      const Range range{b * kBlock, std::min(rows, (b + 1) * kBlock)};
+      int64_t stride;
+      const T* features =
+          x.read(range, x.direct() ? nullptr : buffer.template data_ptr<T>(), &stride);
+      for (int64_t i = range.begin; i < range.end; ++i)
+        products[i] = tile_kernels<T>().project(out + i * d, features + (i - range.begin) * stride,
+                                                x.inverse()[i], normalize, scale, d, out + i * d);
+    }
+  });
+  if (along != nullptr)
+    for (int64_t i = 0; i < rows; ++i) *along += products[i];
+  return u.to(tensor.scalar_type());
+}
+
+template <class T>
+BackwardResult backward_sweep(const PairArguments& arguments, const BackwardInputs& inputs,
+                              Needs needs) {
+  return BackwardSweep<T>(arguments, inputs, needs).run();
+}
+
+template at::Tensor finish_gradient<float>(const at::Tensor&, const at::Tensor&,
+                                           const Features<float>&, bool, float, double*);
+template at::Tensor finish_gradient<double>(const at::Tensor&, const at::Tensor&,
+                                            const Features<double>&, bool, double, double*);
+template BackwardResult backward_sweep<float>(const PairArguments&, const BackwardInputs&, Needs);
+template BackwardResult backward_sweep<double>(const PairArguments&, const BackwardInputs&, Needs);
+
+}  // namespace ck

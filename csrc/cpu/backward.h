@@ -1,0 +1,34 @@
+#pragma once
+
+#include "problem.h"
+
+namespace ck {
+
+// Statistics of the forward sweep and the gradients that came for them. A gradient is absent where
+// nothing depends on the statistic; the softplus fold has grad_lse alone, the gradient of its sum.
+struct BackwardInputs {
+  bool softplus;
+  at::Tensor lse, mean, col_lse, col_mean, attended;
+  OptionalTensor grad_lse, grad_mean, grad_col_lse, grad_col_mean;
+};
+
+struct Needs {
+  bool x, y, scale, bias;
+};
+
+// Gradients in the inputs' dtypes; what is not needed is empty. With y absent, that of x is whole.
+struct BackwardResult {
+  at::Tensor x, y, scale, bias;
+};
+
+template <class T>
+BackwardResult backward_sweep(const PairArguments& arguments, const BackwardInputs& inputs,
+                              Needs needs);
+
+// u in place to scale (u - [normalize] (x / |x|^2) <x, u>), the gradient of the rows of `tensor`
+// before they were normalised, in its dtype; sums <x, u> into `along` when not null.
+template <class T>
+at::Tensor finish_gradient(const at::Tensor& u, const at::Tensor& tensor, const Features<T>& x,
+                           bool normalize, T scale, double* along);
+
+}  // namespace ck

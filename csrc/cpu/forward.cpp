@@ -1,0 +1,371 @@
+// Forward sweeps: statistics of rows and columns.
+#include "forward.h"
+
+#include <cmath>
+
+#include "schedule.h"
+
+namespace ck {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Sums for each row (or each key), one set for each part the other side is cut into.
+enum Field { kSum, kWeighted, kShift, kRank, kTotal, kCount, kFields };
+
+class Sums {
+ public:
+  Sums(int64_t size, int fields, int64_t parts = 1)
+      : values_(at::zeros({parts, fields, size}, at::kDouble)) {}
+  int64_t parts() const { return values_.size(0); }
+  int64_t size() const { return values_.size(2); }
+  int fields() const { return static_cast<int>(values_.size(1)); }
+  double* of(int field, int64_t part = 0) {
+    return values_.data_ptr<double>() + (part * values_.size(1) + field) * values_.size(2);
+  }
+  // adds up the parts, rescaled to the largest shift, into part 0; factors as used, (parts, size)
+  at::Tensor merge() {
+    const at::Tensor factors = at::ones({parts(), size()}, at::kDouble);
+    if (parts() == 1) return factors;
+    const at::Tensor largest = values_.select(1, kShift).amax(0);
+    for (int64_t part = 0; part < parts(); ++part) {
+      double* factor = factors.data_ptr<double>() + part * size();
+      for (int64_t i = 0; i < size(); ++i) {
+        const double shift = of(kShift, part)[i], top = largest.const_data_ptr<double>()[i];
+        factor[i] = shift == top ? 1 : std::exp(shift - top);
+        SoftmaxState<double> sum{0, 0};
+        const SoftmaxState<double> mine{of(kSum, part)[i], of(kWeighted, part)[i]};
+        if (part > 0) sum = {of(kSum)[i], of(kWeighted)[i]};
+        SoftmaxFold<true>::merge(sum, mine, factor[i]);
+        of(kSum)[i] = sum.sum;
+        of(kWeighted)[i] = sum.weighted;
+        for (int field = kRank; part > 0 && field < fields(); ++field)
+          of(field)[i] += of(field, part)[i];
+      }
+    }
+    values_[0][kShift].copy_(largest);
+    return factors;
+  }
+  at::Tensor field(int which) const { return values_[0][which]; }
+
+ private:
+  at::Tensor values_;
+};
+
+// One shift for all logits, where their bound allows it: then partial sums are simply added, and
+// one exponential serves the row and the column of a pair.
+struct FixedShift {
+  double shift;
+  double smallest;  // a sum below may miss terms that were flushed to 0
+  bool promising;
+};
+
+template <class T>
+FixedShift fixed_shift(const Problem<T>& p) {
+  const double reach = std::is_same_v<T, float> ? 85 : 700;  // exp(+-reach) is a normal number
+  // the norms of keys of their own are known only to be 1
+  const double key_norm = p.paired ? 1 : p.y.largest_norm();
+  const double largest_key = p.normalize ? 1 : std::max(1.0, key_norm);
+  const double bound = std::abs(p.scale) * p.x.largest_norm() * key_norm * 1.001 + p.largest_bias;
+  const double terms = static_cast<double>(std::max(p.x.rows(), p.keys));
+  // sums run over all pairs, of weights times logits or times keys
+  const double room = std::log(terms) + std::log(std::max({1.0, bound, largest_key}));
+  const double precision = std::is_same_v<T, float> ? 19 : 40;  // exp(-precision) is negligible
+  // 0 subtracts without rounding; with a bound of 120 and more, rows far below it are likely, and
+  // the sweep would have to be done again
+  return {std::max(0.0, bound - (reach - room)), std::exp(-reach + precision + std::log(terms)),
+          bound < 120 && (p.normalize || !p.paired)};
+}
+
+// The sums of one block of rows while tiles pass.
+template <class T>
+class RowBlock {
+ public:
+  // no shift: it follows the largest logit met so far
+  RowBlock(const Problem<T>& problem, Worker<T>& worker, Fold fold, std::optional<double> shift,
+           const T* threshold)
+      : p_(problem), w_(worker), fold_(fold), fixed_(shift), threshold_(threshold) {
+    sums_.resize(kFields * p_.block_rows);
+  }
+
+  void start() {
+    std::fill(sums_.begin(), sums_.end(), 0.0);
+    const T infinity = static_cast<T>(kInfinity);
+    const int64_t real = w_.rows().size(), padded = w_.padded_rows();
+    T* shift = w_.lane_buffer(kShiftLanes);
+    std::fill_n(shift, real, fixed_ ? static_cast<T>(*fixed_) : -infinity);
+    std::fill(shift + real, shift + padded, infinity);
+    if (threshold_ != nullptr) {
+      w_.lanes(kThresholdLanes, threshold_, infinity);
+      std::fill_n(w_.lane_buffer(kValidLanes), real, T{1});
+      std::fill(w_.lane_buffer(kValidLanes) + real, w_.lane_buffer(kValidLanes) + padded, T{0});
+    }
+    first_ = true;
+  }
+
+  // Adds the worker's tile; to `keys` as well, and to `attended` (rows, D) the weighted keys. The
+  // monitor of a mirrored tile counts for its keys too.
+  void push(Sums* keys, bool mirrored, T* attended) {
+    if (threshold_ != nullptr) push_monitor(mirrored ? keys : nullptr);
+    ForwardSums<T> sums{};
+    sums.shift = w_.lane_buffer(kShiftLanes);
+    if (!fixed_ && fold_ != Fold::kSoftplus) sums.shift = raise_shift(attended);
+    sums.row_sum = sum(kSum);
+    sums.row_weighted = sum(kWeighted);
+    if (keys != nullptr) {
+      sums.key_sum = keys->of(kSum) + w_.keys().begin;
+      sums.key_weighted = keys->of(kWeighted) + w_.keys().begin;
+    }
+    sums.store = attended != nullptr;
+    p_.kernels.forward(w_.tile(), fold_, sums);
+    if (attended != nullptr) w_.add_to_rows(attended, !first_);
+    first_ = false;
+  }
+
+  void finish(Sums& rows, int64_t part) {
+    const int64_t begin = w_.rows().begin, real = w_.rows().size();
+    const T* shift = w_.lane_buffer(kShiftLanes);
+    for (int field = 0; field < rows.fields(); ++field) {
+      double* out = rows.of(field, part) + begin;
+      if (field == kShift)
+        std::copy_n(shift, real, out);
+      else
+        for (int64_t i = 0; i < real; ++i) out[i] += sum(field)[i];
+    }
+  }
+
+ private:
+  enum Lanes { kShiftLanes, kThresholdLanes, kValidLanes, kMaxLanes, kSubtractLanes };
+
+  double* sum(int field) { return sums_.data() + field * p_.block_rows; }
+
+  // Moves each row's shift up to the largest logit of the tile and rescales its sums. Returns what
+  // to subtract: the shift, or 0 for a row that has met no pair yet.
+  const T* raise_shift(T* attended) {
+    const int64_t d = p_.x.d();
+    T* shift = w_.lane_buffer(kShiftLanes);
+    T* largest = w_.lane_buffer(kMaxLanes);
+    T* subtract = w_.lane_buffer(kSubtractLanes);
+    p_.kernels.row_max(w_.tile(), largest);
+    std::copy_n(shift, w_.padded_rows(), subtract);
+    for (int64_t i = 0; i < w_.rows().size(); ++i) {
+      if (largest[i] > shift[i]) {
+        const double factor = std::exp(static_cast<double>(shift[i]) - largest[i]);
+        sum(kSum)[i] *= factor;
+        sum(kWeighted)[i] *= factor;
+        if (attended != nullptr && !first_)
+          for (int64_t k = 0; k < d; ++k) attended[i * d + k] *= static_cast<T>(factor);
+        shift[i] = largest[i];
+      }
+      subtract[i] = shift[i] == -static_cast<T>(kInfinity) ? T{0} : shift[i];
+    }
+    return subtract;
+  }
+
+  void push_monitor(Sums* keys) {
+    Monitor<T> monitor{};
+    monitor.row_threshold = w_.lane_buffer(kThresholdLanes);
+    monitor.row_valid = w_.lane_buffer(kValidLanes);
+    monitor.row_rank = sum(kRank);
+    monitor.row_total = sum(kTotal);
+    monitor.row_count = sum(kCount);
+    if (keys != nullptr) {
+      monitor.key_threshold = threshold_ + w_.keys().begin;
+      monitor.key_rank = keys->of(kRank) + w_.keys().begin;
+      monitor.key_total = keys->of(kTotal) + w_.keys().begin;
+      monitor.key_count = keys->of(kCount) + w_.keys().begin;
+    }
+    p_.kernels.monitor(w_.tile(), monitor);
+  }
+
+  const Problem<T>& p_;
+  Worker<T>& w_;
+  Fold fold_;
+  std::optional<double> fixed_;
+  const T* threshold_;
+  bool first_ = true;
+  std::vector<double> sums_;
+};
+
+template <class T>
+class ForwardSweep {
+ public:
+  ForwardSweep(const PairArguments& arguments, const ForwardOptions& options)
+      : arguments_(arguments), options_(options), p_(arguments) {
+    if (options.threshold.has_value()) {
+      threshold_tensor_ = options.threshold->to(kScalar<T>).contiguous();
+      threshold_ = threshold_tensor_.template const_data_ptr<T>();
+    }
+  }
+
+  ForwardResult run() {
+    const FixedShift fixed = fixed_shift(p_);
+    const bool one_shift = options_.fold != Fold::kSoftplus && fixed.promising;
+    if (one_shift && !options_.attend && (options_.columns || p_.symmetric)) return both(fixed);
+    Sums sums(0, kRank);
+    ForwardResult result = rows(one_shift ? std::optional(fixed.shift) : std::nullopt, sums);
+    if (one_shift) redo(sums, fixed.smallest, false, result.lse, result.mean, result.attended);
+    if (options_.columns) {
+      result.col_lse = at::empty({p_.keys}, kScalar<T>);
+      if (with_mean()) result.col_mean = at::empty({p_.keys}, kScalar<T>);
+      online_subset(at::arange(p_.keys, at::kLong), true, result.col_lse, result.col_mean,
+                    at::Tensor());
+    }
+    return result;
+  }
+
+ private:
+  bool with_mean() const { return options_.fold == Fold::kLseMean; }
+  int row_fields() const { return threshold_ != nullptr ? kFields : kRank; }
+
+  // Rows and columns in one sweep. Of a symmetric matrix the columns are rows: half the tiles.
+  ForwardResult both(const FixedShift& fixed) {
+    ForwardResult result;
+    Sums rows(p_.x.rows(), row_fields());
+    if (p_.symmetric) {
+      rows_and_keys(rows, rows, fixed.shift);
+    } else {
+      Sums keys(p_.keys, kRank);
+      rows_and_keys(rows, keys, fixed.shift);
+      std::fill_n(keys.of(kShift), keys.size(), static_cast<T>(fixed.shift));
+      result.col_lse = lse(keys);
+      if (with_mean()) result.col_mean = mean(keys);
+      redo(keys, fixed.smallest, true, result.col_lse, result.col_mean, at::Tensor());
+    }
+    set_rows(result, rows);
+    redo(rows, fixed.smallest, false, result.lse, result.mean, at::Tensor());
+    return result;
+  }
+
+  // Rows only; without a shift, for logits of any size.
+  ForwardResult rows(std::optional<double> shift, Sums& sums) {
+    const auto parts = key_parts(p_);
+    const int64_t count = static_cast<int64_t>(parts.size());
+    sums = Sums(p_.x.rows(), row_fields(), count);
+    ForwardResult result;
+    at::Tensor attended;
+    if (options_.attend) attended = at::zeros({count, p_.x.rows(), p_.x.d()}, kScalar<T>);
+    sweep_rows(sums, parts, attended, shift);
+    const at::Tensor factors = sums.merge();
+    if (options_.attend) {
+      const at::Tensor weights = factors / sums.field(kSum);
+      attended *= weights.masked_fill(sums.field(kSum) == 0, 0).to(kScalar<T>).unsqueeze(2);
+      result.attended = count == 1 ? attended[0] : attended.sum(0);
+    }
+    set_rows(result, sums);
+    return result;
+  }
+
+  void rows_and_keys(Sums& rows, Sums& keys, double shift) {
+    Workers<T> workers(p_, false);
+    const auto visit = [&](Worker<T>& w, Range row_part, Range key_part) {
+      RowBlock<T> block(p_, w, options_.fold, shift, threshold_);
+      for_tiles(
+          p_, w, row_part, key_part, p_.symmetric, [&](Range) { block.start(); },
+          [&](bool mirrored) {
+            block.push(p_.symmetric && !mirrored ? nullptr : &keys, mirrored, nullptr);
+          },
+          [&](Range) { block.finish(rows, 0); });
+    };
+    if (p_.symmetric)
+      for_half_pairs(p_, workers, visit);
+    else
+      for_all_pairs(p_, workers, visit);
+  }
+
+  void sweep_rows(Sums& rows, const std::vector<Range>& parts, const at::Tensor& attended,
+                  std::optional<double> shift) {
+    Workers<T> workers(p_, attended.defined());
+    for_row_blocks(p_, workers, parts, [&](Worker<T>& w, Range row_range, int64_t part) {
+      RowBlock<T> block(p_, w, options_.fold, shift, threshold_);
+      T* out = nullptr;
+      if (attended.defined())
+        out = attended.data_ptr<T>() + (part * p_.x.rows() + row_range.begin) * p_.x.d();
+      for_tiles(
+          p_, w, row_range, parts[part], false, [&](Range) { block.start(); },
+          [&](bool) { block.push(nullptr, false, out); }, [&](Range) { block.finish(rows, part); });
+    });
+  }
+
+  // results of an operator must not share memory, so float64 is copied too
+  static at::Tensor copy(const at::Tensor& sums) {
+    return sums.to(kScalar<T>, /*non_blocking=*/false, /*copy=*/true);
+  }
+
+  static at::Tensor lse(const Sums& sums) {
+    const at::Tensor sum = sums.field(kSum);
+    return (sum.log() + sums.field(kShift)).masked_fill_(sum == 0, -kInfinity).to(kScalar<T>);
+  }
+
+  static at::Tensor mean(const Sums& sums) {
+    const at::Tensor sum = sums.field(kSum);
+    return (sums.field(kWeighted) / sum).masked_fill_(sum == 0, 0).to(kScalar<T>);
+  }
+
+  void set_rows(ForwardResult& result, Sums& rows) {
+    result.lse = options_.fold == Fold::kSoftplus ? copy(rows.field(kSum)) : lse(rows);
+    if (with_mean()) result.mean = mean(rows);
+    if (threshold_ != nullptr) {
+      result.rank = copy(rows.field(kRank));
+      result.total = copy(rows.field(kTotal));
+      result.count = copy(rows.field(kCount));
+    }
+  }
+
+  // Does the rows (or keys) again whose sum is too small to be trusted under the fixed shift.
+  void redo(const Sums& sums, double smallest, bool of_keys, const at::Tensor& lse,
+            const at::Tensor& mean, const at::Tensor& attended) {
+    const at::Tensor which = at::nonzero(sums.field(kSum) < smallest).squeeze(1);
+    if (which.numel() > 0) online_subset(which, of_keys, lse, mean, attended);
+  }
+
+  // Statistics of some rows (or of some keys, with both sides swapped), into their places.
+  void online_subset(const at::Tensor& which, bool of_keys, const at::Tensor& lse,
+                     const at::Tensor& mean, const at::Tensor& attended) {
+    const auto select = [&](const OptionalTensor& t) {
+      return t.has_value() ? OptionalTensor(t->index_select(0, which)) : OptionalTensor();
+    };
+    const PairArguments& a = arguments_;
+    const at::Tensor keys = a.y.has_value() ? *a.y : a.x;
+    const at::Tensor x = (of_keys ? keys : a.x).index_select(0, which);
+    const OptionalTensor y = of_keys ? a.x : p_.paired ? keys.index_select(0, which) : keys;
+    const OptionalTensor exclude = select(of_keys ? a.exclude_keys : a.exclude_rows);
+    const OptionalTensor keep = select(of_keys ? a.keep_keys : a.keep_rows);
+    const OptionalTensor bias = of_keys ? OptionalTensor() : a.bias;
+    const PairArguments subset{x,          y,
+                               a.scale,    bias,
+                               exclude,    of_keys ? a.exclude_rows : a.exclude_keys,
+                               keep,       of_keys ? a.keep_rows : a.keep_keys,
+                               a.normalize};
+    ForwardSweep sweep(subset, {options_.fold, false, attended.defined(), std::nullopt});
+    Sums sums(0, kRank);
+    ForwardResult out = sweep.rows(std::nullopt, sums);
+    if (of_keys && a.bias.has_value()) {
+      // a key's bias is the same for all its logits
+      const at::Tensor shift = a.bias->to(kScalar<T>).index_select(0, which);
+      out.lse += shift;
+      if (out.mean.defined()) out.mean += at::where(out.lse == -kInfinity, 0, shift);
+    }
+    lse.index_copy_(0, which, out.lse);
+    if (out.mean.defined()) mean.index_copy_(0, which, out.mean);
+    if (attended.defined()) attended.index_copy_(0, which, out.attended);
+  }
+
+  const PairArguments& arguments_;
+  ForwardOptions options_;
+  Problem<T> p_;
+  at::Tensor threshold_tensor_;
+  const T* threshold_ = nullptr;
+};
+
+}  // namespace
+
+template <class T>
+ForwardResult forward_sweep(const PairArguments& arguments, const ForwardOptions& options) {
+  return ForwardSweep<T>(arguments, options).run();
+}
+
+template ForwardResult forward_sweep<float>(const PairArguments&, const ForwardOptions&);
+template ForwardResult forward_sweep<double>(const PairArguments&, const ForwardOptions&);
+
+}  // namespace ck

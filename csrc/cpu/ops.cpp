@@ -1,0 +1,220 @@
+// The registered operators of the cpu backend; their schemas are defined in registration.py.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "backward.h"
+#include "forward.h"
+#include "schedule.h"
+
+namespace ck {
+namespace {
+
+using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+void check_operands(const at::Tensor& x, const at::Tensor& y) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must have shape (N, D), got ", x.sizes());
+  TORCH_CHECK_VALUE(y.dim() == 2 || (y.dim() == 3 && y.size(0) == x.size(0)),
+                    "y must have shape (M, D) or (N, M, D), got ", y.sizes());
+  TORCH_CHECK_VALUE(x.size(-1) == y.size(-1), "x and y must have the same D, got ", x.size(-1),
+                    " and ", y.size(-1));
+  TORCH_CHECK_VALUE(x.numel() > 0 && y.numel() > 0, "x and y must not be empty, got ", x.sizes(),
+                    " and ", y.sizes());
+  TORCH_CHECK_TYPE((x.scalar_type() == at::kDouble) == (y.scalar_type() == at::kDouble),
+                   "x and y must both be float64 or neither, got ", x.scalar_type(), " and ",
+                   y.scalar_type());
+}
+
+void check_length(const OptionalTensor& t, const char* name, int64_t size) {
+  if (!t.has_value()) return;
+  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == size, name, " must have shape (", size,
+                    "), got ", t->sizes());
+}
+
+PairArguments check_pairs(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
+                          const OptionalTensor& bias, const OptionalTensor& exclude_rows,
+                          const OptionalTensor& exclude_keys, const OptionalTensor& keep_rows,
+                          const OptionalTensor& keep_keys, bool normalize) {
+  const at::Tensor& keys = y.has_value() ? *y : x;
+  check_operands(x, keys);
+  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got ", scale.sizes());
+  check_length(bias, "bias", keys.size(-2));
+  check_length(exclude_rows, "exclude_rows", x.size(0));
+  check_length(keep_rows, "keep_rows", x.size(0));
+  check_length(exclude_keys, "exclude_cols", keys.size(-2));
+  check_length(keep_keys, "keep_cols", keys.size(-2));
+  TORCH_CHECK_VALUE(
+      y.has_value() || (!bias.has_value() && !exclude_keys.has_value() && !keep_keys.has_value()),
+      "a self-similarity (y absent) takes row ids only, and no bias");
+  // ids of a self-similarity serve both sides
+  const bool self = !y.has_value();
+  return {x,
+          y,
+          scale,
+          bias,
+          exclude_rows,
+          self ? exclude_rows : exclude_keys,
+          keep_rows,
+          self ? keep_rows : keep_keys,
+          normalize};
+}
+
+at::Tensor or_empty(const at::Tensor& t, const at::Tensor& x) {
+  if (t.defined()) return t;
+  return at::empty({0}, x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+           at::Tensor>
+row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
+          const OptionalTensor& bias, const OptionalTensor& exclude_rows,
+          const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
+          const OptionalTensor& keep_cols, const OptionalTensor& threshold, bool mean,
+          bool normalize, bool columns, bool attend) {
+  const auto pairs =
+      check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
+  check_length(threshold, "threshold", x.size(0));
+  TORCH_CHECK_VALUE(!columns || (y.has_value() && y->dim() == 2), "columns need keys (M, D)");
+  TORCH_CHECK_VALUE(!attend || !(y.has_value() && y->dim() == 3), "attend needs shared keys");
+  const Fold fold = mean ? Fold::kLseMean : Fold::kLse;
+  const ForwardResult r = with_compute_type(x, [&](auto t) {
+    return forward_sweep<decltype(t)>(pairs, {fold, columns, attend, threshold});
+  });
+  return {r.lse,
+          or_empty(r.mean, x),
+          or_empty(r.col_lse, x),
+          or_empty(r.col_mean, x),
+          or_empty(r.rank, x),
+          or_empty(r.total, x),
+          or_empty(r.count, x),
+          or_empty(r.attended, x)};
+}
+
+Four row_softplus(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
+                  const OptionalTensor& bias, const OptionalTensor& exclude_rows,
+                  const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
+                  const OptionalTensor& keep_cols, const OptionalTensor& threshold,
+                  bool normalize) {
+  TORCH_CHECK_VALUE(y.has_value(), "row_softplus needs y");
+  const auto pairs =
+      check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
+  check_length(threshold, "threshold", x.size(0));
+  const ForwardResult r = with_compute_type(x, [&](auto t) {
+    return forward_sweep<decltype(t)>(pairs, {Fold::kSoftplus, false, false, threshold});
+  });
+  return {r.lse, or_empty(r.rank, x), or_empty(r.total, x), or_empty(r.count, x)};
+}
+
+Four run_backward(const PairArguments& pairs, const BackwardInputs& inputs,
+                  std::array<bool, 4> needs) {
+  const BackwardResult r = with_compute_type(pairs.x, [&](auto t) {
+    return backward_sweep<decltype(t)>(pairs, inputs, {needs[0], needs[1], needs[2], needs[3]});
+  });
+  return {r.x, r.y, r.scale, r.bias};
+}
+
+Four row_stats_backward(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
+                        const OptionalTensor& bias, const OptionalTensor& exclude_rows,
+                        const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
+                        const OptionalTensor& keep_cols, const at::Tensor& lse,
+                        const at::Tensor& mean, const at::Tensor& col_lse,
+                        const at::Tensor& col_mean, const at::Tensor& attended,
+                        const OptionalTensor& grad_lse, const OptionalTensor& grad_mean,
+                        const OptionalTensor& grad_col_lse, const OptionalTensor& grad_col_mean,
+                        bool normalize, std::array<bool, 4> needs) {
+  const auto pairs =
+      check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
+  return run_backward(pairs,
+                      {false, lse, mean, col_lse, col_mean, attended, grad_lse, grad_mean,
+                       grad_col_lse, grad_col_mean},
+                      needs);
+}
+
+Four row_softplus_backward(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
+                           const OptionalTensor& bias, const OptionalTensor& exclude_rows,
+                           const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
+                           const OptionalTensor& keep_cols, const at::Tensor& grad, bool normalize,
+                           std::array<bool, 4> needs) {
+  const auto pairs =
+      check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
+  const at::Tensor none = at::empty({0}, grad.options());
+  return run_backward(
+      pairs, {true, none, none, none, none, none, grad, std::nullopt, std::nullopt, std::nullopt},
+      needs);
+}
+
+// One row of x against its own keys: dots for the forward pass, and c = dL/d<x, y> for the other.
+template <class T, class Visit>
+void for_rows(const Features<T>& x, const Features<T>& y, int64_t keys, Visit visit) {
+  const int64_t d = x.d();
+  at::parallel_for(0, x.rows(), 64, [&](int64_t begin, int64_t end) {
+    const at::Tensor buffer = at::empty({(1 + keys) * d}, kScalar<T>);
+    T* copy = buffer.template data_ptr<T>();
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t x_stride, y_stride;
+      const T* row = x.read({i, i + 1}, copy, &x_stride);
+      const T* own = y.read({i * keys, (i + 1) * keys}, copy + d, &y_stride);
+      visit(i, row, own, y_stride);
+    }
+  });
+}
+
+at::Tensor row_dot(const at::Tensor& x, const at::Tensor& y, bool normalize) {
+  check_operands(x, y);
+  return with_compute_type(x, [&](auto t) {
+    using T = decltype(t);
+    const int64_t keys = y.size(1), d = x.size(1);
+    const Features<T> queries(x, normalize), own(y.reshape({-1, d}), normalize, false);
+    const at::Tensor out = at::empty({x.size(0), keys}, kScalar<T>);
+    const at::Tensor inverse = at::empty({x.size(0), keys}, kScalar<T>);
+    T* values = out.data_ptr<T>();
+    T* inverses = inverse.data_ptr<T>();
+    for_rows(queries, own, keys, [&](int64_t i, const T* row, const T* y_rows, int64_t stride) {
+      tile_kernels<T>().dots(row, y_rows, stride, normalize, queries.inverse()[i], keys, d,
+                             values + i * keys, inverses + i * keys, 1);
+    });
+    return out;
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> row_dot_backward(const at::Tensor& x, const at::Tensor& y,
+                                                    const at::Tensor& grad, bool normalize,
+                                                    std::array<bool, 2> needs) {
+  check_operands(x, y);
+  return with_compute_type(x, [&](auto t) -> std::tuple<at::Tensor, at::Tensor> {
+    using T = decltype(t);
+    const auto& kernels = tile_kernels<T>();
+    const int64_t keys = y.size(1), d = x.size(1);
+    const Features<T> queries(x, normalize), own(y.reshape({-1, d}), normalize);
+    const at::Tensor weights = grad.to(kScalar<T>).contiguous();
+    const at::Tensor u = at::zeros({x.size(0), d}, kScalar<T>);
+    const at::Tensor v = at::zeros({needs[1] ? x.size(0) * keys : 0, d}, kScalar<T>);
+    T *to_x = u.data_ptr<T>(), *to_y = v.data_ptr<T>();
+    for_rows(queries, own, keys, [&](int64_t i, const T* row, const T* y_rows, int64_t stride) {
+      for (int64_t j = i * keys; j < (i + 1) * keys; ++j) {
+        const T weight = weights.const_data_ptr<T>()[j] * queries.inverse()[i] * own.inverse()[j];
+        if (needs[0]) kernels.add_scaled(weight, y_rows + (j - i * keys) * stride, d, to_x + i * d);
+        if (needs[1]) kernels.add_scaled(weight, row, d, to_y + j * d);
+      }
+    });
+    const at::Tensor none = at::empty({0}, x.options());
+    const T one = 1;
+    return {
+        needs[0] ? finish_gradient<T>(u, x, queries, normalize, one, nullptr) : none,
+        needs[1] ? finish_gradient<T>(v, y, own, normalize, one, nullptr).view(y.sizes()) : none};
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(contrastive_kernels, CPU, m) {
+  m.impl("row_stats_cpu", row_stats);
+  m.impl("row_stats_backward_cpu", row_stats_backward);
+  m.impl("row_softplus_cpu", row_softplus);
+  m.impl("row_softplus_backward_cpu", row_softplus_backward);
+  m.impl("row_dot_cpu", row_dot);
+  m.impl("row_dot_backward_cpu", row_dot_backward);
+}
+
+}  // namespace ck

@@ -1,0 +1,299 @@
+#include "problem.h"
+
+#include <ATen/Parallel.h>
+
+namespace ck {
+
+namespace baseline {
+template <class T>
+const TileKernels<T>& kernels();
+}
+namespace avx2 {
+template <class T>
+const TileKernels<T>& kernels();
+}
+namespace avx512 {
+template <class T>
+const TileKernels<T>& kernels();
+}
+
+// torch's own choice, so that ATEN_CPU_CAPABILITY holds here too
+template <class T>
+const TileKernels<T>& tile_kernels() {
+  [[maybe_unused]] static const std::string capability = at::get_cpu_capability();
+#ifdef CK_HAVE_AVX512
+  if (capability == "AVX512") return avx512::kernels<T>();
+#endif
+#ifdef CK_HAVE_AVX2
+  if (capability == "AVX2" || capability == "AVX512") return avx2::kernels<T>();
+#endif
+  return baseline::kernels<T>();
+}
+
+template const TileKernels<float>& tile_kernels<float>();
+template const TileKernels<double>& tile_kernels<double>();
+
+Dtype feature_dtype(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
+    default:
+      TORCH_CHECK_TYPE(false, "features must be float32, float64, bfloat16 or float16, got ",
+                       tensor.scalar_type());
+  }
+}
+
+template <class T>
+Features<T>::Features(const at::Tensor& tensor, bool normalize, bool with_norms)
+    : tensor_(tensor),
+      dtype_(feature_dtype(tensor)),
+      rows_(tensor.size(0)),
+      d_(tensor.size(1)),
+      row_stride_(tensor.stride(0)),
+      col_stride_(tensor.stride(1)) {
+  // a row stride below D (expanded rows) is not a matrix a library takes
+  direct_ = tensor.scalar_type() == kScalar<T> && col_stride_ == 1 && row_stride_ >= d_;
+  if (!with_norms) return;
+  inverse_ = at::empty({rows_}, kScalar<T>);
+  const at::Tensor norm = at::empty({rows_}, kScalar<T>);
+  T* inverse = inverse_.template data_ptr<T>();
+  T* norms = norm.template data_ptr<T>();
+  constexpr int64_t kBlock = 64;
+  at::parallel_for(0, divide_up(rows_, kBlock), 16, [&](int64_t begin, int64_t end) {
+    const at::Tensor buffer = direct_ ? at::Tensor() : at::empty({kBlock * d_}, kScalar<T>);
+    T* copy = direct_ ? nullptr : buffer.template data_ptr<T>();
+    for (int64_t b = begin; b < end; ++b) {
+      const Range range{b * kBlock, std::min(rows_, (b + 1) * kBlock)};
+      int64_t stride;
+      const T* rows = read(range, copy, &stride);
+      tile_kernels<T>().norms(rows, stride, range.size(), d_, inverse + range.begin,
+                              norms + range.begin);
+    }
+  });
+  for (int64_t i = 0; i < rows_; ++i)
+    largest_norm_ = std::max(largest_norm_, static_cast<double>(norms[i]));
+  if (normalize)
+    largest_norm_ = std::min(largest_norm_, 1.0);
+  else
+    inverse_.fill_(1);
+}
+
+template <class T>
+const T* Features<T>::read(Range range, T* buffer, int64_t* stride) const {
+  const char* start = static_cast<const char*>(tensor_.const_data_ptr()) +
+                      range.begin * row_stride_ * tensor_.element_size();
+  if (direct_) {
+    *stride = row_stride_;
+    return reinterpret_cast<const T*>(start);
+  }
+  *stride = d_;
+  tile_kernels<T>().read_rows(start, dtype_, row_stride_, col_stride_, range.size(), d_, buffer);
+  return buffer;
+}
+
+template <class T>
+Ids<T>::Ids(const OptionalTensor& rows, const OptionalTensor& keys) {
+  if (!rows.has_value()) return;
+  at::Tensor both = at::cat({rows->to(at::kLong), keys->to(at::kLong)});
+  // ids too large for a lane are numbered anew
+  if (sizeof(Id) < sizeof(int64_t) && both.numel() > 0) {
+    const auto [low, high] = at::aminmax(both);
+    using Limits = std::numeric_limits<Id>;
+    if (low.item<int64_t>() < Limits::min() || high.item<int64_t>() > Limits::max())
+      both = std::get<1>(at::_unique2(both, /*sorted=*/true, /*return_inverse=*/true));
+  }
+  both = both.to(c10::CppTypeToScalarType<Id>::value);
+  rows_ = both.narrow(0, 0, rows->size(0));
+  keys_ = both.narrow(0, rows->size(0), keys->size(0));
+}
+
+template <class T>
+bool Ids<T>::meet(Range rows, Range keys) const {
+  const auto [row_low, row_high] =
+      std::minmax_element(this->rows() + rows.begin, this->rows() + rows.end);
+  const auto [key_low, key_high] =
+      std::minmax_element(this->keys() + keys.begin, this->keys() + keys.end);
+  return *row_low <= *key_high && *key_low <= *row_high;
+}
+
+template <class T>
+Problem<T>::Problem(const PairArguments& a)
+    : x(a.x, a.normalize),
+      y(!a.y.has_value()  ? x
+        : a.y->dim() == 3 ? Features<T>(a.y->reshape({-1, a.y->size(2)}), a.normalize, false)
+                          : Features<T>(*a.y, a.normalize)),
+      symmetric(!a.y.has_value()),
+      paired(a.y.has_value() && a.y->dim() == 3),
+      keys(paired ? a.y->size(1) : y.rows()),
+      normalize(a.normalize),
+      scale(a.scale.to(kScalar<T>).template item<T>()),
+      exclude(a.exclude_rows, a.exclude_keys),
+      keep(a.keep_rows, a.keep_keys) {
+  if (a.bias.has_value()) {
+    bias = a.bias->to(kScalar<T>).contiguous();
+    largest_bias = bias.abs().max().template item<double>();
+  } else {
+    bias = at::zeros({keys}, kScalar<T>);
+  }
+  if (paired) ones = at::ones({keys}, kScalar<T>);
+  // a tile, the packed rows and the keys of a tile together stay within a core's L2 cache
+  const int64_t d = x.d() * static_cast<int64_t>(sizeof(T)) / 4;
+  const int64_t most_rows = d <= 256 ? 256 : d <= 1024 ? 128 : 64;
+  const int64_t share = divide_up(x.rows(), at::get_num_threads());
+  block_rows =
+      std::clamp(divide_up(share, kRowPadding) * kRowPadding, int64_t{kRowPadding}, most_rows);
+  block_keys = d <= 512 ? 128 : 64;
+}
+
+template <class T>
+Worker<T>::Worker(const Problem<T>& problem, bool with_gradients) : problem_(problem) {
+  const int64_t rows = problem.block_rows, keys = problem.block_keys, d = problem.x.d();
+  const auto options = at::TensorOptions(kScalar<T>);
+  packed_ = at::empty({d * rows}, options);
+  logits_ = at::empty({keys * rows}, options);
+  if (with_gradients) transposed_ = at::empty({rows * keys}, options);
+  if (!problem.x.direct()) x_buffer_ = at::empty({rows * d}, options);
+  if (problem.paired) pair_inverse_ = at::empty({keys * rows}, options);
+  if (!problem.y.direct()) y_buffer_ = at::empty({keys * d}, options);
+  lanes_ = at::empty({kSlots * rows}, options);
+  // the ids that never drop a pair: exclude ids that differ, keep ids that agree
+  ids_ = at::zeros({2 * rows + 2 * keys}, c10::CppTypeToScalarType<Id>::value);
+  tile_.data = logits_.template data_ptr<T>();
+}
+
+template <class T>
+void Worker<T>::take_rows(Range rows) {
+  rows_ = rows;
+  const int64_t count = rows.size();
+  tile_.rows = static_cast<int>(divide_up(count, kRowPadding) * kRowPadding);
+  tile_.ld = tile_.rows;
+  T* buffer = problem_.x.direct() ? nullptr : x_buffer_.template data_ptr<T>();
+  x_rows_ = problem_.x.read(rows, buffer, &x_stride_);
+  T* scales = lane_buffer(0);
+  for (int64_t i = 0; i < count; ++i)
+    scales[i] = problem_.scale * problem_.x.inverse()[rows.begin + i];
+  if (problem_.paired)
+    std::fill_n(tile_.data, problem_.block_keys * tile_.ld, T{0});  // padded rows stay so
+  else
+    problem_.kernels.pack(x_rows_, x_stride_, static_cast<int>(count), problem_.x.d(), scales,
+                          packed_.template data_ptr<T>(), tile_.rows);
+  if (!problem_.exclude.given() && !problem_.keep.given()) return;
+  Id* ids = ids_.template data_ptr<Id>();
+  for (int64_t i = 0; i < tile_.rows; ++i) {
+    const bool real = i < count;
+    if (problem_.exclude.given()) ids[i] = real ? problem_.exclude.rows()[rows.begin + i] : 0;
+    if (problem_.keep.given())
+      ids[problem_.block_rows + i] = real ? problem_.keep.rows()[rows.begin + i] : 0;
+  }
+}
+
+template <class T>
+bool Worker<T>::make_tile(Range keys) {
+  const bool exclude = problem_.exclude.given() && problem_.exclude.meet(rows_, keys);
+  if (problem_.keep.given() && !problem_.keep.meet(rows_, keys)) return false;
+  keys_ = keys;
+  tile_.keys = static_cast<int>(keys.size());
+  tile_.key_scale = problem_.paired ? problem_.ones.template const_data_ptr<T>()
+                                    : problem_.y.inverse() + keys.begin;
+  tile_.bias = problem_.bias.template const_data_ptr<T>() + keys.begin;
+  tile_.masked = exclude || problem_.keep.given();
+  if (tile_.masked) {
+    Id* ids = ids_.template data_ptr<Id>();
+    Id* key_ids = ids + 2 * problem_.block_rows;
+    tile_.exclude_row = ids;
+    tile_.keep_row = ids + problem_.block_rows;
+    tile_.keep_key =
+        problem_.keep.given() ? problem_.keep.keys() + keys.begin : key_ids + problem_.block_keys;
+    tile_.exclude_key = problem_.exclude.given() ? problem_.exclude.keys() + keys.begin : key_ids;
+    if (!problem_.exclude.given()) std::fill_n(key_ids, problem_.block_keys, Id{1});
+  }
+  if (problem_.paired) {
+    make_paired_tile();
+    return true;
+  }
+  T* buffer = problem_.y.direct() ? nullptr : y_buffer_.template data_ptr<T>();
+  y_rows_ = problem_.y.read(keys, buffer, &y_stride_);
+  gemm(keys.size(), tile_.rows, problem_.x.d(), y_rows_, y_stride_,
+       packed_.template const_data_ptr<T>(), tile_.rows, tile_.data, tile_.ld, false);
+  return true;
+}
+
+template <class T>
+void Worker<T>::make_paired_tile() {
+  T* buffer = problem_.y.direct() ? nullptr : y_buffer_.template data_ptr<T>();
+  for (int64_t i = 0; i < rows_.size(); ++i) {
+    const int64_t first = (rows_.begin + i) * problem_.keys + keys_.begin;
+    y_rows_ = problem_.y.read({first, first + keys_.size()}, buffer, &y_stride_);
+    problem_.kernels.dots(x_rows_ + i * x_stride_, y_rows_, y_stride_, problem_.normalize,
+                          problem_.scale * problem_.x.inverse()[rows_.begin + i], keys_.size(),
+                          problem_.x.d(), tile_.data + i, pair_inverse_.template data_ptr<T>() + i,
+                          tile_.ld);
+  }
+}
+
+template <class T>
+void Worker<T>::add_to_pairs(T* rows, const at::Tensor* keys) {
+  const int64_t d = problem_.x.d();
+  T* buffer = problem_.y.direct() ? nullptr : y_buffer_.template data_ptr<T>();
+  const at::Tensor gradients = at::empty({keys_.size(), d}, kScalar<T>);
+  T* out = gradients.template data_ptr<T>();
+  for (int64_t i = 0; i < rows_.size(); ++i) {
+    const T* x = x_rows_ + i * x_stride_;
+    const int64_t first = (rows_.begin + i) * problem_.keys + keys_.begin;
+    y_rows_ = problem_.y.read({first, first + keys_.size()}, buffer, &y_stride_);
+    for (int64_t j = 0; j < keys_.size(); ++j) {
+      const T* y = y_rows_ + j * y_stride_;
+      const T inverse = pair_inverse_.template const_data_ptr<T>()[j * tile_.ld + i];
+      const T weight = tile_.data[j * tile_.ld + i] * inverse;
+      if (rows != nullptr) problem_.kernels.add_scaled(weight, y, d, rows + i * d);
+      if (keys == nullptr) continue;
+      std::fill_n(out + j * d, d, T{0});
+      problem_.kernels.add_scaled(weight, x, d, out + j * d);
+      problem_.kernels.project(out + j * d, y, inverse, problem_.normalize, problem_.scale, d,
+                               out + j * d);
+    }
+    if (keys != nullptr)
+      keys->select(0, rows_.begin + i).narrow(0, keys_.begin, keys_.size()).copy_(gradients);
+  }
+}
+
+template <class T>
+const T* Worker<T>::lanes(int slot, const T* values, T pad) {
+  T* out = lane_buffer(slot);
+  const int64_t count = values == nullptr ? 0 : rows_.size();
+  std::copy_n(values == nullptr ? out : values + rows_.begin, count, out);
+  std::fill(out + count, out + tile_.rows, pad);
+  return out;
+}
+
+template <class T>
+void Worker<T>::add_to_rows(T* out, bool accumulate) {
+  T* transposed = transposed_.template data_ptr<T>();
+  const int64_t ld = problem_.block_keys;
+  problem_.kernels.transpose(tile_.data, tile_.ld, tile_.keys, tile_.rows, transposed, ld);
+  gemm(rows_.size(), problem_.x.d(), keys_.size(), transposed, ld, y_rows_, y_stride_, out,
+       problem_.x.d(), accumulate);
+}
+
+template <class T>
+void Worker<T>::add_to_keys(T* out) {
+  gemm(keys_.size(), problem_.x.d(), rows_.size(), tile_.data, tile_.ld, x_rows_, x_stride_, out,
+       problem_.x.d(), true);
+}
+
+template class Features<float>;
+template class Features<double>;
+template class Ids<float>;
+template class Ids<double>;
+template struct Problem<float>;
+template struct Problem<double>;
+template class Worker<float>;
+template class Worker<double>;
+
+}  // namespace ck

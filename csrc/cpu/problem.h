@@ -1,0 +1,153 @@
+// One similarity matrix: its operands, masks and sizes, and what a thread needs to make tiles of
+// it.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+#include "../fold.h"
+#include "gemm.h"
+#include "tile.h"
+
+namespace ck {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The arguments that every operator over pairs begins with.
+struct PairArguments {
+  const at::Tensor& x;
+  const OptionalTensor& y;  // (M, D); (N, M, D): keys of its own for each row; absent: y = x
+  const at::Tensor& scale;
+  const OptionalTensor& bias;
+  const OptionalTensor& exclude_rows;
+  const OptionalTensor& exclude_keys;
+  const OptionalTensor& keep_rows;
+  const OptionalTensor& keep_keys;
+  bool normalize;
+};
+
+template <class T>
+constexpr at::ScalarType kScalar = std::is_same_v<T, float> ? at::kFloat : at::kDouble;
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+  int64_t size() const { return end - begin; }
+};
+
+// Rows of features of any dtype and strides, read as T.
+template <class T>
+class Features {
+ public:
+  // without norms, inverse() and largest_norm() are not to be asked for
+  Features(const at::Tensor& tensor, bool normalize, bool with_norms = true);
+
+  int64_t rows() const { return rows_; }
+  int64_t d() const { return d_; }
+  // 1 / norm of each row, or 1
+  const T* inverse() const { return inverse_.template const_data_ptr<T>(); }
+  double largest_norm() const { return largest_norm_; }
+  // whether rows can be used where they lie
+  bool direct() const { return direct_; }
+  // a pointer to `range`, copied to `buffer` unless direct, and its row stride
+  const T* read(Range range, T* buffer, int64_t* stride) const;
+
+ private:
+  at::Tensor tensor_, inverse_;
+  Dtype dtype_;
+  int64_t rows_, d_, row_stride_, col_stride_;
+  double largest_norm_ = 0;
+  bool direct_;
+};
+
+// Pairs of ids, as wide as a lane.
+template <class T>
+class Ids {
+ public:
+  using Id = typename LaneId<T>::type;
+  Ids(const OptionalTensor& rows, const OptionalTensor& keys);
+
+  bool given() const { return rows_.defined(); }
+  const Id* rows() const { return rows_.template const_data_ptr<Id>(); }
+  const Id* keys() const { return keys_.template const_data_ptr<Id>(); }
+  // whether some id may be both among the rows and among the keys of a tile
+  bool meet(Range rows, Range keys) const;
+
+ private:
+  at::Tensor rows_, keys_;
+};
+
+template <class T>
+struct Problem {
+  explicit Problem(const PairArguments& arguments);
+
+  Features<T> x;
+  Features<T> y;
+  bool symmetric;  // y is x
+  bool paired;     // row i has the keys y[i * keys ...]
+  int64_t keys;    // of a row
+  bool normalize;
+  T scale;
+  at::Tensor bias, ones;  // (M,)
+  double largest_bias = 0;
+  Ids<T> exclude, keep;
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  int64_t block_rows, block_keys;
+};
+
+// One thread's tile and its buffers; the rows of a block stay while tiles of keys pass.
+template <class T>
+class Worker {
+ public:
+  using Id = typename LaneId<T>::type;
+  explicit Worker(const Problem<T>& problem, bool with_gradients);
+
+  // takes the rows of a block: packs them, with 1 / norm and scale, for the product
+  void take_rows(Range rows);
+  // makes the logits of the block against `keys`; false: every pair is dropped, no tile was made
+  bool make_tile(Range keys);
+
+  const Tile<T>& tile() const { return tile_; }
+  Range rows() const { return rows_; }
+  Range keys() const { return keys_; }
+  int padded_rows() const { return tile_.rows; }
+  // copies values of the block's rows into lane buffer `slot` (of kSlots), padding with `pad`;
+  // null gives `pad` everywhere
+  const T* lanes(int slot, const T* values, T pad);
+  T* lane_buffer(int slot) { return lanes_.template data_ptr<T>() + slot * problem_.block_rows; }
+  // out (rows, D) += tile^T keys, or = when not accumulating
+  void add_to_rows(T* out, bool accumulate);
+  // out (keys, D) += tile rows
+  void add_to_keys(T* out);
+  // the same for keys of their own: adds to rows (may be null), sets keys' gradients (may be null)
+  void add_to_pairs(T* rows, const at::Tensor* keys);
+
+  static constexpr int kSlots = 8;
+
+ private:
+  void make_paired_tile();
+
+  const Problem<T>& problem_;
+  at::Tensor packed_, logits_, transposed_, x_buffer_, y_buffer_, lanes_, ids_, pair_inverse_;
+  Tile<T> tile_{};
+  Range rows_{}, keys_{};
+  const T* x_rows_ = nullptr;
+  const T* y_rows_ = nullptr;
+  int64_t x_stride_ = 0, y_stride_ = 0;
+};
+
+// Names the dtype of features for the tiles; raises for one they do not take.
+Dtype feature_dtype(const at::Tensor& tensor);
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls `run(T{})` with T = double for float64 features, float otherwise.
+template <class Run>
+auto with_compute_type(const at::Tensor& x, Run run) {
+  return x.scalar_type() == at::kDouble ? run(double{}) : run(float{});
+}
+
+}  // namespace ck

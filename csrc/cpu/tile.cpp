@@ -1,0 +1,406 @@
+// Compiled once for each instruction set, with CK_ISA naming it; no torch and little of the
+// standard library here, so that no inline function built for a newer machine leaks elsewhere.
+#include "tile.h"
+
+#include <utility>
+
+#include "simd.h"
+
+#define CK_STRING_(x) #x
+#define CK_STRING(x) CK_STRING_(x)
+
+namespace ck {
+namespace CK_ISA {
+namespace {
+
+constexpr int kMaxKeys = 256;
+
+template <class T>
+struct Lane {
+  using V = Vec<T>;
+  using I = IVec<T>;
+  static constexpr int W = kLanes<T>;
+  static constexpr int U = 32 / W >= 4 ? 2 : kRowPadding / W < 4 ? kRowPadding / W : 4;
+  static constexpr int kBlock = W * U;
+};
+
+template <class T>
+CK_FOLD Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+// lanes whose pair stays
+template <class T>
+CK_FOLD IVec<T> kept(const Tile<T>& tile, int i, int j) {
+  using I = IVec<T>;
+  const I exclude = load<I>(tile.exclude_row + i) != tile.exclude_key[j];
+  return exclude & (load<I>(tile.keep_row + i) == tile.keep_key[j]);
+}
+
+template <class T>
+CK_FOLD Vec<T> logit(const Tile<T>& tile, int i, int j) {
+  return load<Vec<T>>(tile.data + j * tile.ld + i) * tile.key_scale[j] + tile.bias[j];
+}
+
+template <class T>
+CK_FOLD void add_lanes(double* out, Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int l = 0; l < kLanes<T>; ++l) out[l] += lanes[l];
+}
+
+template <class T, bool Mean, bool Masked, bool Keys, bool Store>
+void softmax_forward(const Tile<T>& tile, const ForwardSums<T>& sums) {
+  using L = Lane<T>;
+  using V = Vec<T>;
+  using F = SoftmaxFold<Mean>;
+  SoftmaxState<V> key_state[Keys ? kMaxKeys : 1];
+  if constexpr (Keys)
+    for (int j = 0; j < tile.keys; ++j) key_state[j] = F::template init<V>();
+  for (int i0 = 0; i0 < tile.rows; i0 += L::kBlock) {
+    SoftmaxState<V> state[L::U];
+    V shift[L::U];
+    for (int u = 0; u < L::U; ++u) {
+      state[u] = F::template init<V>();
+      shift[u] = load<V>(sums.shift + i0 + u * L::W);
+    }
+    for (int j = 0; j < tile.keys; ++j) {
+#pragma GCC unroll 8
+      for (int u = 0; u < L::U; ++u) {
+        const int i = i0 + u * L::W;
+        const V z = logit(tile, i, j);
+        V weight = exp_of(z - shift[u]);
+        if constexpr (Masked) weight = kept(tile, i, j) ? weight : V{};
+        F::push(state[u], weight, z);
+        if constexpr (Keys) F::push(key_state[j], weight, z);
+        if constexpr (Store) store(tile.data + j * tile.ld + i, weight * tile.key_scale[j]);
+      }
+    }
+    for (int u = 0; u < L::U; ++u) {
+      add_lanes<T>(sums.row_sum + i0 + u * L::W, state[u].sum);
+      if constexpr (Mean) add_lanes<T>(sums.row_weighted + i0 + u * L::W, state[u].weighted);
+    }
+  }
+  if constexpr (Keys) {
+    for (int j = 0; j < tile.keys; ++j) {
+      sums.key_sum[j] += sum_lanes<T>(key_state[j].sum);
+      if constexpr (Mean) sums.key_weighted[j] += sum_lanes<T>(key_state[j].weighted);
+    }
+  }
+}
+
+template <class T>
+void softplus_forward(const Tile<T>& tile, const ForwardSums<T>& sums) {
+  using V = Vec<T>;
+  for (int i = 0; i < tile.rows; i += kLanes<T>) {
+    V total{};
+    for (int j = 0; j < tile.keys; ++j) {
+      V value = softplus<VectorMath>(logit(tile, i, j));
+      if (tile.masked) value = kept(tile, i, j) ? value : V{};
+      total += value;
+    }
+    add_lanes<T>(sums.row_sum + i, total);
+  }
+}
+
+// runtime flags to template parameters, one at a time
+template <class Next>
+CK_FOLD void with_flag(bool flag, Next next) {
+  if (flag)
+    next(std::true_type{});
+  else
+    next(std::false_type{});
+}
+
+template <class T>
+void forward(const Tile<T>& tile, Fold fold, const ForwardSums<T>& sums) {
+  if (fold == Fold::kSoftplus) return softplus_forward(tile, sums);
+  with_flag(fold == Fold::kLseMean, [&](auto mean) {
+    with_flag(tile.masked, [&](auto masked) {
+      if (sums.store) return softmax_forward<T, mean(), masked(), false, true>(tile, sums);
+      with_flag(sums.key_sum != nullptr, [&](auto keys) {
+        softmax_forward<T, mean(), masked(), keys(), false>(tile, sums);
+      });
+    });
+  });
+}
+
+template <class T, bool Mean, bool Keys>
+CK_FOLD Vec<T> softmax_gradient(const BackwardTile<T>& b, int i, int j, Vec<T> z) {
+  using V = Vec<T>;
+  const V p = exp_of(z - load<V>(b.row.lse + i));
+  V mean{}, grad_mean{};
+  if constexpr (Mean) {
+    mean = load<V>(b.row.mean + i);
+    grad_mean = load<V>(b.row.grad_mean + i);
+  }
+  V g = softmax_coefficient<Mean>(p, z, mean, load<V>(b.row.grad_lse + i), grad_mean);
+  if constexpr (Keys) {
+    const V q = exp_of(z - b.key.lse[j]);
+    if constexpr (Mean) {
+      mean = splat(b.key.mean[j]);
+      grad_mean = splat(b.key.grad_mean[j]);
+    }
+    g += softmax_coefficient<Mean>(q, z, mean, splat(b.key.grad_lse[j]), grad_mean);
+  }
+  return g;
+}
+
+template <class T, Fold F, bool Masked, bool Keys, bool Total>
+void fold_backward(const Tile<T>& tile, const BackwardTile<T>& b) {
+  using L = Lane<T>;
+  using V = Vec<T>;
+  V key_total[Total ? kMaxKeys : 1];
+  if constexpr (Total)
+    for (int j = 0; j < tile.keys; ++j) key_total[j] = V{};
+  for (int i0 = 0; i0 < tile.rows; i0 += L::kBlock) {
+    for (int j = 0; j < tile.keys; ++j) {
+#pragma GCC unroll 8
+      for (int u = 0; u < L::U; ++u) {
+        const int i = i0 + u * L::W;
+        const V z = logit(tile, i, j);
+        V g;
+        if constexpr (F == Fold::kSoftplus)
+          g = load<V>(b.row.grad_lse + i) * sigmoid<VectorMath>(z);
+        else
+          g = softmax_gradient<T, F == Fold::kLseMean, Keys>(b, i, j, z);
+        if constexpr (Masked) g = kept(tile, i, j) ? g : V{};
+        // the key's part of a padded row may have overflowed
+        if constexpr (Total) key_total[j] += load<V>(b.row_valid + i) > 0 ? g : V{};
+        store(tile.data + j * tile.ld + i, g * load<V>(b.row_scale + i) * tile.key_scale[j]);
+      }
+    }
+  }
+  if constexpr (Total)
+    for (int j = 0; j < tile.keys; ++j) b.key_total[j] += sum_lanes<T>(key_total[j]);
+}
+
+template <class T>
+void backward(const Tile<T>& tile, Fold fold, const BackwardTile<T>& b) {
+  with_flag(tile.masked, [&](auto masked) {
+    with_flag(b.key_total != nullptr, [&](auto total) {
+      if (fold == Fold::kSoftplus)
+        return fold_backward<T, Fold::kSoftplus, masked(), false, total()>(tile, b);
+      with_flag(b.key.lse != nullptr, [&](auto keys) {
+        if (fold == Fold::kLse)
+          fold_backward<T, Fold::kLse, masked(), keys(), total()>(tile, b);
+        else
+          fold_backward<T, Fold::kLseMean, masked(), keys(), total()>(tile, b);
+      });
+    });
+  });
+}
+
+template <class T>
+void row_max(const Tile<T>& tile, T* out) {
+  using V = Vec<T>;
+  const V lowest = splat(-static_cast<T>(__builtin_inf()));
+  for (int i = 0; i < tile.rows; i += kLanes<T>) {
+    V largest = lowest;
+    for (int j = 0; j < tile.keys; ++j) {
+      V z = logit(tile, i, j);
+      if (tile.masked) z = kept(tile, i, j) ? z : lowest;
+      largest = z > largest ? z : largest;
+    }
+    store(out + i, largest);
+  }
+}
+
+template <class T>
+void monitor(const Tile<T>& tile, const Monitor<T>& m) {
+  using V = Vec<T>;
+  for (int i = 0; i < tile.rows; i += kLanes<T>) {
+    const V threshold = load<V>(m.row_threshold + i);
+    const V valid = load<V>(m.row_valid + i);
+    V rank{}, total{}, count{};
+    for (int j = 0; j < tile.keys; ++j) {
+      const V z = logit(tile, i, j);
+      V one = valid;
+      if (tile.masked) one = kept(tile, i, j) ? one : V{};
+      rank += z > threshold ? one : V{};
+      total += one * z;
+      count += one;
+      if (m.key_threshold != nullptr) {
+        m.key_rank[j] += sum_lanes<T>(z > m.key_threshold[j] ? one : V{});
+        m.key_total[j] += sum_lanes<T>(one * z);
+        m.key_count[j] += sum_lanes<T>(one);
+      }
+    }
+    add_lanes<T>(m.row_rank + i, rank);
+    add_lanes<T>(m.row_total + i, total);
+    add_lanes<T>(m.row_count + i, count);
+  }
+}
+
+// swaps the off-diagonal step x step blocks of rows i and i + step
+template <int Step, class V, std::size_t... L>
+CK_FOLD void swap_blocks(V& a, V& b, std::index_sequence<L...>) {
+  constexpr int W = sizeof...(L);
+  const V low = __builtin_shufflevector(a, b, ((L & Step) == 0 ? L : W + L - Step)...);
+  const V high = __builtin_shufflevector(a, b, ((L & Step) == 0 ? L + Step : W + L)...);
+  a = low;
+  b = high;
+}
+
+template <int Step, class T>
+CK_FOLD void transpose_steps(Vec<T>* rows) {
+  constexpr int W = kLanes<T>;
+  if constexpr (Step < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if ((i & Step) == 0)
+        swap_blocks<Step>(rows[i], rows[i + Step], std::make_index_sequence<W>{});
+    transpose_steps<Step * 2, T>(rows);
+  }
+}
+
+template <class T>
+void transpose(const T* tile, int64_t ld, int keys, int rows, T* out, int64_t ld_out) {
+  constexpr int W = kLanes<T>;
+  for (int i = 0; i < rows; i += W) {
+    for (int j = 0; j < keys; j += W) {
+      Vec<T> block[W];
+#pragma GCC unroll 16
+      for (int k = 0; k < W; ++k) block[k] = load<Vec<T>>(tile + (j + k) * ld + i);
+      transpose_steps<1, T>(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < W; ++k) store(out + (i + k) * ld_out + j, block[k]);
+    }
+  }
+}
+
+template <class T>
+void pack(const T* x, int64_t stride, int rows, int64_t d, const T* scale, T* out, int64_t ld) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i = 0; i < ld; i += W) {
+    const int count = rows - i < 0 ? 0 : rows - i < W ? static_cast<int>(rows - i) : W;
+    int64_t k = 0;
+    for (; k + W <= d; k += W) {
+      Vec<T> block[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r)
+        block[r] = r < count ? load<Vec<T>>(x + (i + r) * stride + k) * scale[i + r] : Vec<T>{};
+      transpose_steps<1, T>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) store(out + (k + r) * ld + i, block[r]);
+    }
+    for (; k < d; ++k)
+      for (int r = 0; r < W; ++r)
+        out[k * ld + i + r] = r < count ? x[(i + r) * stride + k] * scale[i + r] : T(0);
+  }
+}
+
+template <class T>
+CK_FOLD T dot(const T* x, const T* y, int64_t d) {
+  constexpr int W = kLanes<T>;
+  Vec<T> a{}, b{};
+  int64_t k = 0;
+  for (; k + 2 * W <= d; k += 2 * W) {
+    a += load<Vec<T>>(x + k) * load<Vec<T>>(y + k);
+    b += load<Vec<T>>(x + k + W) * load<Vec<T>>(y + k + W);
+  }
+  T total = sum_lanes<T>(a + b);
+  for (; k < d; ++k) total += x[k] * y[k];
+  return total;
+}
+
+template <class T>
+constexpr T kLargestInverse = T(1e12);
+
+template <class T>
+void norms(const T* x, int64_t stride, int64_t rows, int64_t d, T* inverse, T* norm) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T length = static_cast<T>(__builtin_sqrt(dot(x + i * stride, x + i * stride, d)));
+    inverse[i] = length * kLargestInverse<T> > 1 ? 1 / length : kLargestInverse<T>;
+    if (norm != nullptr) norm[i] = length;
+  }
+}
+
+template <class T>
+void dots(const T* x, const T* y, int64_t stride, bool normalize, T scale, int64_t keys, int64_t d,
+          T* out, T* inverse, int64_t ld) {
+  for (int64_t j = 0; j < keys; ++j) {
+    inverse[j * ld] = 1;
+    if (normalize) norms<T>(y + j * stride, stride, 1, d, inverse + j * ld, nullptr);
+    out[j * ld] = dot(x, y + j * stride, d) * scale * inverse[j * ld];
+  }
+}
+
+template <class T>
+T project(const T* u, const T* x, T inverse, bool normalize, T scale, int64_t d, T* out) {
+  constexpr int W = kLanes<T>;
+  const T along = dot(u, x, d);
+  // a norm that was raised to 1e-12 is a constant
+  const T radial = normalize && inverse < kLargestInverse<T> ? along * inverse * inverse : 0;
+  int64_t k = 0;
+  for (; k + W <= d; k += W)
+    store(out + k, (load<Vec<T>>(u + k) - radial * load<Vec<T>>(x + k)) * scale);
+  for (; k < d; ++k) out[k] = (u[k] - radial * x[k]) * scale;
+  return along;
+}
+
+template <class T>
+void add_scaled(T weight, const T* y, int64_t d, T* u) {
+  constexpr int W = kLanes<T>;
+  int64_t k = 0;
+  for (; k + W <= d; k += W) store(u + k, load<Vec<T>>(u + k) + weight * load<Vec<T>>(y + k));
+  for (; k < d; ++k) u[k] += weight * y[k];
+}
+
+CK_FOLD float to_float_bfloat16(uint16_t h) { return bits<float>(static_cast<uint32_t>(h) << 16); }
+
+// shifting exponent and mantissa in place leaves the value 2^112 too small, subnormals included
+CK_FOLD float to_float_half(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t rest = static_cast<uint32_t>(h & 0x7fffu) << 13;
+  const uint32_t finite = bits<uint32_t>(bits<float>(rest) * 0x1p112f);
+  const uint32_t special = rest | 0x7f800000u;
+  return bits<float>(sign | ((h & 0x7c00u) == 0x7c00u ? special : finite));
+}
+
+template <class T, class S, class Convert>
+CK_FOLD void read_as(const S* x, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t d,
+                     T* out, Convert convert) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const S* row = x + i * row_stride;
+    if (col_stride == 1)
+      for (int64_t k = 0; k < d; ++k) out[i * d + k] = static_cast<T>(convert(row[k]));
+    else
+      for (int64_t k = 0; k < d; ++k) out[i * d + k] = static_cast<T>(convert(row[k * col_stride]));
+  }
+}
+
+template <class T>
+void read_rows(const void* x, Dtype dtype, int64_t row_stride, int64_t col_stride, int64_t rows,
+               int64_t d, T* out) {
+  const auto read = [&](auto* typed, auto convert) {
+    read_as(typed, row_stride, col_stride, rows, d, out, convert);
+  };
+  const auto same = [](auto value) { return value; };
+  switch (dtype) {
+    case Dtype::kFloat:
+      return read(static_cast<const float*>(x), same);
+    case Dtype::kDouble:
+      return read(static_cast<const double*>(x), same);
+    case Dtype::kBFloat16:
+      return read(static_cast<const uint16_t*>(x), to_float_bfloat16);
+    case Dtype::kHalf:
+      return read(static_cast<const uint16_t*>(x), to_float_half);
+  }
+}
+
+}  // namespace
+
+template <class T>
+const TileKernels<T>& kernels() {
+  static const TileKernels<T> table = {CK_STRING(CK_ISA), read_rows<T>, norms<T>,   pack<T>,
+                                       transpose<T>,      row_max<T>,   forward<T>, backward<T>,
+                                       monitor<T>,        dots<T>,      project<T>, add_scaled<T>};
+  return table;
+}
+
+template const TileKernels<float>& kernels<float>();
+template const TileKernels<double>& kernels<double>();
+
+}  // namespace CK_ISA
+}  // namespace ck

@@ -1,0 +1,120 @@
+// What is done to one tile of logits. Compiled once for each instruction set (tile.cpp); the table
+// of the best one is picked at run time.
+//
+// A tile holds the logits of `rows` queries against `keys` keys, transposed: entry (j, i) of key j
+// and query i lies at tile[j * ld + i], so that a row of the similarity matrix is a lane. Row
+// vectors are padded to a multiple of kRowPadding; a padded row has shift or lse = +inf, and
+// gradients and scale 0, which makes it add nothing anywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace ck {
+
+constexpr int kRowPadding = 64;
+
+enum class Fold { kLse, kLseMean, kSoftplus };
+
+enum class Dtype { kFloat, kDouble, kBFloat16, kHalf };
+
+// ids are as wide as a lane, so that comparing them gives lane masks
+template <class T>
+struct LaneId;
+template <>
+struct LaneId<float> {
+  using type = int32_t;
+};
+template <>
+struct LaneId<double> {
+  using type = int64_t;
+};
+
+template <class T>
+struct Tile {
+  using Id = typename LaneId<T>::type;
+  T* data;
+  int64_t ld;
+  int rows;  // padded
+  int keys;
+  // logit = data * key_scale[j] + bias[j]
+  const T* key_scale;
+  const T* bias;
+  // a pair is dropped where exclude ids are equal or keep ids differ; only looked at when masked
+  bool masked;
+  const Id* exclude_row;
+  const Id* exclude_key;
+  const Id* keep_row;
+  const Id* keep_key;
+};
+
+// sums over the keys of a tile for each row, and over its rows for each key; added to what is there
+template <class T>
+struct ForwardSums {
+  const T* shift;  // (rows); +inf: the row adds nothing
+  double* row_sum;
+  double* row_weighted;
+  double* key_sum;  // null: no column statistics
+  double* key_weighted;
+  bool store;  // leave exp(z - shift) key_scale in the tile
+};
+
+// statistics of a row or a key, and the gradients that came for them
+template <class T>
+struct Coefficients {
+  const T* lse;
+  const T* mean;
+  const T* grad_lse;
+  const T* grad_mean;
+};
+
+template <class T>
+struct BackwardTile {
+  Coefficients<T> row;
+  Coefficients<T> key;  // lse null: no column statistics
+  const T* row_scale;   // (rows); 0 for padded rows
+  const T* row_valid;   // (rows); 1, or 0 for padded rows
+  double* key_total;    // sum of dL/dz over the rows of each key, added; null: not wanted
+};
+
+// counts of logits above a threshold, their sum and their number
+template <class T>
+struct Monitor {
+  const T* row_threshold;  // +inf and row_valid 0 for padded rows
+  const T* row_valid;
+  double *row_rank, *row_total, *row_count;
+  const T* key_threshold;  // null: rows only
+  double *key_rank, *key_total, *key_count;
+};
+
+template <class T>
+struct TileKernels {
+  const char* isa;
+  // rows of any dtype and strides as T, contiguous with row length d
+  void (*read_rows)(const void* x, Dtype dtype, int64_t row_stride, int64_t col_stride,
+                    int64_t rows, int64_t d, T* out);
+  // 1 / max(norm, 1e-12) and, unless null, the norm of contiguous-in-d rows
+  void (*norms)(const T* x, int64_t stride, int64_t rows, int64_t d, T* inverse, T* norm);
+  // out[k * ld + i] = x[i, k] scale[i]; columns from rows up to ld are set to 0
+  void (*pack)(const T* x, int64_t stride, int rows, int64_t d, const T* scale, T* out, int64_t ld);
+  void (*transpose)(const T* tile, int64_t ld, int keys, int rows, T* out, int64_t ld_out);
+  // largest logit of each row, -inf when every pair is dropped
+  void (*row_max)(const Tile<T>& tile, T* out);
+  void (*forward)(const Tile<T>& tile, Fold fold, const ForwardSums<T>& sums);
+  // replaces logits by dL/dz row_scale key_scale
+  void (*backward)(const Tile<T>& tile, Fold fold, const BackwardTile<T>& backward);
+  void (*monitor)(const Tile<T>& tile, const Monitor<T>& monitor);
+  // for keys of its own of one row: out[j * ld] = scale <x, y_j> / |y_j| and inverse[j * ld] =
+  // 1 / |y_j|, without the norm (and 1) unless `normalize`
+  void (*dots)(const T* x, const T* y, int64_t stride, bool normalize, T scale, int64_t keys,
+               int64_t d, T* out, T* inverse, int64_t ld);
+  // out = scale (u - [normalize] inverse^2 <x, u> x); returns <x, u>. out may be u
+  T (*project)(const T* u, const T* x, T inverse, bool normalize, T scale, int64_t d, T* out);
+  // u += weight y
+  void (*add_scaled)(T weight, const T* y, int64_t d, T* u);
+};
+
+// The table for this machine; `T` is float or double.
+template <class T>
+const TileKernels<T>& tile_kernels();
+
+}  // namespace ck

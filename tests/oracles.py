@@ -1,0 +1,77 @@
+"""Helpers of the tests: random features, gradients, and the error budget against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels.ops import available_backends
+
+BACKENDS = available_backends()
+DOUBLE = torch.float64
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
+    """Normal numbers drawn in float64, then rounded to `dtype`."""
+    return torch.randn(shape, dtype=DOUBLE, generator=generator(seed)).to(dtype)
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], inputs: list[Tensor], seed: int = 99
+) -> list[Tensor]:
+    """function(*inputs), and the gradient of every floating input that an upstream gradient of
+    random numbers gives."""
+    inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    value = function(*inputs)
+    upstream = randn(*value.shape, seed=seed).to(value.dtype)
+    return [value.detach(), *torch.autograd.grad(value, differentiable(inputs), upstream)]
+
+
+def differentiable(inputs: list[Tensor]) -> list[Tensor]:
+    return [t for t in inputs if t.requires_grad]
+
+
+def assert_equal_in_double(
+    actual: Callable[..., Tensor], expected: Callable[..., Tensor], inputs: list[Tensor]
+) -> None:
+    """Value and gradients agree to the rounding of float64, each relative to its largest entry."""
+    got = value_and_gradients(actual, inputs)
+    wanted = value_and_gradients(expected, inputs)
+    for which, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype, (which, a.shape, b.shape)
+        error = (a - b).abs().max()
+        assert error <= 1e-11 * (1 + b.abs().max()), f"output {which}: error {error:.2e}"
+
+
+def assert_within_budget(
+    actual: Callable[..., Tensor],
+    dense: Callable[..., Tensor],
+    inputs: list[Tensor],
+    slack: float = 64.0,
+) -> None:
+    """error(actual) <= 2 error(dense) + slack * eps * size, for the value and every gradient.
+
+    Errors are root mean squares against `dense` in float64 on the same, already rounded inputs;
+    `dense` itself runs in the dtype of the inputs (where it overflows its error counts as 0). eps
+    is that of the dtype the output has; the oracle's own rounding is allowed for too.
+    """
+    widened = [t.double() if t.is_floating_point() else t for t in inputs]
+    oracle = value_and_gradients(dense, widened)
+    got = value_and_gradients(actual, inputs)
+    eager = value_and_gradients(dense, inputs)
+    for which, (a, b, exact) in enumerate(zip(got, eager, oracle, strict=True)):
+        assert torch.isfinite(a).all(), f"output {which} is not finite"
+        rounding = torch.finfo(a.dtype).eps * rms(exact) + torch.finfo(DOUBLE).eps
+        budget = 2 * rms(b.double() - exact).nan_to_num(0.0, 0.0) + slack * rounding
+        error = rms(a.double() - exact)
+        assert error <= budget, f"output {which}: error {error:.2e}, budget {budget:.2e}"
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()

@@ -1,0 +1,93 @@
+"""Imports in fresh processes: what is loaded, what still works without it; the command line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import contrastive_kernels as ck
+from contrastive_kernels.__main__ import main
+
+CALL = """
+import torch
+import contrastive_kernels as ck
+x, y = torch.randn(7, 5), torch.randn(11, 5)
+auto = ck.row_stats(x, y).lse
+torch.testing.assert_close(auto, torch.logsumexp(x @ y.T, 1))
+"""
+
+
+def run_python(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def block(module: str) -> str:
+    return f"import sys\nsys.modules['{module}'] = None\n"
+
+
+def test_import_is_light():
+    heavy = ("triton", "matplotlib", "sklearn", "skimage", "tqdm", "contrastive_kernels.demo")
+    run_python(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import contrastive_kernels\n"
+        f"loaded = (set(sys.modules) - before) & {set(heavy)}\n"
+        "assert not loaded, loaded\n"
+    )
+
+
+def test_package_works_without_triton():
+    run_python(block("triton") + CALL)
+
+
+def test_package_works_without_the_extension():
+    out = run_python(
+        block("contrastive_kernels._cpu")
+        + CALL
+        + "report = ck.backends()['cpu']\n"
+        + "assert not report.usable and report.reason\n"
+        + "try:\n"
+        + "    ck.row_stats(x, y, backend='cpu')\n"
+        + "except RuntimeError as error:\n"
+        + "    assert report.reason in str(error), error\n"
+        + "    print('raised')\n"
+        + "from contrastive_kernels.__main__ import main\n"
+        + "assert main(['info']) == 0\n"
+    )
+    assert out.startswith("raised\n")
+    assert "cpu is not usable: " in out
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_explicit_backend_of_a_later_version_raises(name):
+    x = torch.randn(7, 5)
+    with pytest.raises(RuntimeError, match=f'backend="{name}".*not part of this version'):
+        ck.row_stats(x, x, backend=name)
+
+
+def test_info_names_versions_threads_and_backends(capsys):
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    labels = ("contrastive_kernels", "torch", "python", "threads", "cpu capability")
+    for label in (*labels, *ck.backends()):
+        assert any(line.startswith(label) for line in lines), label
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--help"], 0, "info"),
+        (["demo", "--help"], 0, "--seed"),
+        (["info", "--nonsense"], 2, "--nonsense"),
+        ([], 2, "command"),
+    ],
+)
+def test_command_line(arguments, status, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == status
+    printed = capsys.readouterr()
+    assert text in printed.out + printed.err
