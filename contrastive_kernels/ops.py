@@ -108,7 +108,7 @@ def check_positive(name: str, value: float) -> None:
     """Raise unless `value` is a finite number above 0."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a tensor; pass a learned one as scale=")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # torch.compile cannot trace math.isfinite here
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
@@ -144,10 +144,11 @@ def sweep(
         raise ValueError("columns=True needs keys of shape (M, D), got a y of shape (N, M, D)")
     chosen = resolve_backend(backend, x.device)
     if chosen == "reference":
-        return reference.sweep(
-            x, y, scale=scale, bias=bias, exclude=exclude, keep=keep, normalize=normalize,
-            mean=mean, columns=columns, threshold=threshold,
-        )  # fmt: skip
+        with full_precision(x):
+            return reference.sweep(
+                x, y, scale=scale, bias=bias, exclude=exclude, keep=keep, normalize=normalize,
+                mean=mean, columns=columns, threshold=threshold,
+            )  # fmt: skip
     if y is None and (bias is not None or columns or not _same_ids(exclude, keep)):
         y = x  # not a symmetric matrix any more
     # with frozen keys the weighted mean of the keys is the gradient: take it in the same sweep
@@ -192,10 +193,12 @@ def softplus_sweep(
     scale, bias = _check_sweep(x, keys, scale, bias, exclude, keep, threshold)
     chosen = resolve_backend(backend, x.device)
     if chosen == "reference":
-        return reference.softplus_sweep(
-            x, keys, scale=scale, bias=bias, exclude=exclude, keep=keep, normalize=normalize,
-            threshold=threshold,
-        )  # fmt: skip
+        bias = 0.0 if bias is None else bias
+        with full_precision(x):
+            return reference.softplus_sweep(
+                x, keys, scale=scale, bias=bias, exclude=exclude, keep=keep, normalize=normalize,
+                threshold=threshold,
+            )  # fmt: skip
     out = registration.row_softplus(chosen)(
         x, keys, scale, bias, *_ids(exclude), *_ids(keep), threshold, normalize
     )
@@ -217,7 +220,8 @@ def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False, backend: str = "au
         )
     chosen = resolve_backend(backend, x.device)
     if chosen == "reference":
-        return reference.row_dot(x, y, normalize=normalize)
+        with full_precision(x):
+            return reference.row_dot(x, y, normalize=normalize)
     if y.dim() == 3:
         return registration.row_dot(chosen)(x, y, normalize)
     return registration.row_dot(chosen)(x, y.unsqueeze(1), normalize).squeeze(1)
@@ -347,6 +351,11 @@ def _check_ids(name: str, pair: IdPair, rows: int, keys: int, device: torch.devi
             raise ValueError(f"{name}: {which} must be on {device}, got {ids.device}")
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: what a half input gains is speed, and the primitives compute in float32."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _same_ids(*pairs: IdPair | None) -> bool:
     return all(pair is None or pair[0] is pair[1] for pair in pairs)
 
@@ -356,7 +365,7 @@ def _ids(pair: IdPair | None, both: bool = True) -> tuple[Tensor | None, Tensor 
 
 
 def _finite(name: str, value: float) -> float:
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value}")
     return value
 

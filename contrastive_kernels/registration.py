@@ -80,8 +80,12 @@ def _fake_pairs_backward(x, y, scale, bias, *rest):
 
 
 def _setup_row_stats(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:8], *output[:4], output[7])
-    mean, ctx.normalize, columns = inputs[9:12]
+    mean, ctx.normalize, columns, attend = inputs[9:13]
+    pairs = inputs[:8]
+    if attend:
+        # the backward pass has its weighted keys already: the keys may change, as a queue's do
+        pairs = (inputs[0], None, inputs[2], *(5 * (None,)))
+    ctx.save_for_backward(*pairs, *output[:4], output[7])
     asked = (True, mean, columns, columns and mean, *(4 * (False,)))
     absent = [t for t, wanted in zip(output, asked, strict=True) if not wanted]
     ctx.mark_non_differentiable(*absent)
@@ -98,6 +102,10 @@ def _setup_row_softplus(ctx, inputs, output):
 def _setup_row_dot(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2])
     ctx.normalize = inputs[2]
+
+
+def _setup_nothing(ctx, inputs, output):
+    pass
 
 
 def _needed(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> list[Tensor | None]:
@@ -136,23 +144,47 @@ def _register(backend: str) -> None:
 
     rules = {
         "row_stats": (_fake_row_stats, row_stats_backward, _setup_row_stats),
-        "row_stats_backward": (_fake_pairs_backward, _no_second_order, None),
+        "row_stats_backward": (_fake_pairs_backward, _no_second_order, _setup_nothing),
         "row_softplus": (_fake_row_softplus, row_softplus_backward, _setup_row_softplus),
-        "row_softplus_backward": (_fake_pairs_backward, _no_second_order, None),
+        "row_softplus_backward": (_fake_pairs_backward, _no_second_order, _setup_nothing),
         "row_dot": (
             lambda x, y, normalize: _stats(x, *y.shape[:2]), row_dot_backward, _setup_row_dot
         ),
         "row_dot_backward": (
-            lambda x, y, grad, normalize, needs: _gradients(needs, x, y), _no_second_order, None
+            lambda x, y, grad, normalize, needs: _gradients(needs, x, y), _no_second_order,
+            _setup_nothing,
         ),
     }  # fmt: skip
     for name, (fake, backward, setup_context) in rules.items():
-        qualified = f"{NAMESPACE}::{name}_{backend}"
-        torch.library.register_fake(qualified, fake, lib=_library)
-        torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_fake(f"{NAMESPACE}::{name}_{backend}", fake, lib=_library)
+        rule = _autograd_rule(ops[name], backward, setup_context)
+        _library.impl(f"{name}_{backend}", rule, "Autograd")
         _ops[name, backend] = ops[name]
+
+
+def _autograd_rule(op: Callable, backward_rule: Callable, setup_context: Callable) -> Callable:
+    """What torch.library.register_autograd makes of them, less its walk through the schema, which
+    takes longer than a small loss does."""
+
+    class Rule(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(backward_rule)
+
+    def call(*args):
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
+            return Rule.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
 
 
 def row_stats(backend: str) -> Callable:

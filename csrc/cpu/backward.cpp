@@ -17,15 +17,21 @@ class Side {
   Side(int64_t size, const at::Tensor& lse, const at::Tensor& mean, const OptionalTensor& grad_lse,
        const OptionalTensor& grad_mean) {
     values_ = at::zeros({4, size}, kScalar<T>);
-    if (lse.numel() > 0) values_[0].copy_(lse);
-    if (grad_mean.has_value()) values_[1].copy_(mean);
-    if (grad_lse.has_value()) values_[2].copy_(*grad_lse);
-    if (grad_mean.has_value()) values_[3].copy_(*grad_mean);
-    T* v = values_.template data_ptr<T>();
+    T* values = values_.template data_ptr<T>();
+    const auto fill = [&](int64_t row, const at::Tensor& source) {
+      const at::Tensor typed = source.to(kScalar<T>).contiguous();
+      std::copy_n(typed.template const_data_ptr<T>(), size, values + row * size);
+    };
+    if (lse.numel() > 0) fill(0, lse);
+    if (grad_lse.has_value()) fill(2, *grad_lse);
+    if (grad_mean.has_value()) {
+      fill(1, mean);
+      fill(3, *grad_mean);
+    }
     for (int64_t i = 0; i < size; ++i) {
-      if (std::isinf(v[i]) && v[i] < 0) {
-        v[i] = std::numeric_limits<T>::infinity();
-        v[2 * size + i] = v[3 * size + i] = 0;
+      if (values[i] == -std::numeric_limits<T>::infinity()) {
+        values[i] = std::numeric_limits<T>::infinity();
+        values[2 * size + i] = values[3 * size + i] = 0;
       }
     }
   }
@@ -57,7 +63,8 @@ class BackwardSweep {
     const bool need_u = needs_.x || needs_.scale;
     const at::TensorOptions options(kScalar<T>);
     at::Tensor u, v, totals;
-    if (need_u && in_.attended.numel() > 0 && !needs_.y && !needs_.bias) {
+    const bool attended = in_.attended.numel() > 0 && !needs_.y && !needs_.bias;
+    if (attended && need_u) {
       u = from_attended();
     } else if (p_.paired) {
       if (needs_.bias) totals = at::zeros({p_.keys}, at::kDouble);
@@ -82,8 +89,9 @@ class BackwardSweep {
       if (needs_.x) result.x = dx;
     }
     // both orders of a pair are in u when the matrix is symmetric
+    const bool twice = p_.symmetric && !attended;
     if (needs_.scale)
-      result.scale = at::scalar_tensor(p_.symmetric ? along / 2 : along, a_.scale.options());
+      result.scale = at::scalar_tensor(twice ? along / 2 : along, a_.scale.options());
     if (needs_.y)
       result.y =
           p_.paired ? v : finish_gradient<T>(v, *a_.y, p_.y, p_.normalize, p_.scale, nullptr);
@@ -98,7 +106,7 @@ class BackwardSweep {
     const int64_t d = p_.x.d();
     const T* attended = in_.attended.template const_data_ptr<T>();
     T* out = u.template data_ptr<T>();
-    at::parallel_for(0, p_.x.rows(), 256, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, p_.x.rows(), divide_up(kSerialWork, d), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const T weight = rows_.of(2)[i] * p_.x.inverse()[i];
         for (int64_t k = 0; k < d; ++k) out[i * d + k] = weight * attended[i * d + k];
@@ -216,7 +224,8 @@ at::Tensor finish_gradient(const at::Tensor& u, const at::Tensor& tensor, const 
   T* out = u.template data_ptr<T>();
   T* products = alongs.template data_ptr<T>();
   constexpr int64_t kBlock = 64;
-  at::parallel_for(0, divide_up(rows, kBlock), 16, [&](int64_t begin, int64_t end) {
+  const int64_t grain = divide_up(kSerialWork, kBlock * d);
+  at::parallel_for(0, divide_up(rows, kBlock), grain, [&](int64_t begin, int64_t end) {
     const at::Tensor buffer = x.direct() ? at::Tensor() : at::empty({kBlock * d}, kScalar<T>);
     for (int64_t b = begin; b < end; ++b) {
       const Range range{b * kBlock, std::min(rows, (b + 1) * kBlock)};

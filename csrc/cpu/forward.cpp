@@ -287,48 +287,62 @@ class ForwardSweep {
     });
   }
 
-  // results of an operator must not share memory, so float64 is copied too
-  static at::Tensor copy(const at::Tensor& sums) {
-    return sums.to(kScalar<T>, /*non_blocking=*/false, /*copy=*/true);
+  static at::Tensor field(Sums& sums, int which) {
+    const at::Tensor out = at::empty({sums.size()}, kScalar<T>);
+    std::copy_n(sums.of(which), sums.size(), out.template data_ptr<T>());
+    return out;
   }
 
-  static at::Tensor lse(const Sums& sums) {
-    const at::Tensor sum = sums.field(kSum);
-    return (sum.log() + sums.field(kShift)).masked_fill_(sum == 0, -kInfinity).to(kScalar<T>);
+  static at::Tensor lse(Sums& sums) {
+    const at::Tensor out = at::empty({sums.size()}, kScalar<T>);
+    T* values = out.template data_ptr<T>();
+    for (int64_t i = 0; i < sums.size(); ++i) {
+      const double sum = sums.of(kSum)[i];
+      values[i] = static_cast<T>(sum == 0 ? -kInfinity : std::log(sum) + sums.of(kShift)[i]);
+    }
+    return out;
   }
 
-  static at::Tensor mean(const Sums& sums) {
-    const at::Tensor sum = sums.field(kSum);
-    return (sums.field(kWeighted) / sum).masked_fill_(sum == 0, 0).to(kScalar<T>);
+  static at::Tensor mean(Sums& sums) {
+    const at::Tensor out = at::empty({sums.size()}, kScalar<T>);
+    T* values = out.template data_ptr<T>();
+    for (int64_t i = 0; i < sums.size(); ++i) {
+      const SoftmaxState<double> state{sums.of(kSum)[i], sums.of(kWeighted)[i]};
+      values[i] = static_cast<T>(state.sum == 0 ? 0 : SoftmaxFold<true>::mean(state));
+    }
+    return out;
   }
 
   void set_rows(ForwardResult& result, Sums& rows) {
-    result.lse = options_.fold == Fold::kSoftplus ? copy(rows.field(kSum)) : lse(rows);
+    result.lse = options_.fold == Fold::kSoftplus ? field(rows, kSum) : lse(rows);
     if (with_mean()) result.mean = mean(rows);
     if (threshold_ != nullptr) {
-      result.rank = copy(rows.field(kRank));
-      result.total = copy(rows.field(kTotal));
-      result.count = copy(rows.field(kCount));
+      result.rank = field(rows, kRank);
+      result.total = field(rows, kTotal);
+      result.count = field(rows, kCount);
     }
   }
 
   // Does the rows (or keys) again whose sum is too small to be trusted under the fixed shift.
-  void redo(const Sums& sums, double smallest, bool of_keys, const at::Tensor& lse,
+  void redo(Sums& sums, double smallest, bool of_keys, const at::Tensor& lse,
             const at::Tensor& mean, const at::Tensor& attended) {
-    const at::Tensor which = at::nonzero(sums.field(kSum) < smallest).squeeze(1);
-    if (which.numel() > 0) online_subset(which, of_keys, lse, mean, attended);
+    std::vector<int64_t> which;
+    for (int64_t i = 0; i < sums.size(); ++i)
+      if (sums.of(kSum)[i] < smallest) which.push_back(i);
+    if (!which.empty()) online_subset(at::tensor(which), of_keys, lse, mean, attended);
   }
 
   // Statistics of some rows (or of some keys, with both sides swapped), into their places.
   void online_subset(const at::Tensor& which, bool of_keys, const at::Tensor& lse,
                      const at::Tensor& mean, const at::Tensor& attended) {
-    const auto select = [&](const OptionalTensor& t) {
-      return t.has_value() ? OptionalTensor(t->index_select(0, which)) : OptionalTensor();
-    };
     const PairArguments& a = arguments_;
+    const bool all = which.size(0) == lse.size(0);
+    const auto select = [&](const OptionalTensor& t) {
+      return t.has_value() && !all ? OptionalTensor(t->index_select(0, which)) : t;
+    };
     const at::Tensor keys = a.y.has_value() ? *a.y : a.x;
-    const at::Tensor x = (of_keys ? keys : a.x).index_select(0, which);
-    const OptionalTensor y = of_keys ? a.x : p_.paired ? keys.index_select(0, which) : keys;
+    const at::Tensor x = *select(of_keys ? keys : a.x);
+    const OptionalTensor y = of_keys ? a.x : p_.paired ? select(keys) : keys;
     const OptionalTensor exclude = select(of_keys ? a.exclude_keys : a.exclude_rows);
     const OptionalTensor keep = select(of_keys ? a.keep_keys : a.keep_rows);
     const OptionalTensor bias = of_keys ? OptionalTensor() : a.bias;

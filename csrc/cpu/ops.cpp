@@ -144,11 +144,12 @@ Four row_softplus_backward(const at::Tensor& x, const OptionalTensor& y, const a
       needs);
 }
 
-// One row of x against its own keys: dots for the forward pass, and c = dL/d<x, y> for the other.
+// visit(i, row i of x, its own keys, their stride)
 template <class T, class Visit>
 void for_rows(const Features<T>& x, const Features<T>& y, int64_t keys, Visit visit) {
   const int64_t d = x.d();
-  at::parallel_for(0, x.rows(), 64, [&](int64_t begin, int64_t end) {
+  const int64_t grain = divide_up(kSerialWork, keys * d);
+  at::parallel_for(0, x.rows(), grain, [&](int64_t begin, int64_t end) {
     const at::Tensor buffer = at::empty({(1 + keys) * d}, kScalar<T>);
     T* copy = buffer.template data_ptr<T>();
     for (int64_t i = begin; i < end; ++i) {

@@ -65,7 +65,8 @@ Features<T>::Features(const at::Tensor& tensor, bool normalize, bool with_norms)
   T* inverse = inverse_.template data_ptr<T>();
   T* norms = norm.template data_ptr<T>();
   constexpr int64_t kBlock = 64;
-  at::parallel_for(0, divide_up(rows_, kBlock), 16, [&](int64_t begin, int64_t end) {
+  const int64_t grain = divide_up(kSerialWork, kBlock * d_);
+  at::parallel_for(0, divide_up(rows_, kBlock), grain, [&](int64_t begin, int64_t end) {
     const at::Tensor buffer = direct_ ? at::Tensor() : at::empty({kBlock * d_}, kScalar<T>);
     T* copy = direct_ ? nullptr : buffer.template data_ptr<T>();
     for (int64_t b = begin; b < end; ++b) {

@@ -142,6 +142,9 @@ class Worker {
 // Names the dtype of features for the tiles; raises for one they do not take.
 Dtype feature_dtype(const at::Tensor& tensor);
 
+// Elements to read before waking another thread pays.
+constexpr int64_t kSerialWork = 1 << 17;
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls `run(T{})` with T = double for float64 features, float otherwise.

@@ -1,0 +1,73 @@
+"""Fused kernels for contrastive and whitening losses in PyTorch.
+
+Each loss is a function of tensors and a module of the same options. The values and gradients are
+those of the dense formulas; the N x M similarity matrix is never stored.
+"""
+
+from .backends import backends
+from .common import LossStats
+from .losses import clip_loss, eqco, info_nce, mi_lower_bound, nce, siglip_loss
+from .modules import (
+    CACR,
+    CCT,
+    DCL,
+    HCL,
+    NCE,
+    WMSE,
+    CACRViews,
+    CLIPLoss,
+    Debiased,
+    EqCo,
+    InfoNCE,
+    NTXent,
+    SigLIPLoss,
+    SupCon,
+)
+from .ops import RowColumnStats, RowStats, row_softplus, row_stats
+from .queue import FeatureQueue, MemoryBank
+from .self_similarity import dcl, debiased, hcl, nt_xent, sup_con
+from .transport import cacr, cacr_views, cct
+from .whitening import w_mse, whiten
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CACR",
+    "CCT",
+    "DCL",
+    "HCL",
+    "NCE",
+    "WMSE",
+    "CACRViews",
+    "CLIPLoss",
+    "Debiased",
+    "EqCo",
+    "FeatureQueue",
+    "InfoNCE",
+    "LossStats",
+    "MemoryBank",
+    "NTXent",
+    "RowColumnStats",
+    "RowStats",
+    "SigLIPLoss",
+    "SupCon",
+    "backends",
+    "cacr",
+    "cacr_views",
+    "cct",
+    "clip_loss",
+    "dcl",
+    "debiased",
+    "eqco",
+    "hcl",
+    "info_nce",
+    "mi_lower_bound",
+    "nce",
+    "nt_xent",
+    "row_softplus",
+    "row_stats",
+    "siglip_loss",
+    "sup_con",
+    "w_mse",
+    "whiten",
+]

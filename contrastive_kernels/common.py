@@ -1,0 +1,183 @@
+"""What every loss shares: checks of its arguments, the reduction and the free statistics.
+
+Options every loss has: `normalize` divides the features by their L2 norm (at least 1e-12),
+`reduction` is "mean", "sum" or "none", `backend` as in `row_stats`, and `return_stats=True` returns
+`(loss, LossStats)`. Features are float32, float64, bfloat16 or float16; losses and statistics are
+float32, or float64 for float64 features. Every loss raises a ValueError or TypeError that names the
+argument that does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import IdPair, check_features, check_pair, check_positive
+from .reference import SoftplusSweep, Sweep
+
+Loss = Tensor | tuple[Tensor, "LossStats"]
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class LossStats(NamedTuple):
+    """Free statistics of a loss, all detached; None where a loss has no such number.
+
+    A mean over pairs is nan when there is no such pair.
+
+    accuracy: share of rows whose positive ranks first (0-d).
+    rank: number of negatives with a logit above the positive's, for each row.
+    positive_similarity, negative_similarity: mean similarity of the pairs (0-d).
+    lse: log of the denominator of each row, EqCo margin included.
+    mi_lower_bound: log(K + 1) - loss in nats (0-d), only for losses that are a bound of the mutual
+        information.
+    """
+
+    accuracy: Tensor | None = None
+    rank: Tensor | None = None
+    positive_similarity: Tensor | None = None
+    negative_similarity: Tensor | None = None
+    lse: Tensor | None = None
+    mi_lower_bound: Tensor | None = None
+
+
+def check_views(x_name: str, x: Tensor, y_name: str, y: Tensor) -> int:
+    """Raise unless `x` and `y` are features of one shape (N, D) that fit; return N."""
+    check_features(x_name, x, (2,))
+    check_features(y_name, y, (2,))
+    check_pair(x, y, x_name, y_name)
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have the same number of rows, "
+            f"got {x.shape[0]} and {y.shape[0]}"
+        )
+    return x.shape[0]
+
+
+def check_negatives(query: Tensor, negatives: Tensor, dims: tuple[int, ...] = (2, 3)) -> int:
+    """Raise unless `negatives` (M, D) or (N, M, D) fit `query` (N, D); return M."""
+    check_features("negatives", negatives, dims)
+    check_pair(query, negatives, "query", "negatives")
+    if negatives.shape[-2] == 0:
+        raise ValueError(f"negatives must not be empty, got shape {tuple(negatives.shape)}")
+    if negatives.dim() == 3 and negatives.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"negatives of shape (N, M, D) must have N = {query.shape[0]} as query has, "
+            f"got {tuple(negatives.shape)}"
+        )
+    return negatives.shape[-2]
+
+
+def check_other_rows(name: str, rows: int) -> None:
+    """Raise when a batch has no other row to take negatives from."""
+    if rows < 2:
+        raise ValueError(f"{name} must have at least 2 rows: a batch of one has no negatives")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise unless `reduction` is one of REDUCTIONS."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise unless `value` is a finite number with low <= value < high."""
+    if not low <= value < high:  # false for nan; torch.compile cannot trace math.isfinite here
+        limits = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g})"
+        raise ValueError(f"{name} must be a finite number {limits}, got {value}")
+
+
+def scalar(name: str, value: float | Tensor) -> float | Tensor:
+    """`value` as a finite number or a 0-d tensor."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a number or a tensor of one element, got shape "
+                f"{tuple(value.shape)}"
+            )
+        return value.reshape(())
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless `ids` is an integer tensor of the given shape."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    if ids.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(ids.shape)}")
+
+
+def resolve_scale(temperature: float, scale: float | Tensor | None = None) -> float | Tensor:
+    """The factor on similarities: `scale` if given, else 1 / temperature."""
+    if scale is not None:
+        return scalar("scale", scale)
+    check_positive("temperature", temperature)
+    return 1.0 / temperature
+
+
+def log_count(count: int | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """log(count) of a number or, in `dtype`, of a tensor of counts."""
+    if isinstance(count, Tensor):
+        return count.to(dtype).log()
+    # torch.compile keeps log2 of a symbolic size symbolic, but would recompile for each log
+    return math.log2(count) * math.log(2.0)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); F.softplus turns linear above 20 by default, too coarse for float64."""
+    return F.softplus(x, threshold=40.0)
+
+
+def own_ids(n: int, like: Tensor) -> IdPair:
+    """Ids that exclude the diagonal of an n x n matrix."""
+    ids = torch.arange(n, device=like.device)
+    return ids, ids
+
+
+def count_equal_ids(row_ids: Tensor, col_ids: Tensor) -> Tensor:
+    """For each row (N,), the number of columns whose id equals the row's."""
+    ordered = col_ids.long().sort().values
+    row_ids = row_ids.long()
+    return torch.searchsorted(ordered, row_ids, right=True) - torch.searchsorted(ordered, row_ids)
+
+
+def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
+    """Apply `reduction` to the losses of the rows."""
+    if reduction == "mean":
+        return rows.mean()
+    return rows.sum() if reduction == "sum" else rows
+
+
+def pair_stats(
+    dot: Tensor,
+    sweeps: list[Sweep | SoftplusSweep],
+    scale: float | Tensor,
+    *,
+    bias: float | Tensor = 0.0,
+    lse: Tensor | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
+) -> LossStats:
+    """Statistics of a loss with one positive for each row, of similarity `dot`.
+
+    `sweeps` saw the negatives at logits scale * similarity + bias. `extra` = (rows, logits) marks
+    the rows whose positive the sweeps counted too.
+    """
+    rank = sum(out.rank for out in sweeps)
+    total = sum(out.total.sum() for out in sweeps)
+    count = sum(out.count.sum() for out in sweeps)
+    if extra is not None:
+        total = total - (extra[0] * extra[1]).sum()
+        count = count - extra[0].sum()
+    return LossStats(
+        accuracy=(rank == 0).to(dot.dtype).mean(),
+        rank=rank,
+        positive_similarity=dot.detach().mean(),
+        negative_similarity=((total / count - bias) / scale).detach(),
+        lse=None if lse is None else lse.detach(),
+    )

@@ -1,0 +1,155 @@
+"""Stores of past features: MoCo's queue and the per-sample memory bank."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .common import check_ids
+from .ops import check_features
+
+
+class FeatureQueue(nn.Module):
+    """The last `size` features seen, as negatives (MoCo, He et al. 2020, sec. 3.2).
+
+    It starts with random unit vectors, as MoCo's does, so `negatives` always has `size` rows;
+    `filled` tells how many are features. Everything is in the state_dict, the position too, and
+    nothing is read back from the device.
+
+    `negatives` is the buffer itself, not a copy, and `enqueue` writes into it: call `enqueue`
+    after `loss.backward()`. When a loss still needs the old rows, its backward raises PyTorch's
+    error of a tensor "modified by an inplace operation".
+
+    Args:
+        size, dim: shape of the queue.
+        dtype, device: of the random start; later the queue follows the enqueued features.
+        generator: source of the random start.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("features", _random_unit(size, dim, dtype, device, generator))
+        counter = torch.zeros((), dtype=torch.long, device=device)
+        self.register_buffer("position", counter)
+        self.register_buffer("seen", counter.clone())
+
+    @property
+    def negatives(self) -> Tensor:
+        """(size, dim), without gradient, in no particular order."""
+        return self.features
+
+    @property
+    def filled(self) -> int:
+        """How many rows are features rather than random (reads one number from the device)."""
+        return int(self.seen)
+
+    @torch.no_grad()
+    def enqueue(self, features: Tensor) -> None:
+        """Overwrite the oldest rows by `features` (N, dim), of any N; stored as they are."""
+        check_features("features", features, (2,))
+        size, dim = self.features.shape
+        if features.shape[1] != dim:
+            raise ValueError(f"features must have shape (N, {dim}), got {tuple(features.shape)}")
+        if (self.features.dtype, self.features.device) != (features.dtype, features.device):
+            self.features = self.features.to(features)
+            self.position = self.position.to(features.device)
+            self.seen = self.seen.to(features.device)
+        count = features.shape[0]
+        kept = features[-size:]
+        first = self.position + (count - kept.shape[0])
+        rows = torch.arange(kept.shape[0], device=features.device) + first
+        self.features.index_copy_(0, rows % size, kept)
+        self.position.add_(count).remainder_(size)
+        self.seen.add_(count).clamp_(max=size)
+
+    def extra_repr(self) -> str:
+        return f"size={self.features.shape[0]}, dim={self.features.shape[1]}"
+
+
+class MemoryBank(nn.Module):
+    """One feature for each sample of a data set (InstDis, Wu et al. 2018, sec. 3.1).
+
+    It starts with random unit vectors. `update` writes in place: call it after `loss.backward()`.
+
+    Args:
+        num_data, dim: shape of the bank.
+        momentum: m in bank[i] <- normalize(m bank[i] + (1 - m) feature), in [0, 1].
+        dtype, device, generator: of the random start.
+    """
+
+    def __init__(
+        self,
+        num_data: int,
+        dim: int,
+        momentum: float = 0.5,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+        self.momentum = momentum
+        self.register_buffer("features", _random_unit(num_data, dim, dtype, device, generator))
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Features of the samples `indices` (any shape): (..., dim), a copy without gradient."""
+        return self.features[indices]
+
+    def sample(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+        """Features of uniform random samples, drawn with replacement: (*shape, dim).
+
+        `sample(m)` gives negatives all queries share, `sample(n, m)` m for each of n queries.
+        """
+        source = self.features.device if generator is None else generator.device
+        rows = self.features.shape[0]
+        drawn = torch.randint(rows, shape, generator=generator, device=source)
+        return self.lookup(drawn.to(self.features.device))
+
+    @torch.no_grad()
+    def update(self, indices: Tensor, features: Tensor) -> None:
+        """Mix `features` (N, dim), first normalised, into the rows `indices` (N,).
+
+        Of an index that occurs twice, one of its features is used, which one is not defined.
+        """
+        check_features("features", features, (2,))
+        check_ids("indices", indices, features.shape[:1])
+        if features.shape[1] != self.features.shape[1]:
+            raise ValueError(
+                f"features must have shape (N, {self.features.shape[1]}), "
+                f"got {tuple(features.shape)}"
+            )
+        if (self.features.dtype, self.features.device) != (features.dtype, features.device):
+            self.features = self.features.to(features)
+        fresh = F.normalize(features.float() if features.dtype.itemsize < 4 else features, dim=-1)
+        mixed = torch.lerp(fresh, self.features[indices].to(fresh), self.momentum)
+        self.features[indices] = F.normalize(mixed, dim=-1).to(self.features)
+
+    def extra_repr(self) -> str:
+        num_data, dim = self.features.shape
+        return f"num_data={num_data}, dim={dim}, momentum={self.momentum}"
+
+
+def _random_unit(
+    rows: int,
+    dim: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    for name, value in (("the number of rows", rows), ("dim", dim)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    source = device if generator is None else generator.device
+    features = torch.randn(rows, dim, generator=generator, device=source)
+    return F.normalize(features, dim=-1).to(device=device, dtype=dtype)

@@ -1,0 +1,263 @@
+"""Losses within one set of features: every feature is an anchor, all others are candidates.
+
+The options all losses share are described in `common.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import (
+    Loss,
+    LossStats,
+    check_ids,
+    check_other_rows,
+    check_range,
+    check_reduction,
+    check_views,
+    log_count,
+    own_ids,
+    pair_stats,
+    reduce_rows,
+    resolve_scale,
+    softplus,
+)
+from .losses import mi_lower_bound
+from .ops import Sweep, check_features, check_positive, row_dot, statistics_dtype, sweep
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """NT-Xent (SimCLR; Chen et al. 2020, eq. 1): InfoNCE of 2N anchors with 2N - 2 negatives each.
+
+    loss_i = log(exp(s_i+) + sum_j exp(s_ij)) - s_i+,   s = <z, z> / temperature.
+
+    Args:
+        z1, z2: (N, D), two views.
+
+    Returns:
+        0-d, or (2N,) with reduction="none": the anchors of z1, then those of z2.
+    """
+    scale = resolve_scale(temperature)
+    check_reduction(reduction)
+    dot, pos, out = _positives_and_negatives(z1, z2, scale, normalize, backend, return_stats)
+    rows = softplus(out.lse - pos)
+    loss = reduce_rows(rows, reduction)
+    if not return_stats:
+        return loss
+    stats = pair_stats(dot, [out], scale, lse=rows + pos)
+    return loss, stats._replace(mi_lower_bound=mi_lower_bound(rows.mean(), rows.shape[0] - 2))
+
+
+def dcl(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float = 0.1,
+    sigma: float | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """Decoupled contrastive learning (Yeh et al. 2022): the positive leaves the denominator.
+
+    loss_i = log sum_j exp(s_ij) - w_i s_i+ over the 2N - 2 negatives of NT-Xent; w_i = 1, or with
+    `sigma` (DCLW) w_i = 2 - N softmax_i(<z1_i, z2_i> / sigma), which is differentiated too.
+
+    Args:
+        z1, z2: (N, D), two views; the loss is the mean of both directions.
+
+    Returns:
+        0-d, or (2N,) with reduction="none": the anchors of z1, then those of z2.
+    """
+    scale = resolve_scale(temperature)
+    check_reduction(reduction)
+    if sigma is not None:
+        check_positive("sigma", sigma)
+    dot, pos, out = _positives_and_negatives(z1, z2, scale, normalize, backend, return_stats)
+    if sigma is not None:
+        weight = 2 - dot.shape[0] * torch.softmax(dot / sigma, 0)
+        pos = weight.repeat(2) * pos
+    loss = reduce_rows(out.lse - pos, reduction)
+    return (loss, pair_stats(dot, [out], scale, lse=out.lse)) if return_stats else loss
+
+
+def debiased(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float = 0.5,
+    tau_plus: float = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """Debiased contrastive loss (Chuang et al. 2020): `hcl` with beta = 0."""
+    return hcl(
+        z1, z2, temperature=temperature, tau_plus=tau_plus, beta=0.0, normalize=normalize,
+        reduction=reduction, backend=backend, return_stats=return_stats,
+    )  # fmt: skip
+
+
+def hcl(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float = 0.5,
+    tau_plus: float = 0.1,
+    beta: float = 1.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """Hard negative sampling (Robinson et al. 2021), debiased; no weight is detached.
+
+    loss_i = log(1 + g_i / u_i),   u_i = exp(s_i+),
+    g_i = max((R_i - tau_plus n u_i) / (1 - tau_plus), n exp(-1 / temperature)),
+    R_i = n sum_j exp((1 + beta) s_ij) / sum_j exp(beta s_ij) over the n = 2N - 2 negatives.
+
+    Args:
+        z1, z2: (N, D), two views; the lower limit of g_i assumes unit vectors.
+        tau_plus: prior of a negative being of the same class, in [0, 1).
+        beta: concentration on hard negatives, >= 0; 0 is the debiased loss.
+
+    Returns:
+        0-d, or (2N,) with reduction="none": the anchors of z1, then those of z2.
+    """
+    scale = resolve_scale(temperature)
+    check_reduction(reduction)
+    check_range("tau_plus", tau_plus, 0.0, 1.0)
+    check_range("beta", beta, 0.0)
+    sharp = (1 + beta) * scale
+    dot, pos, out = _positives_and_negatives(z1, z2, sharp, normalize, backend, return_stats)
+    pos = pos / (1 + beta)
+    log_n = log_count(pos.shape[0] - 2, pos.dtype)
+    log_r = out.lse
+    if beta > 0:
+        weights = _sweep_negatives(z1, z2, beta * scale, normalize, backend)
+        log_r = out.lse - weights.lse + log_n
+    log_g = _log_debiased(log_r, pos + log_n, tau_plus).clamp(min=log_n - scale)
+    loss = reduce_rows(softplus(log_g - pos), reduction)
+    return (loss, pair_stats(dot, [out], sharp)) if return_stats else loss
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.07,
+    base_temperature: float | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """Supervised contrastive loss (Khosla et al. 2020, eq. 2, L_out).
+
+    loss_i = -(temperature / base_temperature) mean_{p in P(i)} (s_ip - log sum_{a != i} exp(s_ia)),
+    P(i) being the other features of the label of i; an anchor without one has loss 0.
+
+    Args:
+        features: (N, D), or (N, V, D): V views, each of them an anchor.
+        labels: integers (N,).
+        base_temperature: None: the temperature, so that the factor is 1.
+
+    Returns:
+        0-d, or with reduction="none" one loss for each anchor: (N,), or (N, V).
+    """
+    check_features("features", features, (2, 3))
+    check_reduction(reduction)
+    scale = resolve_scale(temperature)
+    if base_temperature is not None:
+        check_positive("base_temperature", base_temperature)
+    check_ids("labels", labels, features.shape[:1])
+    if labels.device != features.device:
+        raise ValueError(
+            f"labels and features must be on one device, got {labels.device} and {features.device}"
+        )
+    shape = features.shape[:-1]
+    if features.dim() == 3:
+        labels = labels.repeat_interleave(features.shape[1])
+        features = features.flatten(0, 1)
+    n = features.shape[0]
+    check_other_rows("features", n)
+
+    out = sweep(
+        features, None, scale=scale, exclude=own_ids(n, features), normalize=normalize,
+        threshold=features.new_zeros(n) if return_stats else None, backend=backend,
+    )  # fmt: skip
+    z = features.to(statistics_dtype(features))
+    if normalize:
+        z = F.normalize(z, dim=-1)
+    # the sum over the positives of a row is one dot product, with the sum of its class
+    ordered = labels.sort().values
+    first = torch.searchsorted(ordered, labels)
+    others = torch.searchsorted(ordered, labels, right=True) - first - 1
+    class_sum = torch.zeros_like(z).index_add(0, first, z).index_select(0, first)
+    pos = scale * (z * (class_sum - z)).sum(-1)
+    rows = torch.where(others > 0, out.lse - pos / others.clamp(min=1), 0.0)
+    if base_temperature is not None:
+        rows = rows * (temperature / base_temperature)
+    loss = reduce_rows(rows.unflatten(0, shape) if len(shape) > 1 else rows, reduction)
+    if not return_stats:
+        return loss
+    positives, negatives = others.sum(), (out.count - others).sum()
+    stats = LossStats(
+        positive_similarity=pos.detach().sum() / (scale * positives),
+        negative_similarity=(out.total - pos).detach().sum() / (scale * negatives),
+        lse=out.lse.detach(),
+    )
+    return loss, stats
+
+
+def _sweep_negatives(
+    z1: Tensor,
+    z2: Tensor,
+    scale: float,
+    normalize: bool,
+    backend: str,
+    threshold: Tensor | None = None,
+) -> Sweep:
+    """Statistics of each of the 2N features against all but itself and its positive."""
+    ids = torch.arange(z1.shape[0], device=z1.device).repeat(2)
+    return sweep(
+        torch.cat((z1, z2)), None, scale=scale, exclude=(ids, ids), normalize=normalize,
+        threshold=threshold, backend=backend,
+    )  # fmt: skip
+
+
+def _positives_and_negatives(
+    z1: Tensor, z2: Tensor, scale: float, normalize: bool, backend: str, ranks: bool
+) -> tuple[Tensor, Tensor, Sweep]:
+    """(similarity of the positives (N,), their logits (2N,), the sweep over the negatives)."""
+    check_other_rows("z1", check_views("z1", z1, "z2", z2))
+    dot = row_dot(z1, z2, normalize=normalize, backend=backend)
+    pos = (scale * dot).repeat(2)
+    threshold = pos.detach() if ranks else None
+    return dot, pos, _sweep_negatives(z1, z2, scale, normalize, backend, threshold)
+
+
+def _log_debiased(log_r: Tensor, log_nu: Tensor, tau_plus: float) -> Tensor:
+    """log((R - tau_plus n u) / (1 - tau_plus)), -inf where that is not positive."""
+    if tau_plus == 0:
+        return log_r
+    share = torch.exp((math.log(tau_plus) + log_nu - log_r).clamp(max=0))
+    positive = share < 1
+    share = torch.where(positive, share, 0.0)  # the log must not see 0, not even in its gradient
+    log_g = log_r + torch.log1p(-share) - math.log1p(-tau_plus)
+    return torch.where(positive, log_g, -torch.inf)

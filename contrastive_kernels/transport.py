@@ -1,0 +1,328 @@
+"""Contrastive attraction and repulsion (CACR), first named contrastive conditional transport (CCT).
+
+Zheng et al. 2023, TMLR (arXiv 2105.03746). d = |q - k|^2; a query pulls its far positives more,
+with weights softmax(t_pos d), and pushes its near negatives more, with weights softmax(-t_neg d).
+The options all losses share are described in `common.py`.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import (
+    Loss,
+    LossStats,
+    check_negatives,
+    check_other_rows,
+    check_range,
+    check_reduction,
+    log_count,
+    own_ids,
+    reduce_rows,
+)
+from .ops import (
+    IdPair,
+    Sweep,
+    check_features,
+    check_pair,
+    check_positive,
+    row_dot,
+    statistics_dtype,
+    sweep,
+)
+
+
+def cacr(
+    query: Tensor,
+    positives: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    t_pos: float = 1.0,
+    t_neg: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    cost: str = "euclidean",
+    rbf_t: float = 2.0,
+    detach_weights: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """CACR (Zheng et al. 2023) of one set of queries.
+
+    loss_i = alpha sum_k w+_ik d_ik - beta sum_j w-_ij d_ij,   d = |query - key|^2,
+    w+_ik = softmax_k(t_pos d_ik) over the positives, w-_ij = softmax_j(-t_neg d_ij) over the
+    negatives. cost="rbf" replaces the repulsion by the official code's
+    beta log mean_i sum_j w-_ij exp(-rbf_t d_ij), which couples the rows.
+
+    Args:
+        query: (N, D).
+        positives: (N, D), or (N, K, D): K positives of each query.
+        negatives: (M, D), or None: the (N - 1) K positives of all other queries, in one softmax.
+        t_pos, t_neg: inverse temperatures of the weights, t_pos >= 0, t_neg > 0.
+        alpha, beta: factors of attraction and repulsion.
+        cost: "euclidean" or "rbf"; "rbf" has reduction="mean" only.
+        rbf_t: width of the "rbf" cost, > 0.
+        detach_weights: treat w+ and w- as constants; else the gradient flows through them too.
+
+    Returns:
+        0-d, or (N,) with reduction="none". LossStats has rank and accuracy for one positive only,
+        and no negative_similarity with normalize=False.
+    """
+    check_features("query", query, (2,))
+    check_features("positives", positives, (2, 3))
+    check_pair(query, positives, "query", "positives")
+    n = query.shape[0]
+    if positives.shape[0] != n or positives.shape[-2] == 0:
+        raise ValueError(
+            f"positives must have shape (N, D) or (N, K, D) with N = {n} as query has and K > 0, "
+            f"got {tuple(positives.shape)}"
+        )
+    _check_options(t_pos, t_neg, cost, rbf_t, reduction)
+    k = positives.shape[1] if positives.dim() == 3 else 1
+    ids = None
+    if negatives is None:
+        check_other_rows("query", n)
+        rows = torch.arange(n, device=query.device)
+        ids = (rows, rows if k == 1 else rows.repeat_interleave(k))
+        candidates = positives.flatten(0, 1) if positives.dim() == 3 else positives
+    else:
+        check_negatives(query, negatives, dims=(2,))
+        candidates = negatives
+
+    distance = _distances(query, positives, normalize)
+    loss, out = _repulsion(
+        query, candidates, ids, t_neg, cost, rbf_t, detach_weights, normalize, backend,
+        distance.detach().mean(1) if return_stats else None,
+    )  # fmt: skip
+    loss = alpha * _attraction(distance, t_pos, detach_weights) + beta * loss
+    loss = reduce_rows(loss, reduction)
+    if not return_stats:
+        return loss
+    with torch.no_grad():
+        similarity = row_dot(query, positives, normalize=normalize, backend=backend).mean()
+    stats = _stats(similarity, [out], t_neg, normalize)
+    if k == 1:
+        stats = stats._replace(accuracy=(out.rank == 0).to(loss.dtype).mean(), rank=out.rank)
+    return loss, stats
+
+
+def cacr_views(
+    views: Tensor,
+    *,
+    t_pos: float = 1.0,
+    t_neg: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    cost: str = "euclidean",
+    rbf_t: float = 2.0,
+    detach_weights: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """CACR of V views (the official small-scale code of Zheng et al. 2023).
+
+    The attraction is averaged over every view as query with the other V - 1 views as positives,
+    the repulsion over the pairs of views v < u: view v of a row against view u of all other rows.
+
+    Args:
+        views: (V, N, D), V >= 2 views of N >= 2 samples. Other arguments as in `cacr`.
+
+    Returns:
+        0-d, or (N,) with reduction="none".
+    """
+    check_features("views", views, (3,))
+    _check_options(t_pos, t_neg, cost, rbf_t, reduction)
+    v, n, _ = views.shape
+    if v < 2 or n < 2:
+        raise ValueError(
+            f"views must have shape (V, N, D) with V >= 2 and N >= 2, got {tuple(views.shape)}"
+        )
+    pairs = list(combinations(range(v), 2))
+    z = _unit(views, normalize)
+    distance = {pair: (z[pair[0]] - z[pair[1]]).square().sum(-1) for pair in pairs}
+    attraction = sum(
+        _attraction(
+            torch.stack([distance[min(i, j), max(i, j)] for j in range(v) if j != i], 1),
+            t_pos,
+            detach_weights,
+        )
+        for i in range(v)
+    )
+    ids = own_ids(n, views)
+    repulsions, sweeps = zip(
+        *(
+            _repulsion(
+                views[i], views[j], ids, t_neg, cost, rbf_t, detach_weights, normalize, backend,
+                distance[i, j].detach() if return_stats else None,
+            )
+            for i, j in pairs
+        ),
+        strict=True,
+    )  # fmt: skip
+    loss = (alpha / v) * attraction + (beta / len(pairs)) * sum(repulsions)
+    loss = reduce_rows(loss, reduction)
+    if not return_stats:
+        return loss
+    similarity = torch.stack([(z[i] * z[j]).sum(-1).mean() for i, j in pairs]).mean().detach()
+    stats = _stats(similarity, sweeps, t_neg, normalize)
+    correct = torch.stack([out.rank == 0 for out in sweeps])
+    return loss, stats._replace(accuracy=correct.to(loss.dtype).mean())
+
+
+def cct(
+    query: Tensor,
+    positives: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    t_pos: float = 1.0,
+    t_neg: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    detach_weights: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """Contrastive conditional transport: the Euclidean form of `cacr` under its first name
+    (arXiv 2105.03746, version 1)."""
+    return cacr(
+        query, positives, negatives=negatives, t_pos=t_pos, t_neg=t_neg, alpha=alpha, beta=beta,
+        detach_weights=detach_weights, normalize=normalize, reduction=reduction, backend=backend,
+        return_stats=return_stats,
+    )  # fmt: skip
+
+
+def _check_options(t_pos: float, t_neg: float, cost: str, rbf_t: float, reduction: str) -> None:
+    check_range("t_pos", t_pos, 0.0)
+    check_positive("t_neg", t_neg)
+    check_positive("rbf_t", rbf_t)
+    check_reduction(reduction)
+    if cost not in ("euclidean", "rbf"):
+        raise ValueError(f'cost must be "euclidean" or "rbf", got {cost!r}')
+    if cost == "rbf" and reduction != "mean":
+        raise ValueError(
+            f'reduction must be "mean" with cost="rbf", whose rows are coupled, got {reduction!r}'
+        )
+
+
+def _unit(x: Tensor, normalize: bool) -> Tensor:
+    x = x.to(statistics_dtype(x))
+    return F.normalize(x, dim=-1) if normalize else x
+
+
+def _distances(query: Tensor, positives: Tensor, normalize: bool) -> Tensor:
+    """|query_i - positive_ik|^2 (N, K), by difference: 2 - 2 cos would lose all of a small one."""
+    positives = positives.view(query.shape[0], -1, query.shape[1])
+    if normalize:
+        return _UnitDistance.apply(query, positives)
+    return (_unit(query, False).unsqueeze(1) - _unit(positives, False)).square().sum(-1)
+
+
+class _UnitDistance(torch.autograd.Function):
+    """|p - q|^2 of normalised p and q, which stores no (N, K, D) tensor for its backward.
+
+    With r = p - q on the sphere, <r, p> = -<r, q> = d / 2, so that the gradients, tangential and
+    divided by the norms, are 2 ((1 - d/2) r - (d/2) q) / |p| and -2 (r + (d/2) q) / |q|.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, positives: Tensor) -> Tensor:
+        difference = _unit(positives, True) - _unit(query, True).unsqueeze(1)
+        distance = torch.linalg.vector_norm(difference, dim=-1).square()
+        ctx.save_for_backward(query, positives, distance)
+        return distance
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        query, positives, distance = ctx.saved_tensors
+        unit = _unit(query, True)
+        difference = _unit(positives, True) - unit.unsqueeze(1)
+        half = 0.5 * distance
+        grad_query = grad_positives = None
+        if ctx.needs_input_grad[0]:
+            pull = (grad.unsqueeze(-1) * difference).sum(1)
+            pull = pull + (grad * half).sum(1, keepdim=True) * unit
+            grad_query = (pull * (-2 / _norm(query))).to(query.dtype)
+        if ctx.needs_input_grad[1]:
+            factor = 2 * grad.unsqueeze(-1) / _norm(positives)
+            half = half.unsqueeze(-1)
+            grad_positives = torch.addcmul(
+                (factor * (1 - half)) * difference, factor * half, unit.unsqueeze(1), value=-1
+            ).to(positives.dtype)
+        return grad_query, grad_positives
+
+
+def _norm(x: Tensor) -> Tensor:
+    """L2 norm of the rows, at least 1e-12 as in F.normalize, with a last dimension of 1."""
+    x = x.to(statistics_dtype(x))
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def _attraction(distance: Tensor, t_pos: float, detach: bool) -> Tensor:
+    """sum_k softmax_k(t_pos d_ik) d_ik, (N,)."""
+    if distance.shape[1] == 1:
+        return distance.squeeze(1)
+    weight = torch.softmax(t_pos * distance, 1)
+    return ((weight.detach() if detach else weight) * distance).sum(1)
+
+
+def _repulsion(
+    query: Tensor,
+    keys: Tensor,
+    ids: IdPair | None,
+    t_neg: float,
+    cost: str,
+    rbf_t: float,
+    detach: bool,
+    normalize: bool,
+    backend: str,
+    distance: Tensor | None,
+) -> tuple[Tensor, Sweep]:
+    """The repulsion, (N,) or 0-d for "rbf", and its sweep, ranked against `distance` if given.
+
+    With logits z = 2 t <q, k> - t |k|^2, d = |q|^2 - z / t; on the unit sphere z = 2 t <q, k> and
+    d = 2 - z / t do without the bias.
+    """
+    shift = 2.0 if normalize else _unit(query, False).square().sum(-1)
+    bias = None if normalize else -_unit(keys, False).square().sum(-1)
+
+    def at(t: float, **options) -> Sweep:
+        return sweep(
+            query, keys, scale=2 * t, bias=None if bias is None else t * bias, exclude=ids,
+            normalize=normalize, backend=backend, **options,
+        )  # fmt: skip
+
+    threshold = None if distance is None else (t_neg * (shift - distance)).detach()
+    if cost == "euclidean":
+        out = at(t_neg, mean=True, threshold=threshold)
+        mean = _with_gradient(out.mean, out.lse) if detach else out.mean
+        return mean / t_neg - shift, out
+    out = at(t_neg, threshold=threshold)
+    t = t_neg + rbf_t
+    near = at(t).lse - t * shift  # log sum_j exp(-(t_neg + rbf_t) d_ij)
+    log_cost = near - (out.lse - t_neg * shift)
+    if detach:
+        log_cost = _with_gradient(log_cost, (rbf_t / t) * near)
+    return log_cost.logsumexp(0) - log_count(query.shape[0], log_cost.dtype), out
+
+
+def _with_gradient(value: Tensor, source: Tensor) -> Tensor:
+    """`value` with the gradient of `source`: that of a weighted mean with constant weights."""
+    return value.detach() + (source - source.detach())
+
+
+def _stats(similarity: Tensor, sweeps, t_neg: float, normalize: bool) -> LossStats:
+    negative = None
+    if normalize:
+        total = sum(out.total.sum() for out in sweeps)
+        negative = (total / sum(out.count.sum() for out in sweeps) / (2 * t_neg)).detach()
+    return LossStats(positive_similarity=similarity, negative_similarity=negative)

@@ -1,0 +1,246 @@
+"""Whitening against the dense reference: values, closed-form gradients, and what it must refuse."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from oracles import (
+    BACKENDS,
+    DOUBLE,
+    assert_equal_in_double,
+    assert_within_budget,
+    generator,
+    randn,
+)
+
+import contrastive_kernels as ck
+from contrastive_kernels import reference, whitening
+
+METHODS = ["cholesky", "zca", "newton_schulz"]
+SHAPES = [(7, 3), (2, 1), (4, 13, 5), (2, 3, 9, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+@pytest.mark.parametrize("method", METHODS)
+def test_value_and_gradient_in_double(shape, eps, method):
+    assert_equal_in_double(
+        partial(ck.whiten, method=method, eps=eps),
+        partial(reference.whiten, method=method, eps=eps),
+        [randn(*shape)],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [16, 10], ids=["twice", "hardly"])
+def test_error_budget(dtype, method, n):
+    """n twice D, and hardly above D, where the covariance is nearly singular."""
+    assert_within_budget(
+        partial(ck.whiten, method=method), partial(reference.whiten, method=method),
+        [randn(3, n, 8, dtype=dtype)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_covariance_is_the_identity(method):
+    x = randn(5, 64, 32) @ randn(32, 32, seed=1) + 3.0
+    z = ck.whiten(x, method=method)
+    identity = torch.eye(32, dtype=DOUBLE).expand(5, 32, 32)
+    torch.testing.assert_close(z.mT @ z / 63, identity, rtol=0, atol=1e-8)
+    torch.testing.assert_close(z.mean(1), torch.zeros(5, 32, dtype=DOUBLE), rtol=0, atol=1e-8)
+
+
+def test_newton_schulz_converges_to_zca_and_stays_there():
+    """The textbook form P <- P (3 I - P P S) / 2 diverges in float64 after about 20 steps."""
+    x = randn(3, 16, 8)
+    zca = ck.whiten(x, method="zca")
+    errors = [
+        (ck.whiten(x, method="newton_schulz", iterations=i) - zca).abs().max() for i in (1, 5, 30)
+    ]
+    assert errors[0] > errors[1] > 1e-3 > 1e-10 > errors[2]
+
+
+def test_zca_gradient_at_repeated_eigenvalues():
+    """Differentiating eigh divides by differences of eigenvalues; the closed form does not."""
+    x = torch.eye(6, dtype=DOUBLE)[:, :4].repeat(2, 1).requires_grad_()
+    upstream = randn(12, 4)
+    (gradient,) = torch.autograd.grad(ck.whiten(x, method="zca"), x, upstream)
+    step = 1e-6
+    for row, column in ((0, 0), (3, 1), (5, 2)):
+        moved = torch.zeros_like(x)
+        moved[row, column] = step
+        with torch.no_grad():
+            rise = ck.whiten(x + moved, method="zca") - ck.whiten(x - moved, method="zca")
+        expected = (rise * upstream).sum() / (2 * step)
+        torch.testing.assert_close(gradient[row, column], expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradcheck(method):
+    x = randn(2, 6, 3).requires_grad_()
+    assert torch.autograd.gradcheck(partial(ck.whiten, method=method, eps=0.05), x)
+
+
+def test_second_order_gradients():
+    x = randn(5, 2).requires_grad_()
+    assert torch.autograd.gradgradcheck(partial(ck.whiten, backend="reference"), x)
+    for method in METHODS[:2]:
+        z = ck.whiten(x, method=method)
+        (first,) = torch.autograd.grad(z.square().sum() + z.sum() ** 3, x, create_graph=True)
+        with pytest.raises(NotImplementedError, match='need backend="reference"'):
+            first.sum().backward()
+
+
+def test_groups_do_not_mix_and_strides_do_not_matter():
+    x = randn(10, 3, 4)
+    together = ck.whiten(x.transpose(0, 1))
+    for group in range(3):
+        torch.testing.assert_close(together[group], ck.whiten(x[:, group]), rtol=1e-12, atol=0)
+
+
+def test_two_runs_give_equal_bits():
+    x = randn(8, 40, 16, dtype=torch.float32)
+    for method in METHODS:
+        runs = []
+        for _ in range(2):
+            leaf = x.clone().requires_grad_()
+            z = ck.whiten(leaf, method=method)
+            z.square().sum(-1).sin().sum().backward()
+            runs.append((z, leaf.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_keeps_the_precision(method):
+    x = randn(2, 12, 5, dtype=torch.float32)
+    exact = ck.whiten(x, method=method)
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = ck.whiten(leaf, method=method)
+        assert ck.whiten(x.bfloat16(), method=method).dtype == torch.float32
+        z.sum().backward()
+    assert torch.equal(z, exact)
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_operators_pass_opcheck(method):
+    x = randn(2, 6, 3).requires_grad_()
+    forward = getattr(whitening, f"whiten_{method}")
+    torch.library.opcheck(forward, (x, 0.1))
+    backward = getattr(whitening, f"whiten_{method}_backward")
+    saved = [t.detach() for t in forward(x, 0.1)]
+    torch.library.opcheck(backward, (randn(2, 6, 3, seed=1), *saved, 0.1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiles_without_breaks_for_any_size(method):
+    compiled = torch.compile(
+        partial(ck.whiten, method=method), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for shape in ((3, 8, 4), (5, 16, 6)):
+        assert_equal_in_double(compiled, partial(ck.whiten, method=method), [randn(*shape)])
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+@pytest.mark.parametrize("defect", ["equal columns", "equal rows", "not finite"])
+def test_singular_covariance_names_the_group(method, defect):
+    x = randn(3, 8, 4, dtype=torch.float32)
+    if defect == "equal columns":
+        x[1, :, 2] = x[1, :, 0]
+    elif defect == "equal rows":
+        x[1, 3:] = x[1, 2]
+    else:
+        x[1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="group 1 of 3 is not positive definite.*use eps > 0"):
+        ck.whiten(x, method=method)
+    if defect != "not finite":
+        assert torch.isfinite(ck.whiten(x, method=method, eps=0.1)).all()
+
+
+def test_constant_features_give_zero_with_newton_schulz():
+    assert torch.equal(ck.whiten(torch.ones(5, 3), method="newton_schulz"), torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        ((3,), {}, r"x must have shape \(\.\.\., n, D\), got \(3,\)"),
+        ((0, 3), {}, "x must not be empty"),
+        ((2, 0, 3), {}, "x must not be empty"),
+        ((4, 4), {}, "n must be above D = 4"),
+        ((4, 5), {"method": "zca"}, "n must be above D = 5"),
+        ((1, 3), {"eps": 0.1}, "n must be above D = 3"),
+        ((8, 4), {"method": "pca"}, "method must be one of cholesky, zca, newton_schulz"),
+        ((8, 4), {"eps": 1.0}, r"eps must be a finite number in \[0, 1\), got 1.0"),
+        ((8, 4), {"eps": float("nan")}, "eps must be a finite number"),
+        ((8, 4), {"iterations": 0}, "iterations must be at least 1, got 0"),
+        ((8, 4), {"backend": "fast"}, "backend must be"),
+    ],
+)
+def test_bad_input(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        ck.whiten(torch.randn(shape), **options)
+
+
+def test_bad_types():
+    with pytest.raises(TypeError, match="x must be float32, float64, bfloat16 or float16"):
+        ck.whiten(torch.ones(8, 4, dtype=torch.long))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        ck.whiten([[1.0]])
+
+
+# W-MSE; its values and gradients are cases of test_losses.py
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_w_mse_draws_its_permutations(backend, reduction):
+    views = randn(2, 24, 3)
+    options = {"group_size": 8, "iterations": 3, "reduction": reduction, "backend": backend}
+    loss = ck.w_mse(views, generator=generator(5), **options)
+    drawn = generator(5)
+    permutations = torch.stack([torch.randperm(24, generator=drawn) for _ in range(3)])
+    given = ck.w_mse(views, permutations=permutations, **options)
+    torch.testing.assert_close(loss, given, rtol=1e-12, atol=0)
+    other = ck.w_mse(views, generator=generator(6), **options)
+    assert not torch.allclose(loss, other)
+
+
+def test_w_mse_of_nearly_equal_views_keeps_its_digits():
+    """2 - 2 cos would round 1e-8 away in float32."""
+    view = randn(64, 8)
+    views = torch.stack((view, view + 1e-4 * randn(64, 8, seed=1)))
+    options = {"group_size": 64, "permutations": torch.arange(64)[None], "eps": 0.0}
+    exact = ck.w_mse(views, **options)
+    loss = ck.w_mse(views.float(), **options)
+    assert exact < 1e-6
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        ((1, 8, 3), {"group_size": 8}, r"views must have shape \(V, N, D\) with V >= 2"),
+        ((8, 3), {"group_size": 8}, "views must have shape"),
+        ((2, 12, 3), {"group_size": 8}, "group_size must divide N = 12, got 8"),
+        ((2, 12, 3), {"group_size": 0}, "group_size must divide N = 12, got 0"),
+        ((2, 12, 3), {"group_size": 3}, "group_size must be above D = 3"),
+        ((2, 12, 3), {"group_size": 6, "iterations": 0}, "iterations must be at least 1"),
+        (
+            (2, 12, 3),
+            {"group_size": 6, "permutations": torch.arange(6)[None]},
+            r"permutations must have shape \(1, 12\), got \(1, 6\)",
+        ),
+    ],
+)
+def test_w_mse_bad_input(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        ck.w_mse(torch.randn(shape), **options)
+
+
+def test_w_mse_bad_permutations():
+    with pytest.raises(TypeError, match="permutations must be an integer tensor"):
+        ck.w_mse(torch.randn(2, 12, 3), group_size=6, permutations=torch.rand(1, 12))
