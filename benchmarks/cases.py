@@ -1,0 +1,278 @@
+"""The table of cases: one row each, used for speed, memory and correctness alike.
+
+Features are float32 or bfloat16, D = 128, not normalised unless frozen; the loss normalises them,
+and so does every peer, with the gradient through the normalisation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+import contrastive_kernels as ck
+from benchmarks import dense, oracle, peers
+from benchmarks.inputs import (
+    Inputs,
+    Sizes,
+    image_text,
+    image_text_bias,
+    labelled,
+    pairs,
+    positives,
+    positives_and_negatives,
+    queue,
+    related_views,
+    views_and_permutation,
+)
+from benchmarks.oracle import Oracle, Tensors
+from benchmarks.peers import Loss, Peer
+
+TEMPERATURE = {"temperature": 0.1}
+MEMORY_LIMIT_MB = 64
+BFLOAT16_AT_MOST = 1.0
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A peer and the share of its time that the loss may take; None: only for comparison."""
+
+    peer: Peer
+    at_most: float | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the tables.
+
+    Attributes:
+        group: "large" (the rows of the main table), "small" (every loss) or "scaling" (time over
+            the number of negatives).
+        loss: the function under test; it and every peer are called with the tensors and options.
+        inputs: makes the float32 tensors for a size.
+        oracle: their float64 value and gradients.
+        flops: floating point operations of the schedule, a multiply-add counted as two.
+        frozen: inputs without gradient.
+        backward: False for the forward alone, under no_grad.
+    """
+
+    name: str
+    group: str
+    loss: Loss
+    sizes: Sizes
+    inputs: Inputs
+    oracle: Oracle
+    options: dict = field(default_factory=dict)
+    rivals: tuple[Rival, ...] = ()
+    flops: Callable[[Sizes], float] | None = None
+    frozen: tuple[str, ...] = ()
+    backward: bool = True
+
+    def tensors(self, sizes: Sizes, dtype: torch.dtype = torch.float32) -> Tensors:
+        """The inputs as leaves: features in dtype, scalars in float32, the same on every call."""
+        tensors = self.inputs(sizes, torch.Generator().manual_seed(0))
+        for name, t in tensors.items():
+            if t.is_floating_point():
+                leaf = t.to(dtype) if t.dim() > 0 else t
+                tensors[name] = leaf.requires_grad_(self.backward and name not in self.frozen)
+        return tensors
+
+
+def two_sided(sizes: Sizes) -> float:
+    """One sweep forward (2 NMD); similarities again, and both gradients, backward (6 NMD)."""
+    return 8.0 * sizes.n * sizes.m * sizes.d
+
+
+def frozen_keys(sizes: Sizes) -> float:
+    """Similarities and the gradient of the query in one sweep (4 NMD)."""
+    return 4.0 * sizes.n * sizes.m * sizes.d
+
+
+def forward_alone(sizes: Sizes) -> float:
+    """Similarities alone (2 NMD)."""
+    return 2.0 * sizes.n * sizes.m * sizes.d
+
+
+def half_tiles(sizes: Sizes) -> float:
+    """A symmetric matrix of m x m, half of it computed: 1 forward and 3 backward, in m^2 D."""
+    return 4.0 * sizes.m * sizes.m * sizes.d
+
+
+LARGE = (
+    Case(
+        "info_nce",
+        "large",
+        ck.info_nce,
+        Sizes(8192, 8192),
+        pairs("query", "key"),
+        oracle.by_rows(oracle.info_nce),
+        TEMPERATURE,
+        (
+            Rival(peers.dense(dense.info_nce), 0.28),
+            Rival(peers.LINEAR_CROSS_ENTROPY, 0.70),
+            Rival(peers.LINEAR_CROSS_ENTROPY_512, 0.70),
+        ),
+        two_sided,
+    ),
+    Case(
+        "info_nce_symmetric",
+        "large",
+        ck.info_nce,
+        Sizes(8192, 8192),
+        pairs("query", "key"),
+        oracle.by_rows(oracle.info_nce),
+        TEMPERATURE | {"symmetric": True},
+        (Rival(peers.OPEN_CLIP_SYMMETRIC, 0.20), Rival(peers.dense(dense.info_nce), None)),
+        two_sided,
+    ),
+    Case(
+        "clip_loss",
+        "large",
+        ck.clip_loss,
+        Sizes(8192, 8192),
+        image_text,
+        oracle.by_rows(oracle.clip_loss),
+        {},
+        (Rival(peers.OPEN_CLIP, 0.20), Rival(peers.dense(dense.clip_loss), None)),
+        two_sided,
+    ),
+    Case(
+        "nt_xent",
+        "large",
+        ck.nt_xent,
+        Sizes(8192, 16384),
+        pairs("z1", "z2"),
+        oracle.by_rows(oracle.nt_xent),
+        TEMPERATURE,
+        (Rival(peers.dense(dense.nt_xent), 0.20), Rival(peers.LIGHTLY, 0.12)),
+        half_tiles,
+    ),
+    Case(
+        "info_nce_frozen",
+        "large",
+        ck.info_nce,
+        Sizes(1024, 65536),
+        queue,
+        oracle.by_rows(oracle.info_nce),
+        TEMPERATURE,
+        (Rival(peers.dense(dense.info_nce), 0.30),),
+        frozen_keys,
+        frozen=("negatives",),
+    ),
+    Case(
+        "cacr",
+        "large",
+        ck.cacr,
+        Sizes(4096, 65536, k=4),
+        positives_and_negatives,
+        oracle.by_rows(oracle.cacr),
+        {},
+        (Rival(peers.dense(dense.cacr), 0.25),),
+        two_sided,
+    ),
+    Case(
+        "sup_con",
+        "large",
+        ck.sup_con,
+        Sizes(8192, 8192),
+        labelled,
+        oracle.by_rows(oracle.sup_con),
+        TEMPERATURE,
+        (Rival(peers.PYTORCH_METRIC_LEARNING, 0.05), Rival(peers.dense(dense.sup_con), None)),
+        half_tiles,
+    ),
+)
+
+
+def small(
+    name: str,
+    loss: Loss,
+    baseline: Loss,
+    inputs: Inputs,
+    options: dict | None = None,
+    *,
+    k: int = 1,
+    frozen: tuple[str, ...] = (),
+) -> Case:
+    """A loss at N = 256, D = 128, where it may not be slower than dense eager torch."""
+    return Case(
+        f"{name}_small",
+        "small",
+        loss,
+        Sizes(256, 256, k=k),
+        inputs,
+        oracle.whole(baseline),
+        options or {},
+        (Rival(peers.dense(baseline), 1.0),),
+        frozen=frozen,
+    )
+
+
+DEBIASED = {"temperature": 0.5, "tau_plus": 0.1}
+
+SMALL = (
+    small("info_nce", ck.info_nce, dense.info_nce, pairs("query", "key"), TEMPERATURE),
+    small(
+        "info_nce_symmetric",
+        ck.info_nce,
+        dense.info_nce,
+        pairs("query", "key"),
+        TEMPERATURE | {"symmetric": True},
+    ),
+    small(
+        "info_nce_frozen",
+        ck.info_nce,
+        dense.info_nce,
+        queue,
+        TEMPERATURE,
+        frozen=("negatives",),
+    ),
+    small(
+        "eqco",
+        ck.eqco,
+        dense.eqco,
+        pairs("query", "key"),
+        {"alpha": 65536.0, "temperature": 0.2},
+    ),
+    small("nt_xent", ck.nt_xent, dense.nt_xent, pairs("z1", "z2"), TEMPERATURE),
+    small("clip_loss", ck.clip_loss, dense.clip_loss, image_text),
+    small("siglip_loss", ck.siglip_loss, dense.siglip_loss, image_text_bias),
+    small("sup_con", ck.sup_con, dense.sup_con, labelled, TEMPERATURE),
+    small("dcl", ck.dcl, dense.dcl, pairs("z1", "z2"), TEMPERATURE),
+    small("dclw", ck.dcl, dense.dcl, pairs("z1", "z2"), TEMPERATURE | {"sigma": 0.5}),
+    small("debiased", ck.debiased, dense.debiased, pairs("z1", "z2"), DEBIASED),
+    small("hcl", ck.hcl, dense.hcl, pairs("z1", "z2"), DEBIASED | {"beta": 1.0}),
+    small(
+        "nce",
+        ck.nce,
+        dense.nce,
+        queue,
+        {"temperature": 0.07, "num_data": 50_000, "Z": 1.1e5},
+        frozen=("negatives",),
+    ),
+    small("cacr", ck.cacr, dense.cacr, positives, k=4),
+    small("cacr_views", ck.cacr_views, dense.cacr_views, related_views, k=3),
+    small("cct", ck.cct, dense.cacr, positives),
+    small(
+        "w_mse",
+        ck.w_mse,
+        dense.w_mse,
+        views_and_permutation,
+        {"group_size": 256},
+        k=2,
+    ),
+)
+
+_FROZEN = next(case for case in LARGE if case.name == "info_nce_frozen")
+
+SCALING = tuple(
+    replace(_FROZEN, name=f"info_nce_frozen_{m}", group="scaling", sizes=Sizes(1024, m), rivals=())
+    for m in (8_000, 40_000, 200_000, 1_000_000)
+)
+
+MILLION = SCALING[-1]
+MILLION_FORWARD = replace(
+    MILLION, name="info_nce_forward_1000000", flops=forward_alone, backward=False
+)
+
+CASES = {case.name: case for case in (*LARGE, *SMALL, *SCALING, MILLION_FORWARD)}
+MEMORY_CASES = {case.name for case in (*LARGE, MILLION, MILLION_FORWARD)}

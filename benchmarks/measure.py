@@ -1,0 +1,126 @@
+"""Correctness, time, and the machine's matrix multiply as a yardstick."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.oracle import Tensors, Truth
+from benchmarks.peers import Loss
+
+# Largest relative error of the value, and of each gradient in the Frobenius norm. For bfloat16 the
+# oracle sees the same rounded inputs, and each entry of a gradient is rounded to 8 bits.
+TOLERANCE = {torch.float32: (2e-6, 2e-5), torch.bfloat16: (1e-3, 2e-2)}
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 40
+MIN_SAMPLE_SECONDS = 0.01
+
+# Large multiplies, and the shapes of one tile against a block of keys.
+GEMM_SHAPES = ((2048, 2048, 2048), (4096, 4096, 512), (1024, 4096, 128), (256, 512, 128))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a loss on its tensors, with the backward pass if asked for."""
+
+    loss: Loss
+    tensors: Tensors
+    options: dict
+    backward: bool = True
+
+    def __call__(self) -> Tensor:
+        for t in self.tensors.values():
+            t.grad = None
+        with torch.set_grad_enabled(self.backward):
+            value = self.loss(**self.tensors, **self.options)
+        if self.backward:
+            value.backward()
+        return value.detach()
+
+    def gradients(self) -> Tensors:
+        return {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
+
+
+class Timing(NamedTuple):
+    """Milliseconds per call: median, 20th and 80th percentile, over so many samples."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+
+def error(step: Step, truth: Truth, dtype: torch.dtype) -> str | None:
+    """Why value or gradients of the step differ from the oracle, or None."""
+    value_limit, gradient_limit = TOLERANCE[dtype]
+    value = step().item()
+    # written so that NaN fails
+    if not abs(value - truth.value) <= value_limit * max(1.0, abs(truth.value)):
+        return f"value {value!r}, expected {truth.value!r}"
+    gradients = step.gradients()
+    if gradients.keys() != truth.gradients.keys():
+        return f"gradients of {sorted(gradients)}, expected {sorted(truth.gradients)}"
+    for name, expected in truth.gradients.items():
+        relative = ((gradients[name].double() - expected).norm() / expected.norm()).item()
+        if not relative <= gradient_limit:
+            return f"gradient of {name} off by {relative:.1e}, at most {gradient_limit:.0e}"
+    return None
+
+
+def _sample(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], budget: float, progress: Callable[[str], None]
+) -> dict[str, Timing]:
+    """Times all calls in turn, round by round, so that a change of the clock hits all alike.
+
+    A round takes one sample of each call, in an order that rotates; a sample repeats a short call
+    until it lasts 10 ms. As many rounds as fit in `budget` seconds, at least 5 and at most 40.
+    """
+    names = list(calls)
+    first = {name: _sample(calls[name], 1) for name in names}
+    repeats = {n: max(1, round(MIN_SAMPLE_SECONDS / seconds)) for n, seconds in first.items()}
+    round_seconds = sum(first[name] * repeats[name] for name in names)
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / round_seconds)))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for done in range(rounds):
+        progress(f"round {done + 1} of {rounds}")
+        shift = done % len(names)
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(1e3 * _sample(calls[name], repeats[name]))
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Timing(statistics.median(values), fifths[0], fifths[3], len(values))
+
+
+def gemm_flops(dtype: torch.dtype) -> float:
+    """The best rate of a matrix multiply on this machine, in operations per second.
+
+    torch.mm calls MKL for float32, and oneDNN, which `cpublas::brgemm` runs on, may be faster (it
+    is twice as fast on AMD): the better of both is the yardstick.
+    """
+    best = 0.0
+    one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    for m, n, k in GEMM_SHAPES:
+        x, y, out = (torch.rand(s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
+        calls = [partial(torch.mm, x, y.T, out=out)]
+        if one_dnn is not None and torch.backends.mkldnn.is_available():
+            calls.append(partial(one_dnn, x, y, None, "none", [], ""))
+        operations = 2.0 * m * n * k
+        repeats = max(1, int(2e9 / operations))
+        for call in calls * 7:
+            best = max(best, operations / _sample(call, repeats))
+    return best

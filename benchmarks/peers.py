@@ -1,0 +1,169 @@
+"""Losses of other packages behind the signatures of `contrastive_kernels`; all are optional.
+
+Only the file that holds a loss is imported, unmodified: importing the packages whole would pull
+torchvision, timm and data loaders into a benchmark of one function. A peer that cannot run says
+why.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Loss = Callable[..., Tensor]
+
+
+class PeerUnavailable(Exception):
+    """Why a peer cannot run here."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A rival: its name in the tables and how to get its loss.
+
+    Attributes:
+        load: returns the loss, called with the tensors and options of the case; raises
+            PeerUnavailable with the reason.
+        distribution: the installed package that its version is read from.
+    """
+
+    name: str
+    load: Callable[[], Loss]
+    distribution: str = "torch"
+
+    def version(self) -> str:
+        return importlib.metadata.version(self.distribution)
+
+
+def dense(loss: Loss) -> Peer:
+    """The dense eager baseline."""
+    return Peer("dense eager torch", lambda: loss)
+
+
+def _missing(distribution: str) -> PeerUnavailable:
+    return PeerUnavailable(f"{distribution} is not installed (see benchmarks/README.md)")
+
+
+def _bare_package(name: str, path: Path) -> types.ModuleType:
+    package = types.ModuleType(name)
+    package.__path__ = [str(path)]
+    return package
+
+
+def _torchvision_stub() -> dict[str, types.ModuleType]:
+    """The one name of torchvision that lightly's model utilities import at the top."""
+    stub, ops = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
+    ops.StochasticDepth = type("StochasticDepth", (nn.Module,), {})
+    stub.ops = ops
+    return {"torchvision": stub, "torchvision.ops": ops}
+
+
+def load_class(distribution: str, module: str, name: str, bare: tuple[str, ...]) -> type:
+    """`name` out of `module`, without running the `__init__` files of the `bare` packages.
+
+    sys.modules is left as it was found, so that a whole import elsewhere still works.
+
+    Raises:
+        PeerUnavailable: the package is not installed, or its file cannot be imported.
+    """
+    root = importlib.util.find_spec(module.partition(".")[0])
+    if root is None or root.origin is None:
+        raise _missing(distribution)
+    site = Path(root.origin).parents[1]
+    temporary = {p: _bare_package(p, site.joinpath(*p.split("."))) for p in bare}
+    if importlib.util.find_spec("torchvision") is None:
+        temporary |= _torchvision_stub()
+    before = dict(sys.modules)
+    sys.modules.update(temporary)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise PeerUnavailable(f"{distribution} {module} cannot be imported: {error}") from error
+    finally:
+        for added in set(sys.modules) - set(before):
+            if added.partition(".")[0] in (module.partition(".")[0], "torchvision"):
+                del sys.modules[added]
+        sys.modules.update({p: before[p] for p in temporary if p in before})
+
+
+def _linear_cross_entropy(**chunking: int) -> Callable[[], Loss]:
+    def load() -> Loss:
+        options = getattr(nn, "LinearCrossEntropyOptions", None)
+        if options is None or not hasattr(F, "linear_cross_entropy"):
+            raise PeerUnavailable("torch >= 2.13 is needed for chunked F.linear_cross_entropy")
+
+        def info_nce(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
+            query, key = F.normalize(query, dim=1) / temperature, F.normalize(key, dim=1)
+            target = torch.arange(len(query), device=query.device)
+            return F.linear_cross_entropy(query, key, target, options=options(**chunking))
+
+        return info_nce
+
+    return load
+
+
+def _open_clip_loss() -> Callable[[Tensor, Tensor, float | Tensor], Tensor]:
+    clip = load_class("open_clip_torch", "open_clip.loss", "ClipLoss", ("open_clip",))()
+    return lambda a, b, scale: clip(F.normalize(a, dim=1), F.normalize(b, dim=1), scale)
+
+
+def _open_clip() -> Loss:
+    clip = _open_clip_loss()
+
+    def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        return clip(image_features, text_features, logit_scale)
+
+    return clip_loss
+
+
+def _open_clip_symmetric() -> Loss:
+    clip = _open_clip_loss()
+
+    def info_nce(query: Tensor, key: Tensor, *, temperature: float, symmetric: bool) -> Tensor:
+        if not symmetric:
+            raise ValueError("symmetric must be True: ClipLoss has both directions, got False")
+        return clip(query, key, 1 / temperature)
+
+    return info_nce
+
+
+def _lightly() -> Loss:
+    bare = ("lightly", "lightly.loss", "lightly.models", "lightly.models.modules", "lightly.utils")
+    loss_class = load_class("lightly", "lightly.loss.ntx_ent_loss", "NTXentLoss", bare)
+
+    def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> Tensor:
+        return loss_class(temperature=temperature)(z1, z2)
+
+    return nt_xent
+
+
+def _pytorch_metric_learning() -> Loss:
+    try:
+        from pytorch_metric_learning.losses import SupConLoss
+    except ImportError as error:
+        raise _missing("pytorch-metric-learning") from error
+
+    def sup_con(features: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
+        return SupConLoss(temperature=temperature)(features, labels)
+
+    return sup_con
+
+
+LINEAR_CROSS_ENTROPY = Peer("F.linear_cross_entropy, automatic chunks", _linear_cross_entropy())
+LINEAR_CROSS_ENTROPY_512 = Peer(
+    "F.linear_cross_entropy, chunks of 512 rows", _linear_cross_entropy(batch_chunk_size=512)
+)
+OPEN_CLIP = Peer("open_clip ClipLoss", _open_clip, "open_clip_torch")
+OPEN_CLIP_SYMMETRIC = Peer("open_clip ClipLoss", _open_clip_symmetric, "open_clip_torch")
+LIGHTLY = Peer("lightly NTXentLoss", _lightly, "lightly")
+PYTORCH_METRIC_LEARNING = Peer(
+    "pytorch-metric-learning SupConLoss", _pytorch_metric_learning, "pytorch-metric-learning"
+)

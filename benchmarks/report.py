@@ -1,0 +1,204 @@
+"""Writes the tables of README.md from benchmarks/results/*.json: python -m benchmarks.report
+
+With --check it writes nothing and exits with 1 when README.md and the results disagree.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def milliseconds(entry: dict) -> str:
+    median = entry["milliseconds"]["median"]
+    return f"{median:.0f} ms" if median >= 100 else f"{median:.3g} ms"
+
+
+def share(ratio: float, at_most: float | None) -> str:
+    """A ratio and its bound; a missed bound is set in bold."""
+    if at_most is None:
+        return f"{ratio:.2f}"
+    text = f"{ratio:.2f} (≤ {at_most:.2f})"
+    return text if ratio <= at_most else f"**{text}**"
+
+
+def megabytes(memory: dict, name: str, limit: float | None = None) -> str:
+    result = memory.get(name, {})
+    if "mb" not in result:
+        return "–"
+    text = f"{result['mb']:.0f} MB"
+    return text if limit is None or result["mb"] <= limit else f"**{text}**"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def title(record: dict) -> str:
+    sizes = record["sizes"]
+    text = f"`{record['name']}` N={sizes['n']:,} M={sizes['m']:,}"
+    return text + (f" K={sizes['k']}" if sizes["k"] > 1 else "")
+
+
+def speed_rows(record: dict) -> Iterable[list[str]]:
+    if "failed" in record:
+        yield [title(record), "FAILED: " + record["failed"], "", "", "", ""]
+        return
+    ours = record["ours"]
+    for peer in record["peers"]:
+        row = [title(record), peer["name"]]
+        if "ratio" not in peer:
+            yield [*row, milliseconds(ours), peer["reason"], "", ""]
+            continue
+        ratio = share(peer["ratio"], peer["at_most"])
+        yield [*row, milliseconds(ours), milliseconds(peer), ratio, f"{ours['gemm_fraction']:.0%}"]
+
+
+def large_table(records: list[dict]) -> list[str]:
+    head = ["case", "against", "ours", "theirs", "ours / theirs", "of GEMM rate"]
+    return table(head, (row for record in records for row in speed_rows(record)))
+
+
+def memory_rows(record: dict, limit: float) -> list[str]:
+    memory = record["memory"]
+    peers = [f"{p['name']} {megabytes(memory, p['name'])}" for p in record["peers"]]
+    return [
+        title(record),
+        megabytes(memory, "ours", limit),
+        megabytes(memory, "ours, bfloat16", limit),
+        "; ".join(peers) or "–",
+    ]
+
+
+def bfloat16_row(record: dict) -> list[str]:
+    result = record["bfloat16"]
+    if "failed" in result:
+        return [title(record), "FAILED: " + result["failed"], "", "", ""]
+    return [
+        title(record),
+        milliseconds(record["ours"]),
+        milliseconds(result),
+        share(result["ratio"], result["at_most"]),
+        f"{result['gemm_fraction']:.0%}",
+    ]
+
+
+def small_row(record: dict) -> list[str]:
+    if "failed" in record:
+        return [title(record), "FAILED: " + record["failed"], "", ""]
+    peer = record["peers"][0]
+    ratio = share(peer["ratio"], peer["at_most"])
+    return [title(record), milliseconds(record["ours"]), milliseconds(peer), ratio]
+
+
+def scaling_row(record: dict) -> list[str]:
+    if "failed" in record:
+        return [title(record), "FAILED: " + record["failed"], "", ""]
+    sizes, ours = record["sizes"], record["ours"]
+    picoseconds = 1e9 * ours["milliseconds"]["median"] / (sizes["n"] * sizes["m"])
+    return [
+        title(record),
+        milliseconds(ours),
+        f"{picoseconds:.0f} ps",
+        f"{ours['gemm_fraction']:.0%}",
+    ]
+
+
+def provenance(result: dict) -> str:
+    """Device, versions, date and command in one sentence."""
+    environment = result["environment"]
+    versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items())
+    rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in result["gemm_gflops"].items())
+    return (
+        f"{environment['device']} ({environment['capability']}), {environment['threads']} threads; "
+        f"backend {environment['backend']}; {versions}; {result['date']}, "
+        f"commit {environment['commit']}. GEMM rate of the same run: {rates}. "
+        f"Measured with `{result['command']}`."
+    )
+
+
+def section(result: dict) -> list[str]:
+    """The markdown lines of one device."""
+    groups: dict[str, list[dict]] = {}
+    for record in result["cases"]:
+        groups.setdefault(record["group"], []).append(record)
+    environment = result["environment"]
+    lines = [f"### {environment['device']}, {environment['threads']} threads", ""]
+    lines += [provenance(result), ""]
+    if "large" in groups:
+        lines += ["Forward and backward, float32, D = 128; medians, interleaved. A number is shown"]
+        lines += ["only after value and gradients agreed with float64 in the same run.", ""]
+        lines += [*large_table(groups["large"]), ""]
+        half = [record for record in groups["large"] if "bfloat16" in record]
+        lines += ["bfloat16 inputs beside float32:", ""]
+        head = ["case", "float32", "bfloat16", "bfloat16 / float32", "of GEMM rate"]
+        lines += [*table(head, map(bfloat16_row, half)), ""]
+    with_memory = [record for record in result["cases"] if "memory" in record]
+    if with_memory:
+        limit = result["memory_limit_mb"]
+        lines += [f"Peak memory beyond inputs and gradients (ours at most {limit} MB):", ""]
+        rows = [memory_rows(record, limit) for record in with_memory]
+        lines += [*table(["case", "ours", "ours, bfloat16", "peers"], rows), ""]
+    if "scaling" in groups:
+        lines += ["Time over the number of frozen negatives M, float32:", ""]
+        head = ["case", "ours", "per pair", "of GEMM rate"]
+        lines += [*table(head, map(scaling_row, groups["scaling"])), ""]
+    if "small" in groups:
+        lines += ["Small batches against dense eager torch, forward and backward, float32:", ""]
+        head = ["case", "ours", "dense eager", "ours / dense"]
+        lines += [*table(head, map(small_row, groups["small"])), ""]
+    return lines
+
+
+def report() -> str:
+    """The text between the markers."""
+    paths = sorted(RESULTS.glob("*.json"))
+    lines = [line for path in paths for line in section(json.loads(path.read_text()))]
+    return "\n".join(["", *lines]) if lines else "\nNo results yet.\n"
+
+
+def replaced(readme: str, text: str) -> str:
+    """readme with `text` between the markers.
+
+    Raises:
+        ValueError: the markers are missing, repeated or in the wrong order.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md must contain {BEGIN} and {END} once each")
+    head, _, rest = readme.partition(BEGIN)
+    if END not in rest:
+        raise ValueError(f"README.md must contain {BEGIN} before {END}")
+    return head + BEGIN + "\n" + text + END + rest.partition(END)[2]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare; 1 when they disagree")
+    options = parser.parse_args()
+    if not README.exists():
+        print("README.md is missing")
+        return 1
+    old = README.read_text()
+    try:
+        new = replaced(old, report())
+    except ValueError as error:
+        print(error)
+        return 1
+    if options.check:
+        if old != new:
+            print("README.md and benchmarks/results disagree: run python -m benchmarks.report")
+        return int(old != new)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
