@@ -105,7 +105,8 @@ def test_demo_from_end_to_end(monkeypatch, capsys, tmp_path):
     assert lines[-1].startswith("Shown in") and lines[-1].endswith(str(path))
 
 
-def test_missing_packages_are_named(monkeypatch, capsys):
+def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "sklearn" else object())
     assert demo.main([]) == 1
     captured = capsys.readouterr()
@@ -113,7 +114,8 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     assert captured.out == ""
 
 
-def test_interrupt_ends_cleanly(monkeypatch, capsys):
+def test_interrupt_ends_cleanly(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     run = importlib.import_module("contrastive_kernels.demo.run")
 
     def interrupted(*options):
@@ -128,3 +130,11 @@ def test_steps_must_be_positive(capsys):
     with pytest.raises(SystemExit):
         demo.main(["--steps", "0"])
     assert "must be an integer > 0, got 0" in capsys.readouterr().err
+
+
+def test_output_must_be_a_folder(capsys, tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(SystemExit):
+        demo.main(["--output", str(path)])
+    assert "--output: must be a folder that can be written" in capsys.readouterr().err
