@@ -189,21 +189,25 @@ std::tuple<at::Tensor, at::Tensor> row_dot_backward(const at::Tensor& x, const a
     const int64_t keys = y.size(1), d = x.size(1);
     const Features<T> queries(x, normalize), own(y.reshape({-1, d}), normalize);
     const at::Tensor weights = grad.to(kScalar<T>).contiguous();
-    const at::Tensor u = at::zeros({x.size(0), d}, kScalar<T>);
-    const at::Tensor v = at::zeros({needs[1] ? x.size(0) * keys : 0, d}, kScalar<T>);
-    T *to_x = u.data_ptr<T>(), *to_y = v.data_ptr<T>();
+    const T* weight_of = weights.const_data_ptr<T>();
+    const at::Tensor dx = at::empty({needs[0] ? x.size(0) : 0, d}, kScalar<T>);
+    const at::Tensor dy = at::empty({needs[1] ? x.size(0) * keys : 0, d}, kScalar<T>);
+    T *to_x = dx.data_ptr<T>(), *to_y = dy.data_ptr<T>();
     for_rows(queries, own, keys, [&](int64_t i, const T* row, const T* y_rows, int64_t stride) {
+      if (needs[0]) std::fill_n(to_x + i * d, d, T{0});
       for (int64_t j = i * keys; j < (i + 1) * keys; ++j) {
-        const T weight = weights.const_data_ptr<T>()[j] * queries.inverse()[i] * own.inverse()[j];
-        if (needs[0]) kernels.add_scaled(weight, y_rows + (j - i * keys) * stride, d, to_x + i * d);
-        if (needs[1]) kernels.add_scaled(weight, row, d, to_y + j * d);
+        const T* y_row = y_rows + (j - i * keys) * stride;
+        const T weight = weight_of[j] * queries.inverse()[i] * own.inverse()[j];
+        if (needs[0]) kernels.add_scaled(weight, y_row, d, to_x + i * d);
+        if (needs[1])
+          kernels.project(row, y_row, own.inverse()[j], normalize, weight, d, to_y + j * d);
       }
+      if (needs[0])
+        kernels.project(to_x + i * d, row, queries.inverse()[i], normalize, T{1}, d, to_x + i * d);
     });
     const at::Tensor none = at::empty({0}, x.options());
-    const T one = 1;
-    return {
-        needs[0] ? finish_gradient<T>(u, x, queries, normalize, one, nullptr) : none,
-        needs[1] ? finish_gradient<T>(v, y, own, normalize, one, nullptr).view(y.sizes()) : none};
+    return {needs[0] ? dx.to(x.scalar_type()) : none,
+            needs[1] ? dy.to(y.scalar_type()).view(y.sizes()) : none};
   });
 }
 

@@ -49,16 +49,27 @@ Dtype feature_dtype(const at::Tensor& tensor) {
   }
 }
 
+// Other features are widened tile by tile, each time a tile passes; a matrix of at most this many
+// elements (16 MB) is copied once.
+constexpr int64_t kCopyElements = 1 << 22;
+
+// A row stride below D (expanded rows) is not a matrix a library takes.
+template <class T>
+bool is_direct(const at::Tensor& t) {
+  return t.scalar_type() == kScalar<T> && t.stride(1) == 1 && t.stride(0) >= t.size(1);
+}
+
 template <class T>
 Features<T>::Features(const at::Tensor& tensor, bool normalize, bool with_norms)
-    : tensor_(tensor),
-      dtype_(feature_dtype(tensor)),
-      rows_(tensor.size(0)),
-      d_(tensor.size(1)),
-      row_stride_(tensor.stride(0)),
-      col_stride_(tensor.stride(1)) {
-  // a row stride below D (expanded rows) is not a matrix a library takes
-  direct_ = tensor.scalar_type() == kScalar<T> && col_stride_ == 1 && row_stride_ >= d_;
+    : tensor_(is_direct<T>(tensor) || tensor.numel() > kCopyElements
+                  ? tensor
+                  : tensor.to(kScalar<T>).contiguous()),
+      dtype_(feature_dtype(tensor_)),
+      rows_(tensor_.size(0)),
+      d_(tensor_.size(1)),
+      row_stride_(tensor_.stride(0)),
+      col_stride_(tensor_.stride(1)),
+      direct_(is_direct<T>(tensor_)) {
   if (!with_norms) return;
   inverse_ = at::empty({rows_}, kScalar<T>);
   const at::Tensor norm = at::empty({rows_}, kScalar<T>);
@@ -253,11 +264,9 @@ void Worker<T>::add_to_pairs(T* rows, const at::Tensor* keys) {
       const T inverse = pair_inverse_.template const_data_ptr<T>()[j * tile_.ld + i];
       const T weight = tile_.data[j * tile_.ld + i] * inverse;
       if (rows != nullptr) problem_.kernels.add_scaled(weight, y, d, rows + i * d);
-      if (keys == nullptr) continue;
-      std::fill_n(out + j * d, d, T{0});
-      problem_.kernels.add_scaled(weight, x, d, out + j * d);
-      problem_.kernels.project(out + j * d, y, inverse, problem_.normalize, problem_.scale, d,
-                               out + j * d);
+      if (keys != nullptr)
+        problem_.kernels.project(x, y, inverse, problem_.normalize, weight * problem_.scale, d,
+                                 out + j * d);
     }
     if (keys != nullptr)
       keys->select(0, rows_.begin + i).narrow(0, keys_.begin, keys_.size()).copy_(gradients);

@@ -59,8 +59,8 @@ class Features {
   at::Tensor tensor_, inverse_;
   Dtype dtype_;
   int64_t rows_, d_, row_stride_, col_stride_;
-  double largest_norm_ = 0;
   bool direct_;
+  double largest_norm_ = 0;
 };
 
 // Pairs of ids, as wide as a lane.
