@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
 namespace ck {
@@ -23,6 +24,25 @@ void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const d
     out.addmm_(left, right);
   else
     at::mm_out(out, left, right);
+}
+
+bool has_bfloat16_products() {
+#if defined(__x86_64__) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+  // tile registers (AMX) would have to be released after use
+  static const bool supported = __builtin_cpu_supports("avx512bf16") &&
+                                !__builtin_cpu_supports("amx-bf16") &&
+                                at::get_cpu_capability() == "AVX512";
+  return supported && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+void gemm(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b,
+          int64_t ldb, float* c, int64_t ldc) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, false,
+                              reinterpret_cast<const at::BFloat16*>(a),
+                              reinterpret_cast<const at::BFloat16*>(b), c);
 }
 
 }  // namespace ck

@@ -11,4 +11,11 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
 void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b,
           int64_t ldb, double* c, int64_t ldc, bool accumulate);
 
+// Whether products of bfloat16 are faster here than those of the same numbers widened to float.
+bool has_bfloat16_products();
+// c (m, n) = a (m, k) b (k, n) in float for bfloat16 bits: k even, b with each two consecutive rows
+// interleaved, ldb counted in elements of one row. Exact products, so equal to the float ones.
+void gemm(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b,
+          int64_t ldb, float* c, int64_t ldc);
+
 }  // namespace ck

@@ -61,7 +61,8 @@ bool is_direct(const at::Tensor& t) {
 
 template <class T>
 Features<T>::Features(const at::Tensor& tensor, bool normalize, bool with_norms)
-    : tensor_(is_direct<T>(tensor) || tensor.numel() > kCopyElements
+    : source_(tensor),
+      tensor_(is_direct<T>(tensor) || tensor.numel() > kCopyElements
                   ? tensor
                   : tensor.to(kScalar<T>).contiguous()),
       dtype_(feature_dtype(tensor_)),
@@ -94,6 +95,15 @@ Features<T>::Features(const at::Tensor& tensor, bool normalize, bool with_norms)
     largest_norm_ = std::min(largest_norm_, 1.0);
   else
     inverse_.fill_(1);
+}
+
+template <class T>
+const uint16_t* Features<T>::bits(int64_t row) const {
+  const int64_t stride = source_.stride(0);
+  const bool fits = std::is_same_v<T, float> && source_.scalar_type() == at::kBFloat16 &&
+                    source_.stride(1) == 1 && stride >= d_ && stride % 2 == 0 && d_ % 2 == 0;
+  if (!fits) return nullptr;
+  return static_cast<const uint16_t*>(source_.const_data_ptr()) + row * stride;
 }
 
 template <class T>
@@ -143,6 +153,7 @@ Problem<T>::Problem(const PairArguments& a)
       symmetric(!a.y.has_value()),
       paired(a.y.has_value() && a.y->dim() == 3),
       keys(paired ? a.y->size(1) : y.rows()),
+      bits(!paired && has_bfloat16_products() && x.bits(0) != nullptr && y.bits(0) != nullptr),
       normalize(a.normalize),
       scale(a.scale.to(kScalar<T>).template item<T>()),
       exclude(a.exclude_rows, a.exclude_keys),
@@ -174,6 +185,7 @@ Worker<T>::Worker(const Problem<T>& problem, bool with_gradients) : problem_(pro
   if (problem.paired) pair_inverse_ = at::empty({keys * rows}, options);
   if (!problem.y.direct()) y_buffer_ = at::empty({keys * d}, options);
   lanes_ = at::empty({kSlots * rows}, options);
+  row_scale_ = at::zeros({rows}, options);
   // the ids that never drop a pair: exclude ids that differ, keep ids that agree
   ids_ = at::zeros({2 * rows + 2 * keys}, c10::CppTypeToScalarType<Id>::value);
   tile_.data = logits_.template data_ptr<T>();
@@ -187,14 +199,19 @@ void Worker<T>::take_rows(Range rows) {
   tile_.ld = tile_.rows;
   T* buffer = problem_.x.direct() ? nullptr : x_buffer_.template data_ptr<T>();
   x_rows_ = problem_.x.read(rows, buffer, &x_stride_);
-  T* scales = lane_buffer(0);
+  T* scales = row_scale_.template data_ptr<T>();
   for (int64_t i = 0; i < count; ++i)
     scales[i] = problem_.scale * problem_.x.inverse()[rows.begin + i];
+  T* packed = packed_.template data_ptr<T>();
   if (problem_.paired)
     std::fill_n(tile_.data, problem_.block_keys * tile_.ld, T{0});  // padded rows stay so
+  else if (problem_.bits)                                           // pairs of features move as one
+    problem_.kernels.pack(reinterpret_cast<const T*>(problem_.x.bits(rows.begin)),
+                          problem_.x.bits_stride() / 2, static_cast<int>(count), problem_.x.d() / 2,
+                          nullptr, packed, tile_.rows);
   else
     problem_.kernels.pack(x_rows_, x_stride_, static_cast<int>(count), problem_.x.d(), scales,
-                          packed_.template data_ptr<T>(), tile_.rows);
+                          packed, tile_.rows);
   if (!problem_.exclude.given() && !problem_.keep.given()) return;
   Id* ids = ids_.template data_ptr<Id>();
   for (int64_t i = 0; i < tile_.rows; ++i) {
@@ -229,11 +246,28 @@ bool Worker<T>::make_tile(Range keys) {
     make_paired_tile();
     return true;
   }
-  T* buffer = problem_.y.direct() ? nullptr : y_buffer_.template data_ptr<T>();
-  y_rows_ = problem_.y.read(keys, buffer, &y_stride_);
-  gemm(keys.size(), tile_.rows, problem_.x.d(), y_rows_, y_stride_,
-       packed_.template const_data_ptr<T>(), tile_.rows, tile_.data, tile_.ld, false);
+  const T* packed = packed_.template const_data_ptr<T>();
+  if constexpr (std::is_same_v<T, float>) {
+    if (problem_.bits) {
+      gemm(keys.size(), tile_.rows, problem_.x.d(), problem_.y.bits(keys.begin),
+           problem_.y.bits_stride(), reinterpret_cast<const uint16_t*>(packed), tile_.rows,
+           tile_.data, tile_.ld);
+      problem_.kernels.scale_rows(tile_.data, tile_.ld, tile_.keys, tile_.rows,
+                                  row_scale_.template const_data_ptr<T>());
+      y_rows_ = nullptr;
+      return true;
+    }
+  }
+  read_keys();
+  gemm(keys.size(), tile_.rows, problem_.x.d(), y_rows_, y_stride_, packed, tile_.rows, tile_.data,
+       tile_.ld, false);
   return true;
+}
+
+template <class T>
+void Worker<T>::read_keys() {
+  T* buffer = problem_.y.direct() ? nullptr : y_buffer_.template data_ptr<T>();
+  y_rows_ = problem_.y.read(keys_, buffer, &y_stride_);
 }
 
 template <class T>
@@ -284,6 +318,7 @@ const T* Worker<T>::lanes(int slot, const T* values, T pad) {
 
 template <class T>
 void Worker<T>::add_to_rows(T* out, bool accumulate) {
+  if (y_rows_ == nullptr) read_keys();
   T* transposed = transposed_.template data_ptr<T>();
   const int64_t ld = problem_.block_keys;
   problem_.kernels.transpose(tile_.data, tile_.ld, tile_.keys, tile_.rows, transposed, ld);

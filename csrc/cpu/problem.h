@@ -52,11 +52,14 @@ class Features {
   double largest_norm() const { return largest_norm_; }
   // whether rows can be used where they lie
   bool direct() const { return direct_; }
+  // bfloat16 bits from a row on, where they lie with `bits_stride()`; null: not of such a layout
+  const uint16_t* bits(int64_t row) const;
+  int64_t bits_stride() const { return source_.stride(0); }
   // a pointer to `range`, copied to `buffer` unless direct, and its row stride
   const T* read(Range range, T* buffer, int64_t* stride) const;
 
  private:
-  at::Tensor tensor_, inverse_;
+  at::Tensor source_, tensor_, inverse_;
   Dtype dtype_;
   int64_t rows_, d_, row_stride_, col_stride_;
   bool direct_;
@@ -89,6 +92,7 @@ struct Problem {
   bool symmetric;  // y is x
   bool paired;     // row i has the keys y[i * keys ...]
   int64_t keys;    // of a row
+  bool bits;       // logits are products of bfloat16 as it lies
   bool normalize;
   T scale;
   at::Tensor bias, ones;  // (M,)
@@ -129,9 +133,11 @@ class Worker {
 
  private:
   void make_paired_tile();
+  void read_keys();
 
   const Problem<T>& problem_;
-  at::Tensor packed_, logits_, transposed_, x_buffer_, y_buffer_, lanes_, ids_, pair_inverse_;
+  at::Tensor packed_, logits_, transposed_, x_buffer_, y_buffer_, lanes_, ids_, pair_inverse_,
+      row_scale_;
   Tile<T> tile_{};
   Range rows_{}, keys_{};
   const T* x_rows_ = nullptr;

@@ -278,16 +278,28 @@ void pack(const T* x, int64_t stride, int rows, int64_t d, const T* scale, T* ou
     for (; k + W <= d; k += W) {
       Vec<T> block[W];
 #pragma GCC unroll 16
-      for (int r = 0; r < W; ++r)
-        block[r] = r < count ? load<Vec<T>>(x + (i + r) * stride + k) * scale[i + r] : Vec<T>{};
+      for (int r = 0; r < W; ++r) {
+        block[r] = r < count ? load<Vec<T>>(x + (i + r) * stride + k) : Vec<T>{};
+        if (scale != nullptr && r < count) block[r] *= scale[i + r];
+      }
       transpose_steps<1, T>(block);
 #pragma GCC unroll 16
       for (int r = 0; r < W; ++r) store(out + (k + r) * ld + i, block[r]);
     }
     for (; k < d; ++k)
-      for (int r = 0; r < W; ++r)
-        out[k * ld + i + r] = r < count ? x[(i + r) * stride + k] * scale[i + r] : T(0);
+      for (int r = 0; r < W; ++r) {
+        T value = r < count ? x[(i + r) * stride + k] : T(0);
+        if (scale != nullptr && r < count) value *= scale[i + r];
+        out[k * ld + i + r] = value;
+      }
   }
+}
+
+template <class T>
+void scale_rows(T* tile, int64_t ld, int keys, int rows, const T* scale) {
+  for (int j = 0; j < keys; ++j)
+    for (int i = 0; i < rows; i += kLanes<T>)
+      store(tile + j * ld + i, load<Vec<T>>(tile + j * ld + i) * load<Vec<T>>(scale + i));
 }
 
 template <class T>
@@ -393,9 +405,9 @@ void read_rows(const void* x, Dtype dtype, int64_t row_stride, int64_t col_strid
 
 template <class T>
 const TileKernels<T>& kernels() {
-  static const TileKernels<T> table = {CK_STRING(CK_ISA), read_rows<T>, norms<T>,   pack<T>,
-                                       transpose<T>,      row_max<T>,   forward<T>, backward<T>,
-                                       monitor<T>,        dots<T>,      project<T>, add_scaled<T>};
+  static const TileKernels<T> table = {
+      CK_STRING(CK_ISA), read_rows<T>, norms<T>,   pack<T>, transpose<T>, scale_rows<T>, row_max<T>,
+      forward<T>,        backward<T>,  monitor<T>, dots<T>, project<T>,   add_scaled<T>};
   return table;
 }
 

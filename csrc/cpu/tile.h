@@ -94,9 +94,12 @@ struct TileKernels {
                     int64_t rows, int64_t d, T* out);
   // 1 / max(norm, 1e-12) and, unless null, the norm of contiguous-in-d rows
   void (*norms)(const T* x, int64_t stride, int64_t rows, int64_t d, T* inverse, T* norm);
-  // out[k * ld + i] = x[i, k] scale[i]; columns from rows up to ld are set to 0
+  // out[k * ld + i] = x[i, k] scale[i], or x[i, k] bit by bit when scale is null; columns from rows
+  // up to ld are set to 0
   void (*pack)(const T* x, int64_t stride, int rows, int64_t d, const T* scale, T* out, int64_t ld);
   void (*transpose)(const T* tile, int64_t ld, int keys, int rows, T* out, int64_t ld_out);
+  // tile[j * ld + i] *= scale[i]
+  void (*scale_rows)(T* tile, int64_t ld, int keys, int rows, const T* scale);
   // largest logit of each row, -inf when every pair is dropped
   void (*row_max)(const Tile<T>& tile, T* out);
   void (*forward)(const Tile<T>& tile, Fold fold, const ForwardSums<T>& sums);
