@@ -76,11 +76,15 @@ CK_FOLD T sum_lanes(Vec<T> v) {
 CK_FOLD Vec<float> exp_of(Vec<float> x) {
   using V = Vec<float>;
   using I = IVec<float>;
-  x = x < -87.3f ? V{} - 87.3f : x;
+  x = -87.3f > x ? V{} - 87.3f : x;
   const V shifted =
       x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds, and holds n in its low bits
   const V n = shifted - 12582912.f;
+#ifdef __FMA__
+  const V r = x - n * 0.693147182f;  // an error below the rounding that x itself carries
+#else
   const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+#endif
   V p = r * 1.38145984e-3f + 8.3687169e-3f;
   p = p * r + 4.16683881e-2f;
   p = p * r + 1.66665206e-1f;
