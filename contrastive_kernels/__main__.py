@@ -20,7 +20,8 @@ def _info() -> int:
         ("cpu capability", torch.backends.cpu.get_cpu_capability()),
     ]
     if CPU_ERROR is None:
-        built = import_module("contrastive_kernels._cpu").build_info()
+        extension = import_module("contrastive_kernels._cpu")
+        built = extension.build_info() | {"isa in use": extension.capability()}
         lines += [(f"cpu extension: {name}", value) for name, value in built.items()]
     for name, value in lines:
         print(f"{name:<25}{value}")

@@ -104,15 +104,6 @@ def scalar(name: str, value: float | Tensor) -> float | Tensor:
     return value
 
 
-def check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless `ids` is an integer tensor of the given shape."""
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{name} must be an integer tensor, got {got}")
-    if ids.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(ids.shape)}")
-
-
 def resolve_scale(temperature: float, scale: float | Tensor | None = None) -> float | Tensor:
     """The factor on similarities: `scale` if given, else 1 / temperature."""
     if scale is not None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .common import (
     Loss,
-    check_ids,
     check_negatives,
     check_other_rows,
     check_reduction,
@@ -26,7 +25,7 @@ from .common import (
     scalar,
     softplus,
 )
-from .ops import IdPair, check_positive, row_dot, softplus_sweep, sweep
+from .ops import IdPair, check_ids, check_positive, row_dot, softplus_sweep, sweep
 
 
 def info_nce(

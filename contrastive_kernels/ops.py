@@ -104,6 +104,15 @@ def check_pair(x: Tensor, y: Tensor, x_name: str = "x", y_name: str = "y") -> No
         )
 
 
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless `ids` is an integer tensor of the given shape."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    if ids.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(ids.shape)}")
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise unless `value` is a finite number above 0."""
     if isinstance(value, Tensor):
@@ -342,11 +351,7 @@ def _check_ids(name: str, pair: IdPair, rows: int, keys: int, device: torch.devi
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(f"{name} must be a pair (row_ids, col_ids), got {type(pair).__name__}")
     for which, ids, size in (("row_ids", pair[0], rows), ("col_ids", pair[1], keys)):
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
-            got = _dtype(ids.dtype) if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"{name}: {which} must be an integer tensor, got {got}")
-        if ids.shape != (size,):
-            raise ValueError(f"{name}: {which} must have shape ({size},), got {tuple(ids.shape)}")
+        check_ids(f"{name}: {which}", ids, (size,))
         if ids.device != device:
             raise ValueError(f"{name}: {which} must be on {device}, got {ids.device}")
 

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import check_ids
-from .ops import check_features
+from .ops import check_features, check_ids
 
 
 class FeatureQueue(nn.Module):

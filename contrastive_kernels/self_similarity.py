@@ -14,7 +14,6 @@ from torch import Tensor
 from .common import (
     Loss,
     LossStats,
-    check_ids,
     check_other_rows,
     check_range,
     check_reduction,
@@ -27,7 +26,7 @@ from .common import (
     softplus,
 )
 from .losses import mi_lower_bound
-from .ops import Sweep, check_features, check_positive, row_dot, statistics_dtype, sweep
+from .ops import Sweep, check_features, check_ids, check_positive, row_dot, statistics_dtype, sweep
 
 
 def nt_xent(

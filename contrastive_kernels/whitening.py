@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .common import Loss, LossStats, check_ids, check_range, check_reduction, reduce_rows
-from .ops import check_features, full_precision, resolve_backend, statistics_dtype
+from .common import Loss, LossStats, check_range, check_reduction, reduce_rows
+from .ops import check_features, check_ids, full_precision, resolve_backend, statistics_dtype
 
 METHODS = ("cholesky", "zca", "newton_schulz")
 

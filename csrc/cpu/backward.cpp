@@ -183,17 +183,14 @@ class BackwardSweep {
   template <class Use>
   void visit(Worker<T>& w, Range rows, Range keys, bool half, double* key_totals, Use use) {
     BackwardTile<T> b{};
-    const auto start = [&](Range block) {
+    const auto start = [&](Range) {
       constexpr T infinity = std::numeric_limits<T>::infinity();
       b.row.lse = w.lanes(kLse, rows_.of(0), infinity);
       b.row.mean = w.lanes(kMean, rows_.of(1), 0);
       b.row.grad_lse = w.lanes(kGradLse, rows_.of(2), 0);
       b.row.grad_mean = w.lanes(kGradMean, rows_.of(3), 0);
       b.row_scale = w.lanes(kScaleLanes, p_.x.inverse(), 0);
-      T* valid = w.lane_buffer(kValid);
-      std::fill_n(valid, block.size(), T{1});
-      std::fill(valid + block.size(), valid + w.padded_rows(), T{0});
-      b.row_valid = valid;
+      b.row_valid = w.valid_lanes(kValid);
     };
     const auto push = [&](bool mirrored) {
       const int64_t first_key = w.keys().begin;

@@ -97,8 +97,7 @@ class RowBlock {
     std::fill(shift + real, shift + padded, infinity);
     if (threshold_ != nullptr) {
       w_.lanes(kThresholdLanes, threshold_, infinity);
-      std::fill_n(w_.lane_buffer(kValidLanes), real, T{1});
-      std::fill(w_.lane_buffer(kValidLanes) + real, w_.lane_buffer(kValidLanes) + padded, T{0});
+      w_.valid_lanes(kValidLanes);
     }
     first_ = true;
   }

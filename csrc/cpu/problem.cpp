@@ -317,6 +317,14 @@ const T* Worker<T>::lanes(int slot, const T* values, T pad) {
 }
 
 template <class T>
+const T* Worker<T>::valid_lanes(int slot) {
+  T* out = lane_buffer(slot);
+  std::fill_n(out, rows_.size(), T{1});
+  std::fill(out + rows_.size(), out + tile_.rows, T{0});
+  return out;
+}
+
+template <class T>
 void Worker<T>::add_to_rows(T* out, bool accumulate) {
   if (y_rows_ == nullptr) read_keys();
   T* transposed = transposed_.template data_ptr<T>();

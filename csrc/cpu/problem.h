@@ -121,6 +121,8 @@ class Worker {
   // copies values of the block's rows into lane buffer `slot` (of kSlots), padding with `pad`;
   // null gives `pad` everywhere
   const T* lanes(int slot, const T* values, T pad);
+  // 1 for the block's rows, 0 for the padding, in lane buffer `slot`
+  const T* valid_lanes(int slot);
   T* lane_buffer(int slot) { return lanes_.template data_ptr<T>() + slot * problem_.block_rows; }
   // out (rows, D) += tile^T keys, or = when not accumulating
   void add_to_rows(T* out, bool accumulate);
