@@ -24,7 +24,7 @@ def _info() -> int:
         built = extension.build_info() | {"isa in use": extension.capability()}
         lines += [(f"cpu extension: {name}", value) for name, value in built.items()]
     for name, value in lines:
-        print(f"{name:<25}{value}")
+        print(f"{name:<28}{value}")
 
     row = "{:<11}{:<7}{:<8}{:<11}{}".format
     print("\n" + row("backend", "built", "usable", "devices", "dtypes"))
