@@ -18,6 +18,7 @@ from torch import Tensor
 from . import reference, registration
 from .backends import unusable_reason
 from .reference import SoftplusSweep, Sweep
+from .registration import statistics_dtype
 
 IdPair = tuple[Tensor, Tensor]
 
@@ -121,11 +122,6 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 features, float32 for all others."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def sweep(
     x: Tensor,
     y: Tensor | None,
@@ -163,13 +159,12 @@ def sweep(
     # with frozen keys the weighted mean of the keys is the gradient: take it in the same sweep
     attend = (
         y is not None
+        and y.dim() == 2
         and not (mean or columns)
         and torch.is_grad_enabled()
         and x.requires_grad
         and not (y.requires_grad or (bias is not None and bias.requires_grad))
     )
-    if y is not None and y.dim() == 3:
-        attend = False
     both = y is not None  # the ids of a self-similarity serve rows and columns
     out = registration.row_stats(chosen)(
         x, y, scale, bias, *_ids(exclude, both), *_ids(keep, both), threshold, mean, normalize,

@@ -15,13 +15,13 @@ namespace {
 
 constexpr int kMaxKeys = 256;
 
+// Row vectors worked on at once: as many as the instruction set's registers hold the sums of.
 template <class T>
 struct Lane {
-  using V = Vec<T>;
-  using I = IVec<T>;
   static constexpr int W = kLanes<T>;
-  static constexpr int U = 32 / W >= 4 ? 2 : kRowPadding / W < 4 ? kRowPadding / W : 4;
+  static constexpr int U = W >= 16 ? 4 : 2;
   static constexpr int kBlock = W * U;
+  static_assert(kRowPadding % kBlock == 0);
 };
 
 template <class T>
