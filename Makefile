@@ -47,6 +47,13 @@ bench: setup
 	@$(PIP) install --no-deps $(PEERS) || echo "some peers are missing: their rows will say so"
 	@$(RUN) -m benchmarks.run $(ARGS)
 
+# For a machine with a GPU and no network: PYTHON itself has torch, triton, pytest and the build
+# tools. Logs and results are left in OUT.
+OUT ?= build/gpu
+.PHONY: gpu
+gpu:
+	@$(PYTHON) -m benchmarks.gpu --out $(OUT)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info contrastive_kernels/*.so \
 	    contrastive_kernels/_build_report.json

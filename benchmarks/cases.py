@@ -53,6 +53,8 @@ class Case:
         flops: floating point operations of the schedule, a multiply-add counted as two.
         frozen: inputs without gradient.
         backward: False for the forward alone, under no_grad.
+        at_most_ms: bound of the time on a GPU.
+        graph_at_most: share of its first peer's time that the step may take as a CUDA graph.
     """
 
     name: str
@@ -66,10 +68,15 @@ class Case:
     flops: Callable[[Sizes], float] | None = None
     frozen: tuple[str, ...] = ()
     backward: bool = True
+    at_most_ms: float | None = None
+    graph_at_most: float | None = None
 
-    def tensors(self, sizes: Sizes, dtype: torch.dtype = torch.float32) -> Tensors:
+    def tensors(
+        self, sizes: Sizes, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> Tensors:
         """The inputs as leaves: features in dtype, scalars in float32, the same on every call."""
-        tensors = self.inputs(sizes, torch.Generator().manual_seed(0))
+        with torch.device(device):
+            tensors = self.inputs(sizes, torch.Generator(device).manual_seed(0))
         for name, t in tensors.items():
             if t.is_floating_point():
                 leaf = t.to(dtype) if t.dim() > 0 else t

@@ -1,5 +1,6 @@
-"""On what, and with what, a result was measured."""
+"""On what, and with what, a result was measured, and where it is kept."""
 
+import json
 import os
 import platform
 import re
@@ -26,12 +27,15 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The short hash of the checkout, "-dirty" with uncommitted changes to tracked files."""
+    """The short hash of the checkout, "-dirty" with uncommitted changes to tracked files.
+
+    In a copy without .git the variable CK_COMMIT names it.
+    """
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("CK_COMMIT", "unknown")
     return done.stdout.strip()
 
 
@@ -42,9 +46,40 @@ def _installed(distribution: str) -> str:
         return "not installed"
 
 
-def backend() -> str:
-    """The backend that "auto" takes for CPU tensors."""
-    return "cpu" if ck.backends()["cpu"].usable else "reference"
+def backend(name: str) -> str:
+    """The backend that "auto" takes on a device whose fused backend is `name`."""
+    return name if ck.backends()[name].usable else "reference"
+
+
+def _driver() -> str:
+    """The version of the GPU's driver, as nvidia-smi tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.splitlines()[0].strip() if done.stdout else "unknown"
+
+
+def describe_gpu() -> dict:
+    """GPU, driver, backend and versions, for the JSON."""
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": f"sm_{major}{minor}",
+        "driver": _driver(),
+        "backend": backend("triton"),
+        "versions": {
+            "contrastive_kernels": ck.__version__,
+            "torch": torch.__version__,
+            "CUDA": torch.version.cuda,
+            "triton": _installed("triton"),
+            "python": platform.python_version(),
+            "inf_cl": _installed("inf_cl"),
+            "siglip-kernel": _installed("siglip-kernel"),
+        },
+        "commit": commit(),
+    }
 
 
 def describe(threads: int) -> dict:
@@ -55,7 +90,7 @@ def describe(threads: int) -> dict:
         "cores": os.cpu_count(),
         "threads": threads,
         "load": round(os.getloadavg()[0], 2),
-        "backend": backend(),
+        "backend": backend("cpu"),
         "versions": {
             "contrastive_kernels": ck.__version__,
             "torch": torch.__version__,
@@ -69,6 +104,14 @@ def describe(threads: int) -> dict:
 
 
 def results_path(environment: dict) -> Path:
-    """benchmarks/results/<device>-<threads>-threads.json"""
-    name = f"{environment['device']} {environment['threads']} threads"
+    """benchmarks/results/<device>[-<threads>-threads].json"""
+    name = environment["device"]
+    if "threads" in environment:
+        name += f" {environment['threads']} threads"
     return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+def save(path: Path, result: dict) -> None:
+    """Writes a result as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

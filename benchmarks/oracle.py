@@ -3,6 +3,7 @@
 Large sizes are summed over blocks of rows, so that no float64 similarity matrix is stored whole.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,10 +18,14 @@ BLOCK = 2**24
 
 
 class Truth(NamedTuple):
-    """Value and gradients in float64; gradients of the inputs that require one."""
+    """Value and gradients in float64; gradients of the inputs that require one.
+
+    rows: where only these rows of the gradients are known; the value is then nan.
+    """
 
     value: float
     gradients: Tensors
+    rows: Tensor | None = None
 
 
 Oracle = Callable[..., Truth]
@@ -65,15 +70,36 @@ def by_rows(row_sum: Callable[..., Tensor]) -> Oracle:
         columns = max(len(t) for t in tensors.values() if t.dim() > 0)
         step = max(1, BLOCK // columns)
         value = 0.0
-        for start in range(0, count, step):
-            part = row_sum(slice(start, min(start + step, count)), **features, **options) / count
-            if backward:
-                part.backward()
-            value += part.item()
+        with next(iter(tensors.values())).device:  # what row_sum creates belongs there
+            for start in range(0, count, step):
+                rows = slice(start, min(start + step, count))
+                part = row_sum(rows, **features, **options) / count
+                if backward:
+                    part.backward()
+                value += part.item()
         if backward:
             wanted = [n for n, t in unit.items() if t.requires_grad]
             torch.autograd.backward([unit[n] for n in wanted], [features[n].grad for n in wanted])
         return Truth(value, _gradients(leaves))
+
+    return evaluate
+
+
+def sampled_query(count: int) -> Oracle:
+    """The oracle of an info_nce too large for `by_rows`: `count` rows of the query's gradient."""
+
+    def evaluate(tensors: Tensors, options: dict, backward: bool = True) -> Truth:
+        query, key = (tensors[name].detach() for name in ("query", "key"))
+        generator = torch.Generator(query.device).manual_seed(0)
+        rows = torch.randperm(len(query), device=query.device, generator=generator)[:count]
+        sample = query[rows].double().requires_grad_()
+        keys = F.normalize(key.double(), dim=1)
+        step = max(1, BLOCK // len(keys))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            logits = F.normalize(sample[part], dim=1) @ keys.T / options["temperature"]
+            (F.cross_entropy(logits, rows[part], reduction="sum") / len(query)).backward()
+        return Truth(math.nan, {"query": sample.grad}, rows)
 
     return evaluate
 
@@ -119,6 +145,17 @@ def nt_xent(rows: slice, z1: Tensor, z2: Tensor, *, temperature: float) -> Tenso
         logits = logits.masked_fill(itself, -torch.inf)
         loss = loss + F.cross_entropy(logits, positive, reduction="sum") / 2
     return loss
+
+
+def siglip_loss(
+    rows: slice,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+) -> Tensor:
+    logits = logit_scale * image_features[rows] @ text_features.T + logit_bias
+    return -F.logsigmoid(-logits).sum() - logits[:, rows].diagonal().sum()
 
 
 def sup_con(rows: slice, features: Tensor, labels: Tensor, *, temperature: float) -> Tensor:

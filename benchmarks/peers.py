@@ -33,14 +33,19 @@ class Peer:
         load: returns the loss, called with the tensors and options of the case; raises
             PeerUnavailable with the reason.
         distribution: the installed package that its version is read from.
+        compiles: whether its first call takes many seconds.
     """
 
     name: str
     load: Callable[[], Loss]
     distribution: str = "torch"
+    compiles: bool = False
 
     def version(self) -> str:
-        return importlib.metadata.version(self.distribution)
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
 
 
 def dense(loss: Loss) -> Peer:
@@ -48,7 +53,7 @@ def dense(loss: Loss) -> Peer:
     return Peer("dense eager torch", lambda: loss)
 
 
-def _missing(distribution: str) -> PeerUnavailable:
+def missing(distribution: str) -> PeerUnavailable:
     return PeerUnavailable(f"{distribution} is not installed (see benchmarks/README.md)")
 
 
@@ -76,7 +81,7 @@ def load_class(distribution: str, module: str, name: str, bare: tuple[str, ...])
     """
     root = importlib.util.find_spec(module.partition(".")[0])
     if root is None or root.origin is None:
-        raise _missing(distribution)
+        raise missing(distribution)
     site = Path(root.origin).parents[1]
     temporary = {p: _bare_package(p, site.joinpath(*p.split("."))) for p in bare}
     if importlib.util.find_spec("torchvision") is None:
@@ -149,7 +154,7 @@ def _pytorch_metric_learning() -> Loss:
     try:
         from pytorch_metric_learning.losses import SupConLoss
     except ImportError as error:
-        raise _missing("pytorch-metric-learning") from error
+        raise missing("pytorch-metric-learning") from error
 
     def sup_con(features: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
         return SupConLoss(temperature=temperature)(features, labels)

@@ -9,23 +9,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import gpu_report
+from benchmarks.markdown import milliseconds, share, table
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-
-
-def milliseconds(entry: dict) -> str:
-    median = entry["milliseconds"]["median"]
-    return f"{median:.0f} ms" if median >= 100 else f"{median:.3g} ms"
-
-
-def share(ratio: float, at_most: float | None) -> str:
-    """A ratio and its bound; a missed bound is set in bold."""
-    if at_most is None:
-        return f"{ratio:.2f}"
-    text = f"{ratio:.2f} (≤ {at_most:.2f})"
-    return text if ratio <= at_most else f"**{text}**"
+GPU_BEGIN, GPU_END = "<!-- gpu-benchmarks:begin -->", "<!-- gpu-benchmarks:end -->"
 
 
 def megabytes(memory: dict, name: str, limit: float | None = None) -> str:
@@ -34,12 +25,6 @@ def megabytes(memory: dict, name: str, limit: float | None = None) -> str:
         return "–"
     text = f"{result['mb']:.0f} MB"
     return text if limit is None or result["mb"] <= limit else f"**{text}**"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    head = list(head)
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def title(record: dict) -> str:
@@ -158,25 +143,40 @@ def section(result: dict) -> list[str]:
     return lines
 
 
-def report() -> str:
-    """The text between the markers."""
-    paths = sorted(RESULTS.glob("*.json"))
-    lines = [line for path in paths for line in section(json.loads(path.read_text()))]
-    return "\n".join(["", *lines]) if lines else "\nNo results yet.\n"
+def sections(device_type: str) -> str:
+    """The text between the markers of one type of device, empty without results."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    render = gpu_report.section if device_type == "cuda" else section
+    # results on a CPU did not always name their type
+    chosen = [r for r in results if r.get("device_type", "cpu") == device_type]
+    lines = [line for result in chosen for line in render(result)]
+    return "\n".join(["", *lines]) if lines else ""
 
 
-def replaced(readme: str, text: str) -> str:
+def replaced(readme: str, text: str, begin: str, end: str) -> str:
     """readme with `text` between the markers.
 
     Raises:
         ValueError: the markers are missing, repeated or in the wrong order.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must contain {BEGIN} and {END} once each")
-    head, _, rest = readme.partition(BEGIN)
-    if END not in rest:
-        raise ValueError(f"README.md must contain {BEGIN} before {END}")
-    return head + BEGIN + "\n" + text + END + rest.partition(END)[2]
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise ValueError(f"README.md must contain {begin} and {end} once each")
+    head, _, rest = readme.partition(begin)
+    if end not in rest:
+        raise ValueError(f"README.md must contain {begin} before {end}")
+    return head + begin + "\n" + text + end + rest.partition(end)[2]
+
+
+def updated(readme: str) -> str:
+    """readme with the tables of all results.
+
+    Those of GPUs get markers of their own with the first result.
+    """
+    readme = replaced(readme, sections("cpu") or "\nNo results yet.\n", BEGIN, END)
+    gpu = sections("cuda")
+    if gpu and GPU_BEGIN not in readme:
+        readme = readme.replace(END, f"{END}\n\n{GPU_BEGIN}\n{GPU_END}")
+    return replaced(readme, gpu, GPU_BEGIN, GPU_END) if GPU_BEGIN in readme else readme
 
 
 def main() -> int:
@@ -188,7 +188,7 @@ def main() -> int:
         return 1
     old = README.read_text()
     try:
-        new = replaced(old, report())
+        new = updated(old)
     except ValueError as error:
         print(error)
         return 1

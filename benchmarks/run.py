@@ -1,7 +1,6 @@
 """Measures the cases and writes the result as JSON: python -m benchmarks.run --help"""
 
 import argparse
-import json
 import sys
 import time
 from datetime import date
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 import contrastive_kernels as ck
-from benchmarks import memory
+from benchmarks import gpu_instruments, gpu_measure, gpu_report, memory
 from benchmarks.cases import (
     BFLOAT16_AT_MOST,
     CASES,
@@ -18,92 +17,44 @@ from benchmarks.cases import (
     MEMORY_LIMIT_MB,
     Case,
 )
-from benchmarks.environment import describe, results_path
+from benchmarks.check import TOLERANCE, checked, checked_peers
+from benchmarks.console import Progress, judged, line
+from benchmarks.environment import describe, describe_gpu, results_path, save
+from benchmarks.gpu_cases import GPU_CASES
 from benchmarks.inputs import Sizes
-from benchmarks.measure import Step, Timing, error, gemm_flops, interleave
-from benchmarks.oracle import Tensors, Truth
-from benchmarks.peers import Loss, PeerUnavailable
+from benchmarks.measure import Timing, gemm_flops, interleave
 
 FULL_BUDGET, QUICK_BUDGET = 40.0, 0.3
+# Seconds into a run on a GPU after which no peer is compiled, and no case begins.
+COMPILE_UNTIL, CASES_UNTIL = 110.0, 200.0
 OURS_BFLOAT16 = "ours, bfloat16"
-
-
-class Progress:
-    """One line that is overwritten on a terminal, and left out elsewhere."""
-
-    def __init__(self, title: str):
-        self.title = title
-        self.start = time.perf_counter()
-
-    def __call__(self, text: str) -> None:
-        if sys.stderr.isatty():
-            seconds = time.perf_counter() - self.start
-            line = f"{self.title}: {text}, {seconds:.0f} s"
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def judged(ratio: float, at_most: float | None) -> str:
-    if at_most is None:
-        return f"{ratio:.3f}"
-    return f"{ratio:.3f} (at most {at_most:.2f}: {'met' if ratio <= at_most else 'NOT MET'})"
-
-
-def line(name: str, timing: Timing, rest: str) -> None:
-    spread = f"[{timing.p20:.2f} .. {timing.p80:.2f}]"
-    print(f"  {name:40s} {timing.median:10.2f} ms  {spread:24s} {rest}", flush=True)
-
-
-def checked(
-    case: Case, loss: Loss, tensors: Tensors, truth: Truth, dtype: torch.dtype = torch.float32
-) -> tuple[Step, str | None]:
-    """The step of a loss, and why its value or gradients are wrong, or None."""
-    step = Step(loss, tensors, case.options, case.backward)
-    try:
-        return step, error(step, truth, dtype)
-    except (RuntimeError, TypeError, ValueError) as failure:
-        return step, f"{type(failure).__name__}: {failure}"
 
 
 def measure_speed(case: Case, quick: bool, gemm: dict[str, float]) -> dict:
     """Checks, then times a case and its peers; the JSON record of the case."""
     sizes = case.sizes.quick() if quick else case.sizes
     record = {"name": case.name, "group": case.group, "sizes": vars(sizes)}
-    record |= {"frozen": case.frozen, "backward": case.backward, "peers": []}
+    record |= {"frozen": case.frozen, "backward": case.backward}
     print(f"{case.name}  N={sizes.n} M={sizes.m} D={sizes.d} K={sizes.k}")
     progress = Progress(case.name)
     progress("float64 oracle")
     tensors = case.tensors(sizes)
     truth = case.oracle(tensors, case.options, case.backward)
-    step, wrong = checked(case, case.loss, tensors, truth)
+    tolerance = TOLERANCE[torch.float32]
+    step, wrong = checked(case, case.loss, tensors, truth, tolerance)
     if wrong:
         progress.close()
         print(f"  FAILED: {wrong}")
         return record | {"failed": wrong}
-    steps = {memory.OURS: step}
-    for rival in case.rivals:
-        progress(f"checking {rival.peer.name}")
-        # a bound is for the full size: a smoke run has none
-        entry = {"name": rival.peer.name, "at_most": None if quick else rival.at_most}
-        record["peers"].append(entry)
-        try:
-            step, wrong = checked(case, rival.peer.load(), tensors, truth)
-        except PeerUnavailable as reason:
-            entry["reason"] = str(reason)
-            continue
-        entry["version"] = rival.peer.version()
-        if wrong:
-            entry["reason"] = f"differs from float64: {wrong}"
-        else:
-            steps[rival.peer.name] = step
+    record["peers"], steps = checked_peers(
+        case, tensors, truth, tolerance, progress, bounded=not quick
+    )
+    steps = {memory.OURS: step} | steps
     if case.group == "large":
         progress("float64 oracle, bfloat16")
         rounded = case.tensors(sizes, torch.bfloat16)
         truth = case.oracle(rounded, case.options, case.backward)
-        step, wrong = checked(case, case.loss, rounded, truth, torch.bfloat16)
+        step, wrong = checked(case, case.loss, rounded, truth, TOLERANCE[torch.bfloat16])
         if wrong:
             record["bfloat16"] = {"failed": wrong}
         else:
@@ -181,19 +132,29 @@ def arguments() -> argparse.Namespace:
         description="Time, and peak memory, of the losses beside their peers on this machine.",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help="only this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu by default")
+    parser.add_argument("--case", action="append", metavar="NAME", help="only this")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure peak memory as well; always done on a GPU"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch on a CPU (2)")
     parser.add_argument(
         "--json", type=Path, help="result file; without it only a full run writes one"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    cases = GPU_CASES if options.device == "cuda" else CASES
+    for name in options.case or ():
+        if name not in cases:
+            parser.error(f"--case must be one of {', '.join(cases)}, got {name}")
+    return options
 
 
 def command_line(options: argparse.Namespace) -> str:
     """The command that repeats this run."""
-    words = ["python -m benchmarks.run", f"--threads {options.threads}"]
+    words = ["python -m benchmarks.run"]
+    on_gpu = options.device == "cuda"
+    words += ["--device cuda"] if on_gpu else [f"--threads {options.threads}"]
     words += ["--quick"] if options.quick else []
     words += ["--memory"] if options.memory else []
     words += [f"--case {name}" for name in options.case or ()]
@@ -202,9 +163,79 @@ def command_line(options: argparse.Namespace) -> str:
 
 def main() -> int:
     options = arguments()
+    cases = GPU_CASES if options.device == "cuda" else CASES
     if options.list:
-        print("\n".join(CASES))
+        print("\n".join(cases))
         return 0
+    chosen = [cases[name] for name in options.case or cases]
+    return run_on_gpu(chosen, options) if options.device == "cuda" else run_on_cpu(chosen, options)
+
+
+def head(options: argparse.Namespace, environment: dict) -> dict:
+    """What every result begins with."""
+    return {
+        "command": command_line(options),
+        "date": date.today().isoformat(),
+        "device_type": options.device,
+        "environment": environment,
+    }
+
+
+def path_of(options: argparse.Namespace, environment: dict) -> Path | None:
+    """Where the result goes; None: a part of a run, or a quick one, is not kept."""
+    if options.json is None and not options.quick and not options.case:
+        return results_path(environment)
+    return options.json
+
+
+def finish(records: list[dict], path: Path | None) -> int:
+    """Names the file and what failed; the exit status."""
+    if path is not None:
+        print(f"wrote {path.name}")
+    failed = [record["name"] for record in records if "failed" in record]
+    failed += [r["name"] for r in records if "failed" in r.get("bfloat16", {})]
+    if failed:
+        print("FAILED: " + ", ".join(failed))
+    return 1 if failed else 0
+
+
+def run_on_gpu(cases: list[Case], options: argparse.Namespace) -> int:
+    start = time.monotonic()
+    if not torch.cuda.is_available():
+        print("--device cuda needs a GPU: torch.cuda.is_available() is False")
+        return 1
+    environment = describe_gpu()
+    path = path_of(options, environment)
+    print(
+        f"{environment['device']} ({environment['capability']}), driver {environment['driver']}, "
+        f"torch {torch.__version__}, commit {environment['commit']}"
+    )
+    if environment["backend"] == "reference":
+        print(f"warning: ours is the dense reference: {ck.backends()['triton'].reason}")
+    gemm = gpu_instruments.gemm_flops("cuda")
+    print(f"bfloat16 matrix product of 8192^3: {gemm / 1e12:.0f} TFLOP/s", flush=True)
+    records: list[dict] = []
+    result = head(options, environment) | {"gemm_tflops": gemm / 1e12, "cases": records}
+    for case in cases:
+        elapsed = time.monotonic() - start
+        print(f"[{elapsed:.0f} s]", end=" ")
+        record = gpu_measure.measure(
+            case,
+            "cuda",
+            gemm,
+            quick=options.quick,
+            may_compile=elapsed < COMPILE_UNTIL,
+            may_begin=elapsed < CASES_UNTIL,
+        )
+        records.append(record)
+        if path is not None:
+            # after each case: a run that is cut short leaves what it has measured
+            save(path, result)
+    print("\n".join(["", *gpu_report.section(result)]))
+    return finish(records, path)
+
+
+def run_on_cpu(cases: list[Case], options: argparse.Namespace) -> int:
     with_memory, reason = options.memory, memory.unsupported()
     if with_memory and reason:
         print(f"no peak memory: {reason}")
@@ -222,31 +253,20 @@ def main() -> int:
     gemm = {name: gemm_flops(dtype) for name, dtype in memory.DTYPES.items()}
     print("GEMM rate: " + ", ".join(f"{n} {rate / 1e9:.0f} GFLOP/s" for n, rate in gemm.items()))
     records = []
-    for case in (CASES[name] for name in options.case or CASES):
+    for case in cases:
         record = measure_speed(case, options.quick, gemm)
         if with_memory and case.name in MEMORY_CASES and "failed" not in record:
             record["memory"] = measure_memory(case, options.quick, options.threads)
         records.append(record)
-    result = {
-        "command": command_line(options),
-        "date": date.today().isoformat(),
-        "environment": environment,
+    result = head(options, environment) | {
         "gemm_gflops": {name: rate / 1e9 for name, rate in gemm.items()},
         "memory_limit_mb": MEMORY_LIMIT_MB,
         "cases": records,
     }
-    path = options.json
-    if path is None and not options.quick and not options.case:
-        path = results_path(environment)
+    path = path_of(options, environment)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {path.name}")
-    failed = [record["name"] for record in records if "failed" in record]
-    failed += [r["name"] for r in records if "failed" in r.get("bfloat16", {})]
-    if failed:
-        print("FAILED: " + ", ".join(failed))
-    return 1 if failed else 0
+        save(path, result)
+    return finish(records, path)
 
 
 if __name__ == "__main__":

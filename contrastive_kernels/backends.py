@@ -5,6 +5,8 @@ Loads the compiled extension, which registers its ops with torch. Imported once,
 
 import importlib
 import json
+import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import torch
 
 _REBUILD = "pip install --no-build-isolation -e ."
 _LATER = "not part of this version"
+TRITON_AT_LEAST = (3, 6)
 _REPORT = Path(__file__).with_name("_build_report.json")
 
 
@@ -53,18 +56,45 @@ def _load_cpu() -> str | None:
     return None
 
 
-# A constant, so that torch.compile can trace the dispatch that reads it.
+def _find_triton() -> str | None:
+    """Why Triton cannot be used, or None; it is not imported before it is needed."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "triton is not installed: pip install triton"
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < TRITON_AT_LEAST:
+        return f"triton {'.'.join(map(str, TRITON_AT_LEAST))} or newer is needed, found {version}"
+    return None
+
+
+# Constants, so that torch.compile can trace the dispatch that reads them.
 CPU_ERROR: str | None = _load_cpu()
+TRITON_ERROR: str | None = _find_triton()
+# Triton's interpreter runs kernels on CPU tensors; it reads this variable when it is imported.
+INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def unusable_reason(name: str, device: str) -> str | None:
     """Why backend `name` cannot run on tensors of a device type, every reason; None if it can."""
     if name == "reference":
         return None
-    if name != "cpu":
+    wrong_device = None
+    if name == "cpu":
+        error = CPU_ERROR
+        if device != "cpu":
+            wrong_device = "it takes cpu tensors only"
+    elif name == "triton":
+        error = TRITON_ERROR
+        if device not in _triton_devices():
+            wrong_device = "it takes cuda tensors, and cpu tensors only with TRITON_INTERPRET=1 set"
+    else:
         return _LATER
-    wrong_device = None if device == "cpu" else "it takes cpu tensors only"
-    return "; ".join(reason for reason in (CPU_ERROR, wrong_device) if reason) or None
+    return "; ".join(reason for reason in (error, wrong_device) if reason) or None
+
+
+def _triton_devices() -> tuple[str, ...]:
+    return ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 def backends() -> dict[str, Backend]:
@@ -85,6 +115,14 @@ def backends() -> dict[str, Backend]:
             dtypes=half + full,
             reason=CPU_ERROR,
         ),
-        "triton": Backend(False, False, ("cuda",), (), _LATER),
+        "triton": Backend(
+            built=TRITON_ERROR is None,
+            usable=TRITON_ERROR is None and (INTERPRETED or torch.cuda.is_available()),
+            devices=_triton_devices(),
+            dtypes=half + full,
+            reason=TRITON_ERROR or (
+                None if INTERPRETED or torch.cuda.is_available() else "there is no GPU here"
+            ),
+        ),
         "cuda": Backend(False, False, ("cuda",), (), _LATER),
     }

@@ -127,7 +127,7 @@ def softplus(x: Tensor) -> Tensor:
 
 def own_ids(n: int, like: Tensor) -> IdPair:
     """Ids that exclude the diagonal of an n x n matrix."""
-    ids = torch.arange(n, device=like.device)
+    ids = torch.arange(n, dtype=torch.int32, device=like.device)
     return ids, ids
 
 

@@ -156,14 +156,16 @@ def sweep(
             )  # fmt: skip
     if y is None and (bias is not None or columns or not _same_ids(exclude, keep)):
         y = x  # not a symmetric matrix any more
-    # with frozen keys the weighted mean of the keys is the gradient: take it in the same sweep
+    # the weighted mean of the keys is the gradient of the queries: take it in the same sweep
     attend = (
         y is not None
         and y.dim() == 2
         and not (mean or columns)
         and torch.is_grad_enabled()
         and x.requires_grad
-        and not (y.requires_grad or (bias is not None and bias.requires_grad))
+        and registration.can_attend(
+            chosen, x.shape[1], not (y.requires_grad or (bias is not None and bias.requires_grad))
+        )
     )
     both = y is not None  # the ids of a self-similarity serve rows and columns
     out = registration.row_stats(chosen)(

@@ -1,5 +1,6 @@
 """Registered operators: one schema, one fake and one autograd rule for each primitive,
-bound to every backend that has kernels. The kernels register elsewhere (C++ for "cpu").
+bound to every backend that has kernels. Those of "cpu" register themselves, in C++; those of
+"triton" are imported when they are first called.
 
 A result that was not asked for is an empty tensor, since operators return a fixed number of them.
 """
@@ -7,12 +8,18 @@ A result that was not asked for is an empty tensor, since operators return a fix
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from .backends import INTERPRETED
+
 NAMESPACE = "contrastive_kernels"
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
+# The most features of a vector with which the Triton kernels make a gradient in the forward sweep.
+TRITON_ATTEND_DIM = 256
 
 _PAIRS = (
     "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? exclude_rows, Tensor? exclude_cols, "
@@ -22,11 +29,11 @@ _SCHEMAS = {
     "row_stats": (
         f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend) -> "
         "(Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor rank, Tensor total, "
-        "Tensor count, Tensor attended)"
+        "Tensor count, Tensor attended, Tensor slope)"
     ),
     "row_stats_backward": (
         f"({_PAIRS}, Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor attended, "
-        "Tensor? grad_lse, Tensor? grad_mean, Tensor? grad_col_lse, Tensor? grad_col_mean, "
+        "Tensor slope, Tensor? grad_lse, Tensor? grad_mean, Tensor? grad_col_lse, Tensor? grad_col_mean, "
         "bool normalize, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "row_softplus": (
@@ -60,14 +67,25 @@ def _gradients(needs: list[bool], *inputs: Tensor | None) -> tuple[Tensor, ...]:
     )
 
 
+def can_attend(backend: str, dim: int, frozen: bool) -> bool:
+    """Whether the forward sweep may bring the gradient of the queries too (`attend`), where keys
+    are frozen or not."""
+    return frozen if backend == "cpu" else dim <= TRITON_ATTEND_DIM
+
+
 def _fake_row_stats(
-    x, y, scale, bias, _er, _ec, _kr, _kc, threshold, mean, normalize, columns, attend
+    backend, x, y, scale, bias, _er, _ec, _kr, _kc, threshold, mean, normalize, columns, attend
 ):
     rows, keys = x.shape[0], (x if y is None else y).shape[-2]
     sizes = (rows, rows * mean, keys * columns, keys * (columns and mean))
     monitors = (rows * (threshold is not None),) * 3
-    attended = _stats(x, rows, x.shape[1]) if attend else _stats(x, 0)
-    return (*(_stats(x, size) for size in sizes + monitors), attended)
+    # what the backward pass needs of an `attend`: weighted keys, or gradients, as the backend likes
+    attended, slope = _stats(x, 0), _stats(x, 0)
+    if attend:
+        attended = _stats(x, rows, x.shape[1])
+        if backend == "triton":
+            attended, slope = torch.empty_like(x, memory_format=torch.contiguous_format), _stats(x, rows)
+    return (*(_stats(x, size) for size in sizes + monitors), attended, slope)
 
 
 def _fake_row_softplus(x, y, scale, bias, _er, _ec, _kr, _kc, threshold, normalize):
@@ -82,11 +100,11 @@ def _fake_pairs_backward(x, y, scale, bias, *rest):
 def _setup_row_stats(ctx, inputs, output):
     mean, ctx.normalize, columns, attend = inputs[9:13]
     pairs = inputs[:8]
-    if attend:
+    if attend and not (ctx.needs_input_grad[1] or ctx.needs_input_grad[3]):
         # the backward pass has its weighted keys already: the keys may change, as a queue's do
         pairs = (inputs[0], None, inputs[2], *(5 * (None,)))
-    ctx.save_for_backward(*pairs, *output[:4], output[7])
-    asked = (True, mean, columns, columns and mean, *(4 * (False,)))
+    ctx.save_for_backward(*pairs, *output[:4], *output[7:])
+    asked = (True, mean, columns, columns and mean, *(5 * (False,)))
     absent = [t for t, wanted in zip(output, asked, strict=True) if not wanted]
     ctx.mark_non_differentiable(*absent)
     ctx.set_materialize_grads(False)
@@ -143,7 +161,7 @@ def _register(backend: str) -> None:
         return (*_needed(needs, out), None)
 
     rules = {
-        "row_stats": (_fake_row_stats, row_stats_backward, _setup_row_stats),
+        "row_stats": (partial(_fake_row_stats, backend), row_stats_backward, _setup_row_stats),
         "row_stats_backward": (_fake_pairs_backward, _no_second_order, _setup_nothing),
         "row_softplus": (_fake_row_softplus, row_softplus_backward, _setup_row_softplus),
         "row_softplus_backward": (_fake_pairs_backward, _no_second_order, _setup_nothing),
@@ -202,9 +220,39 @@ def row_dot(backend: str) -> Callable:
     return _ops["row_dot", backend]
 
 
+def _register_triton() -> None:
+    """The Triton kernels, for CUDA tensors, and in Triton's interpreter for CPU tensors."""
+    for name in _SCHEMAS:
+
+        def implementation(*args, name=name):
+            return getattr(import_module("contrastive_kernels.triton"), name)(*args)
+
+        for device in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            _library.impl(f"{name}_triton", implementation, device)
+    for name in ("row_stats", "row_softplus", "row_dot"):
+        for device in ("CUDA", "CPU"):
+            rule = _autocast_rule(_ops[name, "triton"], device)
+            _library.impl(f"{name}_triton", rule, f"Autocast{device}")
+
+
+def _autocast_rule(op: Callable, device: str) -> Callable:
+    """Features in the type of the autocast region, as those of a matrix product; float64 stays."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+    device = device.lower()
+
+    def call(x, y, *rest):
+        dtype = torch.get_autocast_dtype(device)
+        x, y = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, y))
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return op(x, y, *rest)
+
+    return call
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops: dict[tuple[str, str], Callable] = {}
 for _backend in BACKENDS:
     for _name, _schema in _SCHEMAS.items():
         _library.define(f"{_name}_{_backend}{_schema}")
     _register(_backend)
+_register_triton()

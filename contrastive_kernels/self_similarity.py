@@ -233,7 +233,7 @@ def _sweep_negatives(
     threshold: Tensor | None = None,
 ) -> Sweep:
     """Statistics of each of the 2N features against all but itself and its positive."""
-    ids = torch.arange(z1.shape[0], device=z1.device).repeat(2)
+    ids = torch.arange(z1.shape[0], dtype=torch.int32, device=z1.device).repeat(2)
     return sweep(
         torch.cat((z1, z2)), None, scale=scale, exclude=(ids, ids), normalize=normalize,
         threshold=threshold, backend=backend,

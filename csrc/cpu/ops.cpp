@@ -66,7 +66,7 @@ at::Tensor or_empty(const at::Tensor& t, const at::Tensor& x) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-           at::Tensor>
+           at::Tensor, at::Tensor>
 row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
           const OptionalTensor& bias, const OptionalTensor& exclude_rows,
           const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
@@ -88,7 +88,8 @@ row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
           or_empty(r.rank, x),
           or_empty(r.total, x),
           or_empty(r.count, x),
-          or_empty(r.attended, x)};
+          or_empty(r.attended, x),
+          or_empty(at::Tensor(), x)};
 }
 
 Four row_softplus(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
@@ -120,9 +121,10 @@ Four row_stats_backward(const at::Tensor& x, const OptionalTensor& y, const at::
                         const OptionalTensor& keep_cols, const at::Tensor& lse,
                         const at::Tensor& mean, const at::Tensor& col_lse,
                         const at::Tensor& col_mean, const at::Tensor& attended,
-                        const OptionalTensor& grad_lse, const OptionalTensor& grad_mean,
-                        const OptionalTensor& grad_col_lse, const OptionalTensor& grad_col_mean,
-                        bool normalize, std::array<bool, 4> needs) {
+                        const at::Tensor& /*slope*/, const OptionalTensor& grad_lse,
+                        const OptionalTensor& grad_mean, const OptionalTensor& grad_col_lse,
+                        const OptionalTensor& grad_col_mean, bool normalize,
+                        std::array<bool, 4> needs) {
   const auto pairs =
       check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
   return run_backward(pairs,

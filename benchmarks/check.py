@@ -1,0 +1,115 @@
+"""Whether a contender computes what the oracle says; nobody is timed before."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.measure import Step
+from benchmarks.oracle import Tensors, Truth
+from benchmarks.peers import Loss, PeerUnavailable
+
+# Largest relative error of the value, and of each gradient in the Frobenius norm.
+Tolerance = tuple[float, float]
+
+# For bfloat16 the oracle sees the same rounded inputs, and each entry of a gradient is rounded to
+# 8 bits.
+TOLERANCE: dict[torch.dtype, Tolerance] = {
+    torch.float32: (2e-6, 2e-5),
+    torch.bfloat16: (1e-3, 2e-2),
+}
+# Most peers round logits, probabilities and the loss itself to 8 bits: what bfloat16 costs them.
+PEER_BFLOAT16: Tolerance = (2e-2, 1e-1)
+
+
+def error(step: Callable[[], Tensor], truth: Truth, tolerance: Tolerance) -> str | None:
+    """Why value or gradients of a step differ from the oracle, or None.
+
+    `step` has a method gradients(), as Step.
+    """
+    value_limit, gradient_limit = tolerance
+    value = step().item()
+    gradients = step.gradients()
+    if truth.rows is not None:
+        gradients = {name: gradients[name][truth.rows] for name in truth.gradients}
+        if not math.isfinite(value):
+            return f"value {value!r}, expected a finite one"
+    # written so that NaN fails
+    elif not abs(value - truth.value) <= value_limit * max(1.0, abs(truth.value)):
+        return f"value {value!r}, expected {truth.value!r}"
+    if gradients.keys() != truth.gradients.keys():
+        return f"gradients of {sorted(gradients)}, expected {sorted(truth.gradients)}"
+    for name, expected in truth.gradients.items():
+        relative = ((gradients[name].double() - expected).norm() / expected.norm()).item()
+        if not relative <= gradient_limit:
+            return f"gradient of {name} off by {relative:.1e}, at most {gradient_limit:.0e}"
+    return None
+
+
+def reason(step: Callable[[], Tensor], truth: Truth, tolerance: Tolerance) -> str | None:
+    """Why a step cannot be timed, or None: it is wrong or it fails, in whatever way."""
+    try:
+        wrong = error(step, truth, tolerance)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as failure:
+        return first_line(failure)
+    return f"differs from float64: {wrong}" if wrong else None
+
+
+def first_line(failure: Exception) -> str:
+    """Type and first line of an exception: compilers add pages."""
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0]}"
+
+
+def checked(
+    case: Case, loss: Loss, tensors: Tensors, truth: Truth, tolerance: Tolerance
+) -> tuple[Step, str | None]:
+    """The step of a loss, and why it cannot be timed, or None."""
+    step = Step(loss, tensors, case.options, case.backward)
+    return step, reason(step, truth, tolerance)
+
+
+def checked_peers(
+    case: Case,
+    tensors: Tensors,
+    truth: Truth,
+    tolerance: Tolerance,
+    progress: Callable[[str], None],
+    *,
+    bounded: bool,
+    may_compile: bool = True,
+) -> tuple[list[dict], dict[str, Step]]:
+    """The records of all peers of a case, and the steps of those that can be timed.
+
+    Args:
+        bounded: whether the bounds of the case hold; a smoke run has none.
+        may_compile: False leaves out the peers that compile for long.
+    """
+    records, steps = [], {}
+    for rival in case.rivals:
+        peer = rival.peer
+        progress(f"checking {peer.name}")
+        record = {"name": peer.name, "at_most": rival.at_most if bounded else None}
+        records.append(record)
+        if peer.compiles and not may_compile:
+            record["reason"] = "left out: no time to compile"
+            continue
+        try:
+            loss = peer.load()
+        except PeerUnavailable as unavailable:
+            record["reason"] = str(unavailable)
+            continue
+        except Exception as failure:
+            record["reason"] = first_line(failure)
+            continue
+        record["version"] = peer.version()
+        step, why_not = checked(case, loss, tensors, truth, tolerance)
+        if why_not:
+            record["reason"] = why_not
+        else:
+            steps[peer.name] = step
+    return records, steps

@@ -1,0 +1,170 @@
+"""One case on a GPU: checked first, then time and peak memory beside its peers.
+
+Caches are not flushed between calls: behind an encoder, too, small features lie in them.
+"""
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.check import PEER_BFLOAT16, TOLERANCE, checked, checked_peers, first_line, reason
+from benchmarks.console import judged, line
+from benchmarks.gpu_cases import memory_limit_mb
+from benchmarks.gpu_instruments import GraphStep, peak_mb, sampler
+from benchmarks.inputs import Sizes
+from benchmarks.measure import Step, Timing, interleave
+from benchmarks.memory import OURS
+from benchmarks.oracle import Truth
+
+DTYPE = torch.bfloat16
+# Seconds for the rounds of one case, and their least number.
+FULL_BUDGET, QUICK_BUDGET, MIN_ROUNDS = 3.0, 0.2, 3
+
+
+def measure(
+    case: Case,
+    device: str,
+    gemm: float,
+    *,
+    quick: bool,
+    may_compile: bool = True,
+    may_begin: bool = True,
+) -> dict:
+    """The JSON record of a case; whatever goes wrong is in it.
+
+    Args:
+        gemm: operations per second of a large matrix product.
+        may_compile, may_begin: whether there is time for peers that compile, and for the case.
+    """
+    sizes = case.sizes.quick() if quick else case.sizes
+    print(f"{case.name}  N={sizes.n} M={sizes.m} D={sizes.d} K={sizes.k}", flush=True)
+    record = {"name": case.name, "group": case.group, "sizes": vars(sizes), "frozen": case.frozen}
+    if not may_begin:
+        record["failed"] = "left out: the run took too long"
+    else:
+        try:
+            record |= _measured(case, sizes, device, gemm, quick, may_compile)
+        except Exception as failure:
+            # even an error that leaves the device unusable must not lose the cases before
+            record["failed"] = first_line(failure)
+    if "failed" in record:
+        print(f"  FAILED: {record['failed']}", flush=True)
+    return record
+
+
+def _progress(text: str) -> None:
+    print(f"  ... {text}", flush=True)
+
+
+def _measured(
+    case: Case, sizes: Sizes, device: str, gemm: float, quick: bool, may_compile: bool
+) -> dict:
+    if device != "cpu":
+        torch.cuda.empty_cache()
+    _progress("float64 oracle")
+    tensors = case.tensors(sizes, DTYPE, device)
+    truth = case.oracle(tensors, case.options, case.backward)
+    _progress(f"checking {OURS}")
+    step, wrong = checked(case, case.loss, tensors, truth, TOLERANCE[DTYPE])
+    if wrong:
+        return {"failed": wrong}
+    peers, steps = checked_peers(
+        case, tensors, truth, PEER_BFLOAT16, _progress, bounded=not quick, may_compile=may_compile
+    )
+    steps = {OURS: step} | steps
+    memory = {name: peak_mb(one, device) for name, one in steps.items()}
+    graphs, captured = [], {}
+    if case.graph_at_most is not None and device != "cpu":
+        graphs, captured = _graphs(case, sizes, truth, bounded=not quick)
+    _progress(f"timing {len(steps) + len(captured)} contenders")
+    timings = interleave(
+        steps | captured,
+        QUICK_BUDGET if quick else FULL_BUDGET,
+        lambda _: None,
+        sampler(device, host_bound=case.group == "small"),
+        MIN_ROUNDS,
+    )
+    ours = _ours(case, sizes, timings[OURS], memory[OURS], gemm, bounded=not quick)
+    for peer in peers:
+        if peer["name"] in timings:
+            ratio = timings[OURS].median / timings[peer["name"]].median
+            peer |= {"ratio": ratio, "memory_mb": memory[peer["name"]]}
+        _add_timing(peer, timings)
+    for graph in graphs:
+        if graph["name"] in timings and case.rivals[0].peer.name in timings:
+            dense = timings[case.rivals[0].peer.name]
+            graph["ratio"] = timings[graph["name"]].median / dense.median
+        _add_timing(graph, timings)
+    return {"ours": ours, "peers": peers, "graphs": graphs}
+
+
+def _graphs(
+    case: Case, sizes: Sizes, truth: Truth, *, bounded: bool
+) -> tuple[list[dict], dict[str, GraphStep]]:
+    """The records of the CUDA graphs of ours and of the baseline, and those that can be timed."""
+    records, steps = [], {}
+    baseline = case.rivals[0].peer
+    for name, loss, tolerance, at_most in (
+        (OURS, case.loss, TOLERANCE[DTYPE], case.graph_at_most),
+        (baseline.name, baseline.load(), PEER_BFLOAT16, None),
+    ):
+        record = {"name": f"{name}, CUDA graph", "at_most": at_most if bounded else None}
+        records.append(record)
+        _progress(f"checking {record['name']}")
+        try:
+            tensors = case.tensors(sizes, DTYPE, "cuda")  # its own: a replay overwrites gradients
+            graph = GraphStep(Step(loss, tensors, case.options, case.backward))
+            why_not = reason(graph, truth, tolerance)
+        except Exception as failure:
+            why_not = first_line(failure)
+        if why_not:
+            record["reason"] = why_not
+        else:
+            steps[record["name"]] = graph
+    return records, steps
+
+
+def _ours(
+    case: Case,
+    sizes: Sizes,
+    timing: Timing,
+    memory_mb: float | None,
+    gemm: float,
+    *,
+    bounded: bool,
+) -> dict:
+    """The record of our own time, rate and memory, which it prints."""
+    rate = case.flops(sizes) / (1e-3 * timing.median)
+    at_most = case.at_most_ms if bounded else None
+    note = f"{rate / 1e12:.3g} TFLOP/s, {rate / gemm:.0%} of GEMM"
+    if at_most is not None:
+        note += f" ({_met(timing.median, at_most, 'ms')})"
+    if memory_mb is not None:
+        note += f"{_megabytes(memory_mb)} ({_met(memory_mb, memory_limit_mb(sizes), 'MB')})"
+    line(OURS, timing, note)
+    return {
+        "milliseconds": timing._asdict(),
+        "at_most_ms": at_most,
+        "tflops": rate / 1e12,
+        "gemm_fraction": rate / gemm,
+        "memory_mb": memory_mb,
+        "memory_at_most_mb": memory_limit_mb(sizes),
+    }
+
+
+def _add_timing(contender: dict, timings: dict[str, Timing]) -> None:
+    """Puts the time of a peer or graph in its record, and prints it."""
+    name = contender["name"]
+    if name not in timings:
+        print(f"  {name:40s} {contender['reason']}")
+        return
+    contender["milliseconds"] = timings[name]._asdict()
+    note = judged(contender["ratio"], contender["at_most"]) if "ratio" in contender else ""
+    line(name, timings[name], note + _megabytes(contender.get("memory_mb")))
+
+
+def _met(value: float, at_most: float, unit: str) -> str:
+    return f"at most {at_most:g} {unit}: {'met' if value <= at_most else 'NOT MET'}"
+
+
+def _megabytes(memory_mb: float | None) -> str:
+    return "" if memory_mb is None else f", {memory_mb:.0f} MB"

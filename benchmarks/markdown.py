@@ -1,0 +1,22 @@
+"""Pieces of the tables in README.md."""
+
+from collections.abc import Iterable
+
+
+def milliseconds(entry: dict) -> str:
+    median = entry["milliseconds"]["median"]
+    return f"{median:.0f} ms" if median >= 100 else f"{median:.3g} ms"
+
+
+def share(ratio: float, at_most: float | None) -> str:
+    """A ratio and its bound; a missed bound is set in bold."""
+    if at_most is None:
+        return f"{ratio:.2f}"
+    text = f"{ratio:.2f} (≤ {at_most:.2f})"
+    return text if ratio <= at_most else f"**{text}**"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]

@@ -1,0 +1,120 @@
+"""The folds: what a sweep keeps of a row of logits, and the coefficients its backward needs.
+
+Formulas only, no pointers. Logits come in units of log 2, z2 = z / log 2, so that exp(z) = 2^z2; a
+dropped pair has z2 = -inf. The state of a row is (top, total, weighted): with p_j = 2^(z2_j - top),
+total = sum_j p_j and weighted = sum_j p_j z2_j. Softplus keeps its sum in `total`, with top = 0.
+
+A push takes the state and a tile of logits, and returns the new state, the weight of each pair in
+the gradient up to a factor of its row, and the factor by which earlier weights changed.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def weighted_logits(p, z2):
+    """p z2, and 0 for a dropped pair."""
+    return p * tl.where(p > 0, z2, 0.0)
+
+
+@triton.jit
+def softmax_push(state, z2, MEAN: tl.constexpr):
+    """Softmax with a running maximum."""
+    top, total, weighted = state
+    new_top = tl.maximum(top, tl.max(z2, 1))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row without a pair yet
+    p = tl.exp2(z2 - shift[:, None])
+    factor = tl.exp2(top - shift)
+    total = total * factor + tl.sum(p, 1)
+    if MEAN:
+        weighted = weighted * factor + tl.sum(weighted_logits(p, z2), 1)
+    return (new_top, total, weighted), p, factor
+
+
+@triton.jit
+def shifted_push(state, z2, MEAN: tl.constexpr):
+    """Softmax with a fixed shift: sums simply add up."""
+    top, total, weighted = state
+    p = tl.exp2(z2 - top[:, None])
+    total += tl.sum(p, 1)
+    if MEAN:
+        weighted += tl.sum(weighted_logits(p, z2), 1)
+    return (top, total, weighted), p, tl.full(total.shape, 1.0, total.dtype)
+
+
+@triton.jit
+def softplus_push(state, z2, MEAN: tl.constexpr):
+    """Sum of log2(1 + 2^z2)."""
+    top, total, weighted = state
+    total += tl.sum(softplus2(z2), 1)
+    return (top, total, weighted), sigmoid2(z2), tl.full(total.shape, 1.0, total.dtype)
+
+
+@triton.jit
+def merge(state, other):
+    """The state of two sets of pairs together, and the factors of their weights."""
+    top = tl.maximum(state[0], other[0])
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    mine, theirs = tl.exp2(state[0] - shift), tl.exp2(other[0] - shift)
+    total = state[1] * mine + other[1] * theirs
+    return (top, total, state[2] * mine + other[2] * theirs), mine, theirs
+
+
+@triton.jit
+def softmax_done(state):
+    """(lse, mean, factor of the weights); (-inf, 0, 0) for a row without a pair."""
+    top, total, weighted = state
+    norm = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    lse = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
+    return lse * LOG2, weighted * norm * LOG2, norm
+
+
+@triton.jit
+def softplus_done(state):
+    """(value, 0, factor of the weights)."""
+    total = state[1]
+    return total * LOG2, tl.zeros_like(total), tl.full(total.shape, 1.0, total.dtype)
+
+
+@triton.jit
+def softmax_coefficient(z2, lse, mean, grad_lse, grad_mean, MEAN: tl.constexpr):
+    """dL/dz = p (a + b (z - mean + 1)) of gradients a of lse and b of mean; 0 for a dropped pair.
+
+    `lse` is in units of log 2, and +inf, not -inf, for a row without a pair.
+    """
+    p = tl.exp2(z2 - lse)
+    if MEAN:
+        z = tl.maximum(z2, -1e30) * LOG2
+        return p * (grad_lse + grad_mean * (z - mean + 1))
+    else:
+        return p * grad_lse
+
+
+@triton.jit
+def softplus_coefficient(z2, lse, mean, grad_lse, grad_mean, MEAN: tl.constexpr):
+    """dL/dz = a sigmoid(z)."""
+    return sigmoid2(z2) * grad_lse
+
+
+@triton.jit
+def softplus2(z2):
+    """log2(1 + 2^z2), relative precision also where it is small: there the series of log(1 + e)."""
+    e = tl.exp2(-tl.abs(z2))
+    if z2.dtype == tl.float64:
+        u = 1.0 + e
+        # log(1 + e) = e log(u) / (u - 1), whatever u was rounded to
+        small = tl.where(u > 1.0, tl.log2(u) * e / tl.where(u > 1.0, u - 1.0, 1.0), e * LOG2E)
+    else:
+        series = e * (1.0 - e * (0.5 - e * (0.3333333333333333 - e * 0.25))) * LOG2E
+        small = tl.where(e < 0.015625, series, tl.log2(1.0 + e))
+    return tl.maximum(z2, 0.0) + small
+
+
+@triton.jit
+def sigmoid2(z2):
+    """1 / (1 + 2^-z2)"""
+    return 1.0 / (1.0 + tl.exp2(-z2))

@@ -1,0 +1,461 @@
+"""The sweeps over the tiles of a similarity matrix. No formula of a statistic, and no loss.
+
+Own vectors stay with a program, the vectors of the other side pass by in tiles. Which side is which
+is the caller's choice: the gradient of the keys is that of the queries with the sides exchanged.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .folds import LOG2, LOG2E, merge
+from .tiles import dot, load_block, load_features, load_resident, logits
+
+# Marks a row whose sum came out too small for the fixed shift: it is swept again.
+REDO: tl.constexpr = tl.constexpr(float("inf"))
+
+
+class Outputs(NamedTuple):
+    """Results for each own vector; None is not computed.
+
+    first, second: what the fold gives, (N,). rank, total, count: of the logits above a threshold,
+    their sum and their number. gradient (N, D): d first / d own vector, and slope (N,):
+    d first / d scale.
+    """
+
+    first: Tensor | None = None
+    second: Tensor | None = None
+    rank: Tensor | None = None
+    total: Tensor | None = None
+    count: Tensor | None = None
+    gradient: Tensor | None = None
+    slope: Tensor | None = None
+
+
+class Partial(NamedTuple):
+    """The same before parts of the other side are merged: (parts, width, N) and (parts, N, D).
+
+    Of the width, 1 holds the totals of a fixed shift; 6 hold totals, tops, weighted, and the three
+    numbers for a threshold.
+    """
+
+    state: Tensor | None = None
+    weighted: Tensor | None = None
+
+
+@triton.jit
+def fixed_shift(scale, pairs, HEADROOM: tl.constexpr):
+    """A shift for the logits of unit vectors in units of log 2, and the least sum it is good for.
+
+    The largest term becomes at most 2^HEADROOM / pairs. Terms below 2^-126 are flushed to zero;
+    together they matter less than 2^-24 to a sum of at least pairs 2^-102.
+    """
+    bound = tl.abs(scale) * (1.01 * LOG2E)
+    count = tl.cast(pairs, tl.float32)
+    shift = tl.maximum(bound - (HEADROOM - tl.log2(count)), 0.0)
+    # without a shift no term is flushed
+    return shift, tl.where(shift > 0.0, count * 1.9721522630525295e-31, 0.0)
+
+
+@triton.jit
+def weigh(weights, other, start, gain, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Weights of the other side's vectors, in the type of the products.
+
+    They carry its 1 / norm, and float16 a gain that keeps them in range.
+    """
+    if other.inverse is not None:
+        factor = load_block(other.inverse, start, BLOCK)
+        if DTYPE == tl.float16:
+            factor = tl.where(factor < 1e11, factor, 0.0)  # a zero vector
+        weights = weights * factor[None, :]
+    if gain is not None:
+        weights = weights * tl.load(gain)
+    return weights.to(DTYPE)
+
+
+@triton.jit
+def store_gradient(
+    gradient, slope, weighted, x, own, i, k, inside, scale, gain, DIM: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """Writes d/dx_i of sum_j G_ij z_ij, and its derivative by the scale, from sum_j G_ij y_j.
+
+    With u = x / |x| the normalisation projects: dx = (du - u <u, du>) / |x|; a norm that was raised
+    to 1e-12 is a constant. SCALED: the sum has the factor 1 / |x| already.
+    """
+    if gain is not None:
+        weighted = weighted / tl.load(gain)
+    x = x.to(weighted.dtype)
+    if own.inverse is not None:
+        inverse = tl.load(own.inverse + i)
+        if not SCALED:
+            weighted *= inverse[:, None]
+    along = tl.sum(x * weighted, 1)
+    if slope is not None:
+        tl.store(slope + i, along, mask=inside)
+    if own.inverse is not None:
+        projected = tl.where(inverse < 1e12, inverse * inverse * along, 0.0)
+        weighted -= x * projected[:, None]
+    pointers = gradient + (tl.cast(i, tl.int64) * DIM)[:, None] + k[None, :]
+    value = (weighted * scale).to(gradient.dtype.element_ty)
+    tl.store(pointers, value, mask=inside[:, None] & (k < DIM)[None, :])
+
+
+@triton.jit
+def stats_kernel(
+    own, other, scale_ptr, gain, threshold, out, partial, tiles_per_part, DIM: tl.constexpr,
+    PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr, TOP: tl.constexpr,
+    HEADROOM: tl.constexpr, REPAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Folds each row of logits; on request also the other side's vectors, weighted (`gradient`)."""
+    MEAN: tl.constexpr = out.second is not None
+    ATTEND: tl.constexpr = out.gradient is not None
+    start = tl.program_id(0) * BLOCK_M
+    part = tl.program_id(1)
+    i = start + tl.arange(0, BLOCK_M)
+    inside = i < own.size
+    if REPAIR:
+        found = tl.load(out.first + i, mask=inside, other=0.0)
+        again = tl.max((found == REDO).to(tl.int32), 0)
+        if again == 0:
+            return
+    scale = tl.load(scale_ptr)
+    k = tl.arange(0, BLOCK_K)
+    zeros = tl.zeros((BLOCK_M,), scale.dtype)
+    top, least = zeros + TOP, 0.0
+    if FIXED:
+        shift, least = fixed_shift(scale, other.size, HEADROOM)
+        top = zeros + shift
+    state = (top, zeros, zeros)
+    monitors = (zeros, zeros, zeros)
+    x = load_resident(own, start, DIM, BLOCK_M, BLOCK_K, DTYPE)
+    if ATTEND:
+        weighted = tl.zeros((BLOCK_M, BLOCK_K), scale.dtype)
+    if threshold is not None:
+        level = tl.load(threshold + i, mask=inside, other=0.0)
+
+    first = part * tiles_per_part
+    last = tl.minimum(first + tiles_per_part, tl.cdiv(other.size, BLOCK_N))
+    for tile in range(first, last):
+        other_start = tile * BLOCK_N
+        y = load_resident(other, other_start, DIM, BLOCK_N, BLOCK_K, DTYPE)
+        z2 = logits(
+            own, other, start, other_start, x, y, scale, DIM, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE,
+            PRECISION, False,
+        )  # fmt: skip
+        state, weights, factor = PUSH(state, z2, MEAN)
+        if ATTEND:
+            weights = weigh(weights, other, other_start, gain, BLOCK_N, DTYPE)
+            weighted = dot(weights, y, weighted * factor[:, None], PRECISION)
+        if threshold is not None:
+            kept = z2 > -float("inf")
+            z = tl.where(kept, z2 * LOG2, 0.0)
+            above = kept & (z > level[:, None])
+            monitors = (
+                monitors[0] + tl.sum(above.to(zeros.dtype), 1),
+                monitors[1] + tl.sum(z, 1),
+                monitors[2] + tl.sum(kept.to(zeros.dtype), 1),
+            )
+
+    if partial.state is None:
+        norm = store_rows(out, i, inside, state, monitors, least, DONE)
+        if ATTEND:
+            store_gradient(
+                out.gradient, out.slope, weighted * norm[:, None], x, own, i, k, inside, scale,
+                gain, DIM, False,
+            )  # fmt: skip
+    else:
+        pointers = partial.state + tl.cast(part, tl.int64) * 6 * own.size + i
+        tl.store(pointers, state[1], mask=inside)
+        tl.store(pointers + own.size, state[0], mask=inside)
+        if MEAN:
+            tl.store(pointers + 2 * own.size, state[2], mask=inside)
+        if threshold is not None:
+            tl.store(pointers + 3 * own.size, monitors[0], mask=inside)
+            tl.store(pointers + 4 * own.size, monitors[1], mask=inside)
+            tl.store(pointers + 5 * own.size, monitors[2], mask=inside)
+        if ATTEND:
+            store_part(partial.weighted, weighted, part, own, i, k, inside, DIM)
+
+
+@triton.jit
+def store_part(pointer, weighted, part, own, i, k, inside, DIM: tl.constexpr):
+    mask = inside[:, None] & (k < DIM)[None, :]
+    tl.store(part_pointers(pointer, part, own, i, k, DIM), weighted, mask=mask)
+
+
+@triton.jit
+def store_rows(out, i, inside, state, monitors, least, DONE: tl.constexpr):
+    """Writes the statistics; returns the factor of the weights."""
+    first, second, norm = DONE(state)
+    first = tl.where(state[1] < least, REDO, first)
+    tl.store(out.first + i, first, mask=inside)
+    if out.second is not None:
+        tl.store(out.second + i, second, mask=inside)
+    if out.rank is not None:
+        tl.store(out.rank + i, monitors[0], mask=inside)
+        tl.store(out.total + i, monitors[1], mask=inside)
+        tl.store(out.count + i, monitors[2], mask=inside)
+    return norm
+
+
+@triton.jit
+def merge_kernel(
+    own, pairs, scale_ptr, gain, out, partial, parts, DIM: tl.constexpr, DONE: tl.constexpr,
+    FIXED: tl.constexpr, HEADROOM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Merges parts in their order: of `stats_kernel`, or the sums of `two_way_kernel`."""
+    start = tl.program_id(0) * BLOCK_M
+    i = start + tl.arange(0, BLOCK_M)
+    inside = i < own.size
+    scale = tl.load(scale_ptr)
+    k = tl.arange(0, BLOCK_K)
+    zeros = tl.zeros((BLOCK_M,), scale.dtype)
+    top, least = zeros, 0.0
+    if FIXED:
+        shift, least = fixed_shift(scale, pairs, HEADROOM)
+        top = zeros + shift
+    state = (zeros - float("inf"), zeros, zeros)
+    monitors = (zeros, zeros, zeros)
+    if out.gradient is not None:
+        weighted = tl.zeros((BLOCK_M, BLOCK_K), scale.dtype)
+    for part in range(parts):
+        pointers = partial.state + tl.cast(part, tl.int64) * WIDTH * own.size + i
+        part_top, part_weighted = top, zeros
+        part_total = tl.load(pointers, mask=inside, other=0.0)
+        if WIDTH > 1:
+            part_top = tl.load(pointers + own.size, mask=inside, other=0.0)
+        if out.second is not None:
+            part_weighted = tl.load(pointers + 2 * own.size, mask=inside, other=0.0)
+        state, mine, theirs = merge(state, (part_top, part_total, part_weighted))
+        if out.rank is not None:
+            monitors = (
+                monitors[0] + tl.load(pointers + 3 * own.size, mask=inside, other=0.0),
+                monitors[1] + tl.load(pointers + 4 * own.size, mask=inside, other=0.0),
+                monitors[2] + tl.load(pointers + 5 * own.size, mask=inside, other=0.0),
+            )
+        if out.gradient is not None:
+            more = load_part(partial.weighted, part, own, i, k, inside, DIM)
+            weighted = weighted * mine[:, None] + more * theirs[:, None]
+    norm = store_rows(out, i, inside, state, monitors, least, DONE)
+    if out.gradient is not None:
+        x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, scale.dtype)
+        store_gradient(
+            out.gradient, out.slope, weighted * norm[:, None], x, own, i, k, inside, scale, gain,
+            DIM, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def two_way_kernel(
+    own, other, scale_ptr, own_sums, other_sums, own_tiles, other_tiles, pairs,
+    DIM: tl.constexpr, HALF: tl.constexpr, HEADROOM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums of exp(z - shift) over both sides, each exponential taken once.
+
+    A program has `own_tiles` tiles of own vectors and `other_tiles` of the other side. It keeps the
+    sums of its own vectors in registers, and adds to its own part of the sums of the others, which
+    no other program touches. With HALF the matrix is symmetric, and a tile of pairs (i, j) serves
+    (j, i) too: programs below the diagonal have nothing to do, and there are none.
+    """
+    scale = tl.load(scale_ptr)
+    shift, _least = fixed_shift(scale, pairs, HEADROOM)
+    if HALF:
+        own_group, other_group = triangle(tl.program_id(0))
+    else:
+        own_group, other_group = tl.program_id(0), tl.program_id(1)
+    first = own_group * own_tiles
+    for own_tile in range(first, tl.minimum(first + own_tiles, tl.cdiv(own.size, BLOCK_N))):
+        own_start = own_tile * BLOCK_N
+        y = load_resident(own, own_start, DIM, BLOCK_N, BLOCK_K, DTYPE)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), scale.dtype)
+        begin = other_group * other_tiles
+        end = tl.minimum(begin + other_tiles, tl.cdiv(other.size, BLOCK_M))
+        if HALF:
+            end = tl.minimum(end, own_tile + 1)
+        for tile in range(begin, end):
+            start = tile * BLOCK_M
+            x = load_resident(other, start, DIM, BLOCK_M, BLOCK_K, DTYPE)
+            z2 = logits(
+                other, own, start, own_start, x, y, scale, DIM, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE,
+                PRECISION, True,
+            )  # fmt: skip
+            p = tl.exp2(z2 - shift)
+            sums += p
+            i = start + tl.arange(0, BLOCK_M)
+            pointers = other_sums + tl.cast(own_group, tl.int64) * other.size + i
+            inside = i < other.size
+            if HALF:
+                inside = inside & (tile != own_tile)  # the tile on the diagonal is its own mirror
+            tl.store(pointers, tl.load(pointers, mask=inside) + tl.sum(p, 1), mask=inside)
+        j = own_start + tl.arange(0, BLOCK_N)
+        pointers = own_sums + tl.cast(other_group, tl.int64) * own.size + j
+        tl.store(pointers, tl.sum(sums, 0), mask=j < own.size)
+        tl.debug_barrier()  # what one thread has added, another may read for the next tile
+
+
+@triton.jit
+def triangle(index):
+    """(row, column <= row) of an index that counts the lower triangle row by row."""
+    row = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row += ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)
+    row -= (row * (row + 1) // 2 > index).to(tl.int32)
+    return row, index - row * (row + 1) // 2
+
+
+@triton.jit
+def coefficients(
+    z2, rows, columns, row_start, column_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COEFFICIENT: tl.constexpr,
+):  # fmt: skip
+    """dL/dz of a tile, from the gradients of the rows' statistics, the columns', or both."""
+    if rows.grad_lse is None:
+        result = side_coefficients(z2, columns, column_start, 0, BLOCK_N, COEFFICIENT)
+    else:
+        result = side_coefficients(z2, rows, row_start, 1, BLOCK_M, COEFFICIENT)
+        if columns.grad_lse is not None:
+            result += side_coefficients(z2, columns, column_start, 0, BLOCK_N, COEFFICIENT)
+    return result
+
+
+@triton.jit
+def side_coefficients(
+    z2, side, start, AXIS: tl.constexpr, BLOCK: tl.constexpr, COEFFICIENT: tl.constexpr
+):  # fmt: skip
+    grad_lse = tl.expand_dims(load_block(side.grad_lse, start, BLOCK), AXIS)
+    lse, mean, grad_mean = grad_lse, grad_lse, grad_lse
+    if side.lse is not None:
+        lse = tl.expand_dims(load_block(side.lse, start, BLOCK), AXIS)
+    MEAN: tl.constexpr = side.grad_mean is not None
+    if MEAN:
+        mean = tl.expand_dims(load_block(side.mean, start, BLOCK), AXIS)
+        grad_mean = tl.expand_dims(load_block(side.grad_mean, start, BLOCK), AXIS)
+    return COEFFICIENT(z2, lse, mean, grad_lse, grad_mean, MEAN)
+
+
+@triton.jit
+def gradient_kernel(
+    own, other, scale_ptr, gain, gradient, slope, bias_sums, parts, tiles_per_part,
+    DIM: tl.constexpr, COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sum_j dL/dz_ij dz_ij/dx_i of own vectors, and sum_j dL/dz_ij; for parts see `Partial`."""
+    start = tl.program_id(0) * BLOCK_M
+    part = tl.program_id(1)
+    i = start + tl.arange(0, BLOCK_M)
+    inside = i < own.size
+    scale = tl.load(scale_ptr)
+    k = tl.arange(0, BLOCK_K)
+    x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, DTYPE)
+    weighted = tl.zeros((BLOCK_M, BLOCK_K), scale.dtype)
+    bias_gradient = tl.zeros((BLOCK_M,), scale.dtype)
+    first = part * tiles_per_part
+    last = tl.minimum(first + tiles_per_part, tl.cdiv(other.size, BLOCK_N))
+    for tile in range(first, last):
+        other_start = tile * BLOCK_N
+        y = load_features(other, other_start, 0, DIM, BLOCK_N, BLOCK_K, DTYPE)
+        z2 = logits(
+            own, other, start, other_start, x, y, scale, DIM, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE,
+            PRECISION, False,
+        )  # fmt: skip
+        c = coefficients(z2, own, other, start, other_start, BLOCK_M, BLOCK_N, COEFFICIENT)
+        if bias_sums is not None:
+            bias_gradient += tl.sum(c, 1)
+        c = weigh(c, other, other_start, gain, BLOCK_N, DTYPE)
+        weighted = dot(c, y, weighted, PRECISION)
+    if bias_sums is not None:
+        tl.store(bias_sums + tl.cast(part, tl.int64) * own.size + i, bias_gradient, mask=inside)
+    if parts is None:
+        store_gradient(
+            gradient, slope, weighted, x, own, i, k, inside, scale, gain, DIM, False
+        )  # fmt: skip
+    else:
+        store_part(parts, weighted, part, own, i, k, inside, DIM)
+
+
+@triton.jit
+def finish_kernel(
+    own, scale_ptr, gain, gradient, slope, parts, count, DIM: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts of `gradient_kernel` in their order, and does what it does at its end."""
+    start = tl.program_id(0) * BLOCK_M
+    i = start + tl.arange(0, BLOCK_M)
+    inside = i < own.size
+    scale = tl.load(scale_ptr)
+    k = tl.arange(0, BLOCK_K)
+    weighted = tl.zeros((BLOCK_M, BLOCK_K), scale.dtype)
+    for part in range(count):
+        weighted += load_part(parts, part, own, i, k, inside, DIM)
+    x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, scale.dtype)
+    store_gradient(gradient, slope, weighted, x, own, i, k, inside, scale, gain, DIM, SCALED)
+
+
+@triton.jit
+def coefficient_kernel(
+    rows, columns, scale_ptr, gain, chunk, sums, bias_sums, row_offset, column_offset, row_count,
+    column_count, DIM: tl.constexpr, COEFFICIENT: tl.constexpr, PUSH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dL/dz of a chunk of the matrix, times 1 / norm of both sides, as an operand of products.
+
+    Also the sums over each tile's columns of dL/dz, and of the fold, (column tiles, rows).
+    """
+    row_tiles, column_tiles = tl.cdiv(row_count, BLOCK_M), tl.cdiv(column_count, BLOCK_N)
+    row_tile, column_tile = grouped(tl.program_id(0), row_tiles, column_tiles)
+    row_start = row_offset + row_tile * BLOCK_M
+    column_start = column_offset + column_tile * BLOCK_N
+    scale = tl.load(scale_ptr)
+    z2 = logits(
+        rows, columns, row_start, column_start, 0, 0, scale, DIM, BLOCK_M, BLOCK_N, BLOCK_K,
+        DTYPE, PRECISION, False,
+    )  # fmt: skip
+    local_i = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    local_j = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = local_i < row_count
+    at = tl.cast(column_tile, tl.int64) * row_count + local_i
+    if sums is not None:
+        zeros = tl.zeros((BLOCK_M,), scale.dtype)
+        state, _weights, _factor = PUSH((zeros, zeros, zeros), z2, False)
+        tl.store(sums + at, state[1], mask=inside)
+    c = coefficients(z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, COEFFICIENT)
+    if bias_sums is not None:
+        tl.store(bias_sums + at, tl.sum(c, 1), mask=inside)
+    if rows.inverse is not None:
+        factor = load_block(rows.inverse, row_start, BLOCK_M)
+        if DTYPE == tl.float16:
+            factor = tl.where(factor < 1e11, factor, 0.0)
+        c *= factor[:, None]
+    pointers = chunk + (local_i.to(tl.int64) * column_count)[:, None] + local_j[None, :]
+    mask = inside[:, None] & (local_j < column_count)[None, :]
+    c = weigh(c, columns, column_start, gain, BLOCK_N, DTYPE)
+    tl.store(pointers, c, mask=mask)
+
+
+@triton.jit
+def grouped(index, rows, columns):
+    """(row, column) of a tile, in an order that keeps tiles of one time in few rows and columns."""
+    GROUP: tl.constexpr = 8
+    group = index // (GROUP * columns)
+    height = tl.minimum(rows - group * GROUP, GROUP)
+    within = index % (GROUP * columns)
+    return group * GROUP + within % height, within // height
+
+
+@triton.jit
+def load_part(pointer, part, own, i, k, inside, DIM: tl.constexpr):
+    mask = inside[:, None] & (k < DIM)[None, :]
+    return tl.load(part_pointers(pointer, part, own, i, k, DIM), mask=mask, other=0.0)
+
+
+@triton.jit
+def part_pointers(pointer, part, own, i, k, DIM: tl.constexpr):
+    """Of rows i of (parts, size, DIM)."""
+    row = tl.cast(part, tl.int64) * own.size + i
+    return pointer + (row * DIM)[:, None] + k[None, :]
