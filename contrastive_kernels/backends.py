@@ -120,9 +120,8 @@ def backends() -> dict[str, Backend]:
             usable=TRITON_ERROR is None and (INTERPRETED or torch.cuda.is_available()),
             devices=_triton_devices(),
             dtypes=half + full,
-            reason=TRITON_ERROR or (
-                None if INTERPRETED or torch.cuda.is_available() else "there is no GPU here"
-            ),
+            reason=TRITON_ERROR
+            or (None if INTERPRETED or torch.cuda.is_available() else "there is no GPU here"),
         ),
         "cuda": Backend(False, False, ("cuda",), (), _LATER),
     }

@@ -145,6 +145,14 @@ def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
     return rows.sum() if reduction == "sum" else rows
 
 
+def add_rows(value: Tensor, rows: Tensor, reduction: str) -> Tensor:
+    """The reduction of value + rows, where `value` is already the sum unless it is "none"."""
+    if reduction == "none":
+        return value + rows
+    total = value + rows.sum()
+    return total / rows.shape[0] if reduction == "mean" else total
+
+
 def pair_stats(
     dot: Tensor,
     sweeps: list[Sweep | SoftplusSweep],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .common import (
     Loss,
+    add_rows,
     check_negatives,
     check_other_rows,
     check_reduction,
@@ -242,9 +243,10 @@ def siglip_loss(
     pos = scale * dot + bias
     out = softplus_sweep(
         image_features, text_features, scale=scale, bias=bias, normalize=normalize,
-        exclude=own_ids(n, dot), threshold=pos.detach() if return_stats else None, backend=backend,
+        exclude=own_ids(n, dot), threshold=pos.detach() if return_stats else None,
+        summed=reduction != "none", backend=backend,
     )  # fmt: skip
-    loss = reduce_rows(out.value + softplus(-pos), reduction)
+    loss = add_rows(out.value, softplus(-pos), reduction)
     return (loss, pair_stats(dot, [out], scale, bias=bias)) if return_stats else loss
 
 
@@ -301,9 +303,10 @@ def nce(
     pos = scale * dot + bias
     out = softplus_sweep(
         query, negatives, scale=scale, bias=bias, normalize=normalize,
-        threshold=pos.detach() if return_stats else None, backend=backend,
+        threshold=pos.detach() if return_stats else None, summed=reduction != "none",
+        backend=backend,
     )  # fmt: skip
-    loss = reduce_rows(out.value + softplus(-pos), reduction)
+    loss = add_rows(out.value, softplus(-pos), reduction)
     return (loss, pair_stats(dot, [out], scale, bias=bias)) if return_stats else loss
 
 

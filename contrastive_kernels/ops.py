@@ -186,9 +186,13 @@ def softplus_sweep(
     keep: IdPair | None = None,
     normalize: bool = False,
     threshold: Tensor | None = None,
+    summed: bool = False,
     backend: str = "auto",
 ) -> SoftplusSweep:
-    """Row sums of softplus, with the further options of `sweep`; see `row_softplus`."""
+    """Row sums of softplus, with the further options of `sweep`; see `row_softplus`.
+
+    `summed`: value is the sum over the rows too, 0-d, which leaves backends more freedom.
+    """
     keys = x if y is None else y
     if not isinstance(bias, Tensor):
         bias = None if bias == 0 else torch.full(
@@ -201,14 +205,21 @@ def softplus_sweep(
     if chosen == "reference":
         bias = 0.0 if bias is None else bias
         with full_precision(x):
-            return reference.softplus_sweep(
+            out = reference.softplus_sweep(
                 x, keys, scale=scale, bias=bias, exclude=exclude, keep=keep, normalize=normalize,
                 threshold=threshold,
             )  # fmt: skip
-    out = registration.row_softplus(chosen)(
-        x, keys, scale, bias, *_ids(exclude), *_ids(keep), threshold, normalize
-    )
-    return SoftplusSweep(*out) if threshold is not None else SoftplusSweep(out[0], *(3 * (None,)))
+    else:
+        attend = [False] * 4
+        if summed and threshold is None and keys.dim() == 2 and torch.is_grad_enabled():
+            if registration.can_sum(chosen):
+                attend = [t is not None and t.requires_grad for t in (x, keys, scale, bias)]
+        values = registration.row_softplus(chosen)(
+            x, keys, scale, bias, *_ids(exclude), *_ids(keep), threshold, normalize, attend
+        )
+        monitors = values[1:4] if threshold is not None else 3 * (None,)
+        out = SoftplusSweep(values[0], *monitors)
+    return out._replace(value=out.value.sum()) if summed else out
 
 
 def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False, backend: str = "auto") -> Tensor:

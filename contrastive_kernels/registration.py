@@ -37,8 +37,9 @@ _SCHEMAS = {
         "bool normalize, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "row_softplus": (
-        f"({_PAIRS}, Tensor? threshold, bool normalize) -> "
-        "(Tensor value, Tensor rank, Tensor total, Tensor count)"
+        f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend) -> "
+        "(Tensor value, Tensor rank, Tensor total, Tensor count, "
+        "Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
     ),
     "row_softplus_backward": (
         f"({_PAIRS}, Tensor grad, bool normalize, bool[4] needs) -> "
@@ -73,6 +74,11 @@ def can_attend(backend: str, dim: int, frozen: bool) -> bool:
     return frozen if backend == "cpu" else dim <= TRITON_ATTEND_DIM
 
 
+def can_sum(backend: str) -> bool:
+    """Whether `row_softplus` can sum over the rows, which brings every gradient in the forward."""
+    return backend == "triton"
+
+
 def _fake_row_stats(
     backend, x, y, scale, bias, _er, _ec, _kr, _kc, threshold, mean, normalize, columns, attend
 ):
@@ -84,13 +90,17 @@ def _fake_row_stats(
     if attend:
         attended = _stats(x, rows, x.shape[1])
         if backend == "triton":
-            attended, slope = torch.empty_like(x, memory_format=torch.contiguous_format), _stats(x, rows)
+            attended, slope = (
+                torch.empty_like(x, memory_format=torch.contiguous_format),
+                _stats(x, rows),
+            )
     return (*(_stats(x, size) for size in sizes + monitors), attended, slope)
 
 
-def _fake_row_softplus(x, y, scale, bias, _er, _ec, _kr, _kc, threshold, normalize):
+def _fake_row_softplus(x, y, scale, bias, _er, _ec, _kr, _kc, threshold, normalize, attend):
     monitors = (x.shape[0] * (threshold is not None),) * 3
-    return tuple(_stats(x, size) for size in (x.shape[0], *monitors))
+    sizes = (1 if any(attend) else x.shape[0], *monitors)
+    return (*(_stats(x, size) for size in sizes), *_gradients(attend, x, y, scale, bias))
 
 
 def _fake_pairs_backward(x, y, scale, bias, *rest):
@@ -111,8 +121,9 @@ def _setup_row_stats(ctx, inputs, output):
 
 
 def _setup_row_softplus(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:8])
-    ctx.normalize = inputs[9]
+    ctx.normalize, ctx.attend = inputs[9:]
+    # with `attend` the value is the sum over rows, and its gradients are there already
+    ctx.save_for_backward(*(output[4:] if any(ctx.attend) else inputs[:8]))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -150,10 +161,14 @@ def _register(backend: str) -> None:
 
     def row_softplus_backward(ctx, *grads):
         if grads[0] is None:
-            return (None,) * 10
+            return (None,) * 11
         needs = list(ctx.needs_input_grad[:4])
-        out = ops["row_softplus_backward"](*ctx.saved_tensors, grads[0], ctx.normalize, needs)
-        return (*_needed(needs, out), *(6 * (None,)))
+        if any(ctx.attend):
+            # 0-d, so that it leaves the types alone
+            out = tuple(t * grads[0].reshape(()) for t in ctx.saved_tensors)
+        else:
+            out = ops["row_softplus_backward"](*ctx.saved_tensors, grads[0], ctx.normalize, needs)
+        return (*_needed(needs, out), *(7 * (None,)))
 
     def row_dot_backward(ctx, grad):
         needs = list(ctx.needs_input_grad[:2])

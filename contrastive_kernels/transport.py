@@ -88,7 +88,7 @@ def cacr(
     ids = None
     if negatives is None:
         check_other_rows("query", n)
-        rows = torch.arange(n, device=query.device)
+        rows = torch.arange(n, dtype=torch.int32, device=query.device)
         ids = (rows, rows if k == 1 else rows.repeat_interleave(k))
         candidates = positives.flatten(0, 1) if positives.dim() == 3 else positives
     else:

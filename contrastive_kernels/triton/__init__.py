@@ -20,8 +20,7 @@ def row_stats(
             x, y, scale, bias, (exclude_rows, exclude_cols), (keep_rows, keep_cols), normalize
         )  # fmt: skip
         empty = [problem.empty(0) for _ in range(9)]
-        unit = normalize and bias is None and not (mean or problem.paired)
-        if unit and threshold is None and (columns or problem.symmetric):
+        if problem.unit and not mean and threshold is None and (columns or problem.symmetric):
             lse, col_lse = engine.two_way(problem)
             return (lse, empty[0], col_lse if columns else empty[1], *empty[2:8])
         if threshold is not None:
@@ -60,17 +59,23 @@ def row_stats_backward(
 
 
 def row_softplus(
-    x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, threshold, normalize
+    x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, threshold, normalize,
+    attend,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     with _device(x):
         problem = Problem(
             x, y, scale, bias, (exclude_rows, exclude_cols), (keep_rows, keep_cols), normalize
         )  # fmt: skip
+        empty = problem.empty(0)
+        if any(attend):
+            value, *made = engine.summed_softplus(problem, attend)
+            return value.reshape(1), empty, empty.clone(), empty.clone(), *made
         if threshold is not None:
             threshold = threshold.contiguous()
         out = engine.stats(problem, ROWS, softplus=True, threshold=threshold)
         values = (out.first, out.rank, out.total, out.count)
-        return tuple(problem.empty(0) if t is None else t for t in values)
+        absent = (problem.empty(0, dtype=t.dtype) for t in (x, y, scale, scale))
+        return *(problem.empty(0) if t is None else t for t in values), *absent
 
 
 def row_softplus_backward(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..registration import statistics_dtype
@@ -28,6 +29,8 @@ LARGEST_STRIDE = 1 << 22
 HEADROOM, HEADROOM_WEIGHTED = 120.0, 80.0
 # What is packed for a side is padded to a multiple of the largest tile.
 PADDING = 256
+# From so many pairs on, what a fixed shift saves is more than the launches it may take.
+FIXED_PAIRS = 0 if INTERPRETED else 1 << 26
 # Programs for each multiprocessor that keep it busy to the end.
 WAVES = 4
 # Pairs (x_i, y_ik) of a program.
@@ -92,6 +95,14 @@ class Problem:
     def size(self, which: int) -> int:
         return self.inputs[which].shape[-2]
 
+    @property
+    def unit(self) -> bool:
+        """Whether the scale bounds the logits."""
+        return self.normalize and self.bias is None and not self.paired
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
@@ -133,6 +144,16 @@ class Problem:
                 self.pack(which)
         return self.packed[which]
 
+    def part(self, side: Side, which: int, start: int, stop: int) -> Side:
+        """Vectors of a side from `start`, a multiple of the largest tile, to `stop`."""
+        if start == 0 and stop == side.size:
+            return side
+        fields = {name: t[start:] for name, t in side._asdict().items() if isinstance(t, Tensor)}
+        fields["features"] = self.features[which][start:stop]
+        if side.ranges is not None:
+            fields["ranges"] = side.ranges[start // RANGE.value :]
+        return side._replace(size=stop - start, **fields)
+
     def constants(self, chosen: Tile) -> dict[str, Any]:
         """What the sweeps of this problem are compiled for."""
         return {
@@ -148,10 +169,10 @@ class Problem:
     def tile(self, schedule: str) -> Tile:
         return tile(schedule, self.dim, self.arithmetic.kind, self.device)
 
-    def parts(self, own: int, tiles: int, block: int, vectors: bool) -> tuple[int, int]:
+    def parts(self, own: int, other: int, chosen: Tile, vectors: bool) -> tuple[int, int]:
         """(parts, tiles of each) of the other side, so that every multiprocessor has work."""
-        blocks, width = triton.cdiv(own, block), processors(self.device)
-        parts = 1
+        blocks, tiles = triton.cdiv(own, chosen.block_m), triton.cdiv(other, chosen.block_n)
+        parts, width = 1, processors(self.device)
         if blocks < 2 * width:
             parts = min(tiles, triton.cdiv(WAVES * width, blocks))
             bytes_each = own * (self.dim if vectors else 6) * self.scale.element_size()
@@ -159,14 +180,26 @@ class Problem:
         each = triton.cdiv(tiles, parts)
         return triton.cdiv(tiles, each), each
 
-    def gain(self, weights: Tensor | float, *sides: int) -> Tensor | None:
+    def blocks(self, which: int) -> list[tuple[int, int]]:
+        """Rows whose weighted sums fit into a workspace of fixed size."""
+        height = PARTIAL_BYTES // (self.dim * self.scale.element_size())
+        height = max(1, height // PADDING) * PADDING
+        n = self.size(which)
+        return [(start, min(start + height, n)) for start in range(0, n, height)]
+
+    def stored_side(self, needs: list[bool]) -> int:
+        """The side whose vectors' coefficients are stored as rows: sums over these are cheap."""
+        if self.symmetric or not (needs[1] or needs[3]):
+            return ROWS
+        return COLUMNS if needs[3] or not needs[0] else ROWS
+
+    def gain(self, weights: Tensor | float, *sides: Side) -> Tensor | None:
         """A power of two that brings weights of this size, times 1 / norm of sides, into the range
         of float16; None for types that have the range of float32."""
-        if self.arithmetic.operand != triton.language.float16:
+        if self.arithmetic.operand != tl.float16:
             return None
         largest = torch.as_tensor(weights, dtype=self.dtype, device=self.device)
-        for which in sides if self.normalize else ():
-            inverse = self.side(which).inverse
+        for inverse in (side.inverse for side in sides if side.inverse is not None):
             largest = largest * torch.where(inverse < 1e11, inverse, 0.0).amax()
         return torch.exp2(torch.floor(14 - torch.log2(largest)).clamp(-60, 60))
 
@@ -175,57 +208,87 @@ def stats(
     problem: Problem, which: int, *, softplus: bool = False, mean: bool = False,
     threshold: Tensor | None = None, attend: bool = False,
 ) -> Outputs:  # fmt: skip
-    """Statistics of every row (which = ROWS) or column; 2 N M D, or with `attend`, which brings
-    their gradient by the own vectors too, 4 N M D."""
-    chosen = problem.tile("attend" if attend else "stats")
-    own, other = problem.side(which), problem.side(1 - which)
-    n = own.size
+    """Statistics of every row (which = ROWS) or column, 2 N M D; with `attend` their gradient by
+    the own vectors too, 4 N M D."""
+    n = problem.size(which)
     monitors = [problem.empty(n) if threshold is not None else None for _ in range(3)]
     out = Outputs(
         problem.empty(n), problem.empty(n) if mean else None, *monitors,
         problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype) if attend else None,
         problem.empty(n) if attend else None,
     )  # fmt: skip
-    gain = problem.gain(1.0, 1 - which) if attend else None
-    fixed = problem.normalize and problem.bias is None and not problem.paired
-    fixed = fixed and not softplus and gain is None
-    headroom = HEADROOM_WEIGHTED if attend else HEADROOM
-    parts, each = problem.parts(n, triton.cdiv(other.size, chosen.block_n), chosen.block_m, attend)
-    partial = Partial()
-    if parts > 1:
-        partial = Partial(
-            problem.empty(parts, 6, n), problem.empty(parts, n, problem.dim) if attend else None
-        )  # fmt: skip
-    done = folds.softplus_done if softplus else folds.softmax_done
-    arguments = (own, other, problem.scale, gain, threshold, out)
-    online = {
-        "PUSH": folds.softplus_push if softplus else folds.softmax_push,
-        "DONE": done, "FIXED": False, "TOP": 0.0 if softplus else -math.inf, "HEADROOM": headroom,
-        "REPAIR": False,
-    }  # fmt: skip
-    fold = online | {"PUSH": folds.shifted_push, "FIXED": True} if fixed else online
-    constants = problem.constants(chosen)
-    grid = (triton.cdiv(n, chosen.block_m), parts)
-    launch(sweep.stats_kernel, grid, *arguments, partial, each, **fold, **constants)
-    if parts > 1:
-        merge(problem, own, other.size, out, partial, parts, done, gain, fixed, headroom, width=6)
-    if fixed:
-        repair = online | {"REPAIR": True}
-        each = triton.cdiv(other.size, chosen.block_n)
-        launch(sweep.stats_kernel, grid[:1], *arguments, Partial(), each, **repair, **constants)
+    if not attend:
+        stats_of(problem, problem.side(which), problem.side(1 - which), softplus, threshold, out)
+        return out
+    for start, stop in problem.blocks(which):
+        own = problem.part(problem.side(which), which, start, stop)
+        here = Outputs(*(None if t is None else t[start:stop] for t in out))
+        level = None if threshold is None else threshold[start:stop]
+        stats_of(problem, own, problem.side(1 - which), softplus, level, here)
     return out
 
 
+def stats_of(
+    problem: Problem, own: Side, other: Side, softplus: bool, threshold: Tensor | None,
+    out: Outputs,
+) -> None:  # fmt: skip
+    """The sweep, the merge of its parts, and the same again for rows that underflowed."""
+    attend = out.gradient is not None
+    chosen = problem.tile("attend" if attend else "stats")
+    gain = problem.gain(1.0, other) if attend else None
+    fixed = problem.unit and not softplus and gain is None
+    fixed = fixed and own.size * other.size >= FIXED_PAIRS
+    parts, each = problem.parts(own.size, other.size, chosen, attend)
+    partial = Partial()
+    if parts > 1 or attend:
+        partial = Partial(
+            problem.empty(parts, 6, own.size),
+            problem.empty(parts, own.size, problem.dim) if attend else None,
+        )
+    fold = {
+        "PUSH": folds.softplus_push if softplus else folds.softmax_push,
+        "DONE": folds.softplus_done if softplus else folds.softmax_done,
+        "TOP": 0.0 if softplus else -math.inf,
+        "HEADROOM": HEADROOM_WEIGHTED if attend else HEADROOM,
+    }
+    shifted = fold | {"PUSH": folds.shifted_push} if fixed else fold
+    arguments = (problem, own, other, gain, threshold, out, partial, chosen)
+    sweep_and_merge(*arguments, parts, each, shifted, fixed=fixed, repair=False)
+    if fixed:
+        each = triton.cdiv(other.size, chosen.block_n)
+        if partial.weighted is None:
+            partial = Partial()
+        arguments = (problem, own, other, gain, threshold, out, partial, chosen)
+        sweep_and_merge(*arguments, 1, each, fold, fixed=False, repair=True)
+
+
+def sweep_and_merge(
+    problem: Problem, own: Side, other: Side, gain: Tensor | None, threshold: Tensor | None,
+    out: Outputs, partial: Partial, chosen: Tile, parts: int, each: int, fold: dict[str, Any], *,
+    fixed: bool, repair: bool,
+) -> None:  # fmt: skip
+    launch(
+        sweep.stats_kernel, (triton.cdiv(own.size, chosen.block_m), parts), own, other,
+        problem.scale, gain, threshold, out._replace(gradient=None, slope=None), partial, each,
+        FIXED=fixed, REPAIR=repair, **fold, **problem.constants(chosen),
+    )  # fmt: skip
+    if partial.state is not None:
+        merge(
+            problem, own, other.size, gain, out, partial, parts, fold["DONE"], fold["HEADROOM"],
+            fixed=fixed, repair=repair, width=6,
+        )  # fmt: skip
+
+
 def merge(
-    problem: Problem, own: Side, pairs: int, out: Outputs, partial: Partial, parts: int, done: Any,
-    gain: Tensor | None, fixed: bool, headroom: float, width: int,
+    problem: Problem, own: Side, pairs: int, gain: Tensor | None, out: Outputs, partial: Partial,
+    parts: int, done: Any, headroom: float, *, fixed: bool, repair: bool, width: int,
 ) -> None:  # fmt: skip
     width_k = bucket(problem.dim) if out.gradient is not None else 1
     block = max(1, min(128, 2048 // width_k))
     launch(
         sweep.merge_kernel, (triton.cdiv(own.size, block),), own, pairs, problem.scale, gain, out,
         partial, parts, DIM=problem.dim, DONE=done, FIXED=fixed, HEADROOM=headroom, WIDTH=width,
-        BLOCK_M=block, BLOCK_K=width_k,
+        REPAIR=repair, BLOCK_M=block, BLOCK_K=width_k,
     )  # fmt: skip
 
 
@@ -237,19 +300,18 @@ def two_way(problem: Problem) -> tuple[Tensor, Tensor]:
     own_tiles = triton.cdiv(own.size, chosen.block_n)
     programs = WAVES * processors(problem.device)
     if problem.symmetric:
-        groups = min(own_tiles, math.isqrt(2 * programs))
-        own_each = other_each = triton.cdiv(own_tiles, groups)
+        own_each = triton.cdiv(own_tiles, min(own_tiles, math.isqrt(2 * programs)))
+        other_each = own_each * chosen.block_n // chosen.block_m
         groups = triton.cdiv(own_tiles, own_each)
-        sums = torch.zeros((2 * groups, own.size), dtype=problem.dtype, device=problem.device)
-        own_sums, other_sums = sums[:groups], sums[groups:]
         grid = (groups * (groups + 1) // 2,)
+        sums = problem.zeros(2 * groups, own.size)
+        own_sums, other_sums = sums[:groups], sums[groups:]
     else:
         own_each = triton.cdiv(own_tiles, min(own_tiles, math.isqrt(programs)))
         own_groups = triton.cdiv(own_tiles, own_each)
         other_each = triton.cdiv(other_tiles, min(other_tiles, triton.cdiv(programs, own_groups)))
         grid = (own_groups, triton.cdiv(other_tiles, other_each))
-        own_sums = torch.zeros((grid[1], own.size), dtype=problem.dtype, device=problem.device)
-        other_sums = torch.zeros((grid[0], other.size), dtype=problem.dtype, device=problem.device)
+        own_sums, other_sums = problem.zeros(grid[1], own.size), problem.zeros(grid[0], other.size)
     pairs = max(own.size, other.size)
     launch(
         sweep.two_way_kernel, grid, own, other, problem.scale, own_sums, other_sums, own_each,
@@ -268,14 +330,16 @@ def two_way_lse(problem: Problem, which: int, sums: Tensor, pairs: int) -> Tenso
     own, other = problem.side(which), problem.side(1 - which)
     out = Outputs(problem.empty(own.size))
     merge(
-        problem, own, pairs, out, Partial(sums), sums.shape[0], folds.softmax_done, None, True,
-        HEADROOM, width=1,
+        problem, own, pairs, None, out, Partial(sums), sums.shape[0], folds.softmax_done, HEADROOM,
+        fixed=True, repair=False, width=1,
     )  # fmt: skip
-    launch(
-        sweep.stats_kernel, (triton.cdiv(own.size, chosen.block_m),), own, other, problem.scale,
-        None, None, out, Partial(), triton.cdiv(other.size, chosen.block_n),
-        PUSH=folds.softmax_push, DONE=folds.softmax_done, FIXED=False, TOP=-math.inf,
-        HEADROOM=HEADROOM, REPAIR=True, **problem.constants(chosen),
+    online = {
+        "PUSH": folds.softmax_push, "DONE": folds.softmax_done, "TOP": -math.inf,
+        "HEADROOM": HEADROOM,
+    }  # fmt: skip
+    sweep_and_merge(
+        problem, own, other, None, None, out, Partial(), chosen, 1,
+        triton.cdiv(other.size, chosen.block_n), online, fixed=False, repair=True,
     )  # fmt: skip
     return out.first
 
@@ -287,6 +351,7 @@ class Upstream:
         self.sides: list[dict[str, Tensor]] = [{}, {}]
         self.coefficient = folds.softplus_coefficient if softplus else folds.softmax_coefficient
         self.largest: Tensor | float = 0.0
+        self.values: Tensor | None = None  # if set, receives the sums of the fold too
 
     def add(
         self, which: int, lse: Tensor | None, mean: Tensor | None, grad_lse: Tensor | None,
@@ -325,7 +390,7 @@ def gradients(
     if problem.symmetric:
         by_side = [needs[0] or needs[2], False]
     if problem.dim > RESIDENT_DIM:
-        own = COLUMNS if needs[3] or not by_side[ROWS] else ROWS
+        own = problem.stored_side(needs)
         both = all(by_side) and not problem.symmetric
         results, slope, bias = stored_gradients(problem, upstream, own, both, needs[3])
         out = [t if results[w] is None else results[w] for w, t in enumerate(out)]
@@ -341,31 +406,52 @@ def gradients(
     return out[0], out[1], dscale, empty if bias is None or not needs[3] else bias
 
 
+def summed_softplus(
+    problem: Problem, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum of softplus over all pairs, and its gradients: 6 N M D by stored parts, else 8."""
+    n = problem.size(ROWS)
+    upstream = Upstream(softplus=True)
+    ones = torch.ones(n, dtype=problem.dtype, device=problem.device)
+    upstream.add(ROWS, None, None, ones, None, problem.arithmetic.operand == tl.float16)
+    if problem.dim > RESIDENT_DIM:
+        upstream.values = problem.empty(problem.size(problem.stored_side(needs)))
+        made = gradients(problem, upstream, needs)
+        return upstream.values.sum(), *made
+    out = stats(problem, ROWS, softplus=True, attend=True)
+    rest = gradients(problem, upstream, [False, needs[1], False, needs[3]])
+    dx = out.gradient if needs[0] else rest[0]
+    return out.first.sum(), dx, rest[1], out.slope.sum() if needs[2] else rest[2], rest[3]
+
+
 def side_gradient(
     problem: Problem, upstream: Upstream, which: int, with_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient of one side, its derivative by the scale (size,), and sums of dL/dz."""
     chosen = problem.tile("gradient")
-    own, other = problem.side(which), problem.side(1 - which)
-    n = own.size
-    gain = problem.gain(upstream.largest, 1 - which)
+    other = problem.side(1 - which)
+    n = problem.size(which)
+    gain = problem.gain(upstream.largest, other)
     gradient = problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype)
-    slope = problem.empty(n)
-    count, each = problem.parts(n, triton.cdiv(other.size, chosen.block_n), chosen.block_m, True)
-    parts = problem.empty(count, n, problem.dim) if count > 1 else None
-    bias_sums = problem.empty(count, n) if with_bias else None
-    launch(
-        sweep.gradient_kernel, (triton.cdiv(n, chosen.block_m), count), own, other, problem.scale,
-        gain, gradient, slope, bias_sums, parts, each, COEFFICIENT=upstream.coefficient,
-        **problem.constants(chosen),
-    )  # fmt: skip
-    if count > 1:
-        finish(problem, own, gain, gradient, slope, parts, scaled=False)
-    return gradient, slope, None if bias_sums is None else bias_sums.sum(0)
+    slope, bias = problem.empty(n), problem.empty(n) if with_bias else None
+    for start, stop in problem.blocks(which):
+        own = problem.part(problem.side(which), which, start, stop)
+        count, each = problem.parts(own.size, other.size, chosen, True)
+        parts = problem.empty(count, own.size, problem.dim)
+        bias_sums = problem.empty(count, own.size) if with_bias else None
+        launch(
+            sweep.gradient_kernel, (triton.cdiv(own.size, chosen.block_m), count), own, other,
+            problem.scale, gain, parts, bias_sums, each, COEFFICIENT=upstream.coefficient,
+            **problem.constants(chosen),
+        )  # fmt: skip
+        finish(problem, own, gain, gradient[start:stop], slope[start:stop], parts, scaled=False)
+        if bias is not None:
+            torch.sum(bias_sums, 0, out=bias[start:stop])
+    return gradient, slope, bias
 
 
 def finish(
-    problem: Problem, own: Side, gain: Tensor | None, gradient: Tensor, slope: Tensor,
+    problem: Problem, own: Side, gain: Tensor | None, gradient: Tensor, slope: Tensor | None,
     parts: Tensor, scaled: bool,
 ) -> None:  # fmt: skip
     width = triton.next_power_of_2(problem.dim)
@@ -383,56 +469,64 @@ def stored_gradients(
     each side. Returns them by side, the derivative by the scale, and sums of dL/dz."""
     chosen = problem.tile("coefficient")
     own, other = problem.side(which), problem.side(1 - which)
-    gain = problem.gain(upstream.largest, which, 1 - which)
+    gain = problem.gain(upstream.largest, own, other)
     operand = problem.inputs[which].dtype
     if operand != problem.inputs[1 - which].dtype:
         operand = problem.dtype
     n, m, dim = own.size, other.size, problem.dim
     width = min(m, CHUNK_COLUMNS)
-    height = CHUNK_BYTES // (torch.empty((), dtype=operand).element_size() * width)
-    height = min(n, max(1, height // chosen.block_m) * chosen.block_m)
+    height = CHUNK_BYTES // (operand.itemsize * width)
+    height = min(n, max(1, height // PADDING) * PADDING)
     chunk = problem.empty(height * width, dtype=operand)
     own_sum = problem.empty(height, dim)
-    other_sum = torch.zeros((m, dim), dtype=problem.dtype, device=problem.device) if both else None
+    other_sum = problem.zeros(m, dim) if both else None
     gradient, slope = problem.empty(n, dim, dtype=problem.inputs[which].dtype), problem.empty(n)
-    bias = problem.empty(n) if with_bias else None
+    bias = problem.zeros(n) if with_bias else None
+    if upstream.values is not None:
+        upstream.values.zero_()
     for start in range(0, n, height):
-        rows_here = min(height, n - start)
-        mine = problem.features[which][start : start + rows_here]
-        own_sum.zero_()
-        if bias is not None:
-            bias[start : start + rows_here] = 0
-        for column in range(0, m, width):
-            columns_here = min(width, m - column)
-            theirs = problem.features[1 - which][column : column + columns_here]
-            c = chunk[: rows_here * columns_here].view(rows_here, columns_here)
-            column_tiles = triton.cdiv(columns_here, chosen.block_n)
-            bias_sums = problem.empty(column_tiles, rows_here) if with_bias else None
-            launch(
-                sweep.coefficient_kernel, (triton.cdiv(rows_here, chosen.block_m) * column_tiles,),
-                own, other, problem.scale, gain, c, None, bias_sums, start, column, rows_here,
-                columns_here, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
-                **problem.constants(chosen),
-            )  # fmt: skip
-            if bias is not None:
-                bias[start : start + rows_here] += bias_sums.sum(0)
-            add_product(own_sum[:rows_here], c, theirs)
+        stop = min(start + height, n)
+        mine = problem.part(own, which, start, stop)
+        total = own_sum[: stop - start].zero_()
+        for begin in range(0, m, width):
+            end = min(begin + width, m)
+            theirs = problem.part(other, 1 - which, begin, end)
+            c = chunk[: mine.size * theirs.size].view(mine.size, theirs.size)
+            tiles_here = triton.cdiv(theirs.size, chosen.block_n)
+            bias_sums = problem.empty(tiles_here, mine.size) if with_bias else None
+            values = None if upstream.values is None else problem.empty(tiles_here, mine.size)
+            coefficients(problem, upstream, mine, theirs, gain, c, values, bias_sums, chosen)
+            for total_of, sums in ((bias, bias_sums), (upstream.values, values)):
+                if sums is not None:
+                    total_of[start:stop] += sums.sum(0)
+            add_product(total, c, theirs.features)
             if both:
-                add_product(other_sum[column : column + columns_here], c.T, mine)
-        block = slice(start, start + rows_here)
-        inverse = None if own.inverse is None else own.inverse[block]
-        part = Side(mine, own.stride, own.inner, rows_here, inverse=inverse)
+                add_product(other_sum[begin:end], c.T, mine.features)
         finish(
-            problem, part, gain, gradient[block], slope[block], own_sum[:rows_here].unsqueeze(0),
+            problem, mine, gain, gradient[start:stop], slope[start:stop], total.unsqueeze(0),
             scaled=True,
         )  # fmt: skip
     results: list[Tensor | None] = [None, None]
     results[which] = gradient
     if both:
         results[1 - which] = problem.empty(m, dim, dtype=problem.inputs[1 - which].dtype)
-        unused = problem.empty(m)
-        finish(problem, other, gain, results[1 - which], unused, other_sum.unsqueeze(0), scaled=True)
+        finish(
+            problem, other, gain, results[1 - which], None, other_sum.unsqueeze(0), scaled=True
+        )  # fmt: skip
     return results, slope, bias
+
+
+def coefficients(
+    problem: Problem, upstream: Upstream, own: Side, other: Side, gain: Tensor | None, c: Tensor,
+    values: Tensor | None, bias_sums: Tensor | None, chosen: Tile,
+) -> None:  # fmt: skip
+    tiles_here = triton.cdiv(own.size, chosen.block_m) * triton.cdiv(other.size, chosen.block_n)
+    launch(
+        sweep.coefficient_kernel, (tiles_here,), own, other, problem.scale, gain, c, values,
+        bias_sums, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
+        DONE=folds.softplus_done,
+        **problem.constants(chosen),
+    )  # fmt: skip
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -498,12 +592,7 @@ def paired_gradients(
     chosen = problem.tile("stats")
     own, other = problem.side(ROWS), problem.side(COLUMNS)
     c = torch.empty_like(problem.products)
-    tiles = triton.cdiv(own.size, chosen.block_m) * triton.cdiv(other.size, chosen.block_n)
-    launch(
-        sweep.coefficient_kernel, (tiles,), own, other, problem.scale, None, c, None, None, 0, 0,
-        own.size, other.size, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
-        **problem.constants(chosen),
-    )  # fmt: skip
+    coefficients(problem, upstream, own, other, None, c, None, None, chosen)
     empty = problem.empty(0)
     dbias = c.sum(0) if needs[3] else empty
     dscale = (c * problem.products).sum() if needs[2] else empty

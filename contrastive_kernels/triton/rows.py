@@ -26,7 +26,9 @@ def pair_dots(
     x_squares, y_squares = dots, dots
     for k0 in range(0, DIM, BLOCK_K):
         a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
-        b = load_rows(y + (key * y_key_stride)[:, None], i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC)
+        b = load_rows(
+            y + (key * y_key_stride)[:, None], i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC
+        )
         dots += tl.sum(a * b, 1)
         if NORMALIZE:
             x_squares += tl.sum(a * a, 1)

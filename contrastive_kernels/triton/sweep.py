@@ -35,10 +35,10 @@ class Outputs(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """The same before parts of the other side are merged: (parts, width, N) and (parts, N, D).
+    """Results of parts of the other side, before they are merged.
 
-    Of the width, 1 holds the totals of a fixed shift; 6 hold totals, tops, weighted, and the three
-    numbers for a threshold.
+    state (parts, width, N): of the width, 1 holds the totals of a fixed shift; 6 hold totals, tops,
+    weighted, and the three numbers for a threshold. weighted (parts, N, D): sum_j G_ij y_j.
     """
 
     state: Tensor | None = None
@@ -110,17 +110,18 @@ def stats_kernel(
     HEADROOM: tl.constexpr, REPAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Folds each row of logits; on request also the other side's vectors, weighted (`gradient`)."""
+    """Folds each row of logits, and on request sums the other side's vectors, weighted.
+
+    REPAIR: only for blocks with rows that a fixed shift did not suit.
+    """
     MEAN: tl.constexpr = out.second is not None
-    ATTEND: tl.constexpr = out.gradient is not None
+    ATTEND: tl.constexpr = partial.weighted is not None
     start = tl.program_id(0) * BLOCK_M
     part = tl.program_id(1)
     i = start + tl.arange(0, BLOCK_M)
     inside = i < own.size
     if REPAIR:
-        found = tl.load(out.first + i, mask=inside, other=0.0)
-        again = tl.max((found == REDO).to(tl.int32), 0)
-        if again == 0:
+        if not to_redo(out, i, inside):
             return
     scale = tl.load(scale_ptr)
     k = tl.arange(0, BLOCK_K)
@@ -161,12 +162,7 @@ def stats_kernel(
             )
 
     if partial.state is None:
-        norm = store_rows(out, i, inside, state, monitors, least, DONE)
-        if ATTEND:
-            store_gradient(
-                out.gradient, out.slope, weighted * norm[:, None], x, own, i, k, inside, scale,
-                gain, DIM, False,
-            )  # fmt: skip
+        store_rows(out, i, inside, state, monitors, least, DONE)
     else:
         pointers = partial.state + tl.cast(part, tl.int64) * 6 * own.size + i
         tl.store(pointers, state[1], mask=inside)
@@ -177,14 +173,21 @@ def stats_kernel(
             tl.store(pointers + 3 * own.size, monitors[0], mask=inside)
             tl.store(pointers + 4 * own.size, monitors[1], mask=inside)
             tl.store(pointers + 5 * own.size, monitors[2], mask=inside)
-        if ATTEND:
-            store_part(partial.weighted, weighted, part, own, i, k, inside, DIM)
+    if ATTEND:
+        store_part(partial.weighted, weighted, part, own, i, k, inside, DIM)
 
 
 @triton.jit
 def store_part(pointer, weighted, part, own, i, k, inside, DIM: tl.constexpr):
     mask = inside[:, None] & (k < DIM)[None, :]
     tl.store(part_pointers(pointer, part, own, i, k, DIM), weighted, mask=mask)
+
+
+@triton.jit
+def to_redo(out, i, inside):
+    """Whether a sweep with a fixed shift has marked any of the rows."""
+    found = tl.load(out.first + i, mask=inside, other=0.0)
+    return tl.max((found == REDO).to(tl.int32), 0) == 1
 
 
 @triton.jit
@@ -205,13 +208,16 @@ def store_rows(out, i, inside, state, monitors, least, DONE: tl.constexpr):
 @triton.jit
 def merge_kernel(
     own, pairs, scale_ptr, gain, out, partial, parts, DIM: tl.constexpr, DONE: tl.constexpr,
-    FIXED: tl.constexpr, HEADROOM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    FIXED: tl.constexpr, HEADROOM: tl.constexpr, WIDTH: tl.constexpr, REPAIR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Merges parts in their order: of `stats_kernel`, or the sums of `two_way_kernel`."""
     start = tl.program_id(0) * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
     inside = i < own.size
+    if REPAIR:
+        if not to_redo(out, i, inside):
+            return
     scale = tl.load(scale_ptr)
     k = tl.arange(0, BLOCK_K)
     zeros = tl.zeros((BLOCK_M,), scale.dtype)
@@ -256,7 +262,7 @@ def two_way_kernel(
     DIM: tl.constexpr, HALF: tl.constexpr, HEADROOM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exp(z - shift) over both sides, each exponential taken once.
+    """Sums of exp(z - shift) over both sides, each exponential taken once. BLOCK_N is of own vectors.
 
     A program has `own_tiles` tiles of own vectors and `other_tiles` of the other side. It keeps the
     sums of its own vectors in registers, and adds to its own part of the sums of the others, which
@@ -273,11 +279,14 @@ def two_way_kernel(
     for own_tile in range(first, tl.minimum(first + own_tiles, tl.cdiv(own.size, BLOCK_N))):
         own_start = own_tile * BLOCK_N
         y = load_resident(own, own_start, DIM, BLOCK_N, BLOCK_K, DTYPE)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), scale.dtype)
+        if BLOCK_K >= DIM:
+            sums = tl.zeros((BLOCK_M, BLOCK_N), scale.dtype)
+        else:
+            sums = tl.zeros((BLOCK_N,), scale.dtype)
         begin = other_group * other_tiles
         end = tl.minimum(begin + other_tiles, tl.cdiv(other.size, BLOCK_M))
         if HALF:
-            end = tl.minimum(end, own_tile + 1)
+            end = tl.minimum(end, tl.cdiv(own_start + BLOCK_N, BLOCK_M))
         for tile in range(begin, end):
             start = tile * BLOCK_M
             x = load_resident(other, start, DIM, BLOCK_M, BLOCK_K, DTYPE)
@@ -286,16 +295,21 @@ def two_way_kernel(
                 PRECISION, True,
             )  # fmt: skip
             p = tl.exp2(z2 - shift)
-            sums += p
+            if BLOCK_K >= DIM:
+                sums += p  # reduced once, at the end: across rows that takes many shuffles
+            else:
+                sums += tl.sum(p, 0)
             i = start + tl.arange(0, BLOCK_M)
             pointers = other_sums + tl.cast(own_group, tl.int64) * other.size + i
             inside = i < other.size
             if HALF:
-                inside = inside & (tile != own_tile)  # the tile on the diagonal is its own mirror
+                inside = inside & (i < own_start)  # the square on the diagonal is its own mirror
             tl.store(pointers, tl.load(pointers, mask=inside) + tl.sum(p, 1), mask=inside)
         j = own_start + tl.arange(0, BLOCK_N)
         pointers = own_sums + tl.cast(other_group, tl.int64) * own.size + j
-        tl.store(pointers, tl.sum(sums, 0), mask=j < own.size)
+        if BLOCK_K >= DIM:
+            sums = tl.sum(sums, 0)
+        tl.store(pointers, sums, mask=j < own.size)
         tl.debug_barrier()  # what one thread has added, another may read for the next tile
 
 
@@ -340,11 +354,10 @@ def side_coefficients(
 
 @triton.jit
 def gradient_kernel(
-    own, other, scale_ptr, gain, gradient, slope, bias_sums, parts, tiles_per_part,
-    DIM: tl.constexpr, COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    own, other, scale_ptr, gain, parts, bias_sums, tiles_per_part, DIM: tl.constexpr, COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sum_j dL/dz_ij dz_ij/dx_i of own vectors, and sum_j dL/dz_ij; for parts see `Partial`."""
+    """Sums of dL/dz_ij y_j, (parts, N, D), and of dL/dz_ij, (parts, N), for own vectors."""
     start = tl.program_id(0) * BLOCK_M
     part = tl.program_id(1)
     i = start + tl.arange(0, BLOCK_M)
@@ -370,12 +383,7 @@ def gradient_kernel(
         weighted = dot(c, y, weighted, PRECISION)
     if bias_sums is not None:
         tl.store(bias_sums + tl.cast(part, tl.int64) * own.size + i, bias_gradient, mask=inside)
-    if parts is None:
-        store_gradient(
-            gradient, slope, weighted, x, own, i, k, inside, scale, gain, DIM, False
-        )  # fmt: skip
-    else:
-        store_part(parts, weighted, part, own, i, k, inside, DIM)
+    store_part(parts, weighted, part, own, i, k, inside, DIM)
 
 
 @triton.jit
@@ -383,7 +391,7 @@ def finish_kernel(
     own, scale_ptr, gain, gradient, slope, parts, count, DIM: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts of `gradient_kernel` in their order, and does what it does at its end."""
+    """Gradient of own vectors from sums of dL/dz_ij y_j, (parts, N, D), added in their order."""
     start = tl.program_id(0) * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
     inside = i < own.size
@@ -398,32 +406,33 @@ def finish_kernel(
 
 @triton.jit
 def coefficient_kernel(
-    rows, columns, scale_ptr, gain, chunk, sums, bias_sums, row_offset, column_offset, row_count,
-    column_count, DIM: tl.constexpr, COEFFICIENT: tl.constexpr, PUSH: tl.constexpr,
+    rows, columns, scale_ptr, gain, chunk, sums, bias_sums, DIM: tl.constexpr,
+    COEFFICIENT: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dL/dz of a chunk of the matrix, times 1 / norm of both sides, as an operand of products.
+    """dL/dz of the whole matrix, times 1 / norm of both sides, as an operand of products.
 
     Also the sums over each tile's columns of dL/dz, and of the fold, (column tiles, rows).
     """
-    row_tiles, column_tiles = tl.cdiv(row_count, BLOCK_M), tl.cdiv(column_count, BLOCK_N)
-    row_tile, column_tile = grouped(tl.program_id(0), row_tiles, column_tiles)
-    row_start = row_offset + row_tile * BLOCK_M
-    column_start = column_offset + column_tile * BLOCK_N
+    row_tile, column_tile = grouped(
+        tl.program_id(0), tl.cdiv(rows.size, BLOCK_M), tl.cdiv(columns.size, BLOCK_N)
+    )  # fmt: skip
+    row_start, column_start = row_tile * BLOCK_M, column_tile * BLOCK_N
     scale = tl.load(scale_ptr)
     z2 = logits(
         rows, columns, row_start, column_start, 0, 0, scale, DIM, BLOCK_M, BLOCK_N, BLOCK_K,
         DTYPE, PRECISION, False,
     )  # fmt: skip
-    local_i = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    local_j = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = local_i < row_count
-    at = tl.cast(column_tile, tl.int64) * row_count + local_i
+    i = row_start + tl.arange(0, BLOCK_M)
+    j = column_start + tl.arange(0, BLOCK_N)
+    inside = i < rows.size
+    at = tl.cast(column_tile, tl.int64) * rows.size + i
     if sums is not None:
         zeros = tl.zeros((BLOCK_M,), scale.dtype)
         state, _weights, _factor = PUSH((zeros, zeros, zeros), z2, False)
-        tl.store(sums + at, state[1], mask=inside)
+        value, _mean, _norm = DONE(state)
+        tl.store(sums + at, value, mask=inside)
     c = coefficients(z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, COEFFICIENT)
     if bias_sums is not None:
         tl.store(bias_sums + at, tl.sum(c, 1), mask=inside)
@@ -432,8 +441,8 @@ def coefficient_kernel(
         if DTYPE == tl.float16:
             factor = tl.where(factor < 1e11, factor, 0.0)
         c *= factor[:, None]
-    pointers = chunk + (local_i.to(tl.int64) * column_count)[:, None] + local_j[None, :]
-    mask = inside[:, None] & (local_j < column_count)[None, :]
+    pointers = chunk + (tl.cast(i, tl.int64) * columns.size)[:, None] + j[None, :]
+    mask = inside[:, None] & (j < columns.size)[None, :]
     c = weigh(c, columns, column_start, gain, BLOCK_N, DTYPE)
     tl.store(pointers, c, mask=mask)
 

@@ -92,19 +92,30 @@ row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
           or_empty(at::Tensor(), x)};
 }
 
-Four row_softplus(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
-                  const OptionalTensor& bias, const OptionalTensor& exclude_rows,
-                  const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
-                  const OptionalTensor& keep_cols, const OptionalTensor& threshold,
-                  bool normalize) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+           at::Tensor>
+row_softplus(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
+             const OptionalTensor& bias, const OptionalTensor& exclude_rows,
+             const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
+             const OptionalTensor& keep_cols, const OptionalTensor& threshold, bool normalize,
+             std::array<bool, 4> attend) {
   TORCH_CHECK_VALUE(y.has_value(), "row_softplus needs y");
+  TORCH_CHECK_VALUE(attend == (std::array<bool, 4>{}), "the sum over rows is not offered here");
   const auto pairs =
       check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
   check_length(threshold, "threshold", x.size(0));
   const ForwardResult r = with_compute_type(x, [&](auto t) {
     return forward_sweep<decltype(t)>(pairs, {Fold::kSoftplus, false, false, threshold});
   });
-  return {r.lse, or_empty(r.rank, x), or_empty(r.total, x), or_empty(r.count, x)};
+  const at::Tensor none = or_empty(at::Tensor(), x);
+  return {r.lse,
+          or_empty(r.rank, x),
+          or_empty(r.total, x),
+          or_empty(r.count, x),
+          at::empty({0}, x.options()),
+          at::empty({0}, y->options()),
+          none,
+          none};
 }
 
 Four run_backward(const PairArguments& pairs, const BackwardInputs& inputs,
