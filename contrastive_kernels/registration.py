@@ -33,8 +33,8 @@ _SCHEMAS = {
     ),
     "row_stats_backward": (
         f"({_PAIRS}, Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor attended, "
-        "Tensor slope, Tensor? grad_lse, Tensor? grad_mean, Tensor? grad_col_lse, Tensor? grad_col_mean, "
-        "bool normalize, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+        "Tensor slope, Tensor? grad_lse, Tensor? grad_mean, Tensor? grad_col_lse, "
+        "Tensor? grad_col_mean, bool normalize, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "row_softplus": (
         f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend) -> "

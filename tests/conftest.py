@@ -9,3 +9,15 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when contrastive_kernels is imported
 else:
     torch.set_default_device(DEVICE)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the whitening losses on the Triton backend, which has no kernels for them."""
+
+    def there_is_one(item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        names = (item.name, str(parameters.get("name")))
+        whitens = any(name.startswith(("test_w_mse", "w_mse")) for name in names)
+        return not (whitens and parameters.get("backend") == "triton")
+
+    items[:] = [item for item in items if there_is_one(item)]

@@ -23,7 +23,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
 
 
 def sample(backend: str, combinations: list, seed: int, every: int = 5) -> list:
-    """All combinations; of interpreted kernels, which are slow, a fifth that depends on the seed."""
+    """All combinations; of interpreted kernels, which are slow, a fifth, by the seed."""
     interpreted = backend == "triton" and torch.get_default_device().type == "cpu"
     return combinations[seed % every :: every] if interpreted else combinations
 

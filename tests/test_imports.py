@@ -61,11 +61,36 @@ def test_package_works_without_the_extension():
     assert "cpu is not usable: " in out
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_explicit_backend_of_a_later_version_raises(name):
+def test_explicit_backend_of_a_later_version_raises():
     x = torch.randn(7, 5)
-    with pytest.raises(RuntimeError, match=f'backend="{name}".*not part of this version'):
-        ck.row_stats(x, x, backend=name)
+    with pytest.raises(RuntimeError, match='backend="cuda".*not part of this version'):
+        ck.row_stats(x, x, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        ("", "it takes cuda tensors, and cpu tensors only with TRITON_INTERPRET=1 set"),
+        ("metadata.version = lambda name: '3.5.1'\n",
+         "triton 3.6 or newer is needed, found 3.5.1"),
+        ("metadata.version = lambda name: old('no such package')\n",
+         "triton is not installed: pip install triton"),
+    ],
+    ids=["device", "version", "package"],
+)  # fmt: skip
+def test_triton_says_why_it_cannot_run(missing, message):
+    out = run_python(
+        "import os\nos.environ.pop('TRITON_INTERPRET', None)\n"
+        + "from importlib import metadata\nold = metadata.version\n"
+        + missing
+        + CALL
+        + "try:\n"
+        + "    ck.row_stats(x.cpu(), y.cpu(), backend='triton')\n"
+        + "except RuntimeError as error:\n"
+        + "    print(error)\n"
+        + "import sys\nassert 'triton' not in sys.modules\n"
+    )
+    assert 'backend="triton" cannot run on cpu tensors: ' in out and message in out
 
 
 def test_info_names_versions_threads_and_backends(capsys):

@@ -39,10 +39,11 @@ def row_stats_backward(
     with _device(x):
         dx = dscale = None
         if attended.numel() > 0:
+            grad = grad_lse.masked_fill(lse == -torch.inf, 0.0)
             if needs[0]:
-                dx = torch.mul(attended, grad_lse[:, None], out=torch.empty_like(attended))
+                dx = torch.mul(attended, grad[:, None], out=torch.empty_like(attended))
             if needs[2]:
-                dscale = (grad_lse * slope).sum()
+                dscale = (grad * slope).sum()
             needs = [False, needs[1], False, needs[3]]
         if any(needs):
             problem = Problem(

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -41,6 +40,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile | None = N
     """Starts a kernel. Everything here goes through it, so that tests can compile instead."""
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
     kernel[grid](*args, **constants, enable_fp_fusion=True, **options)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Triton's own takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def narrow(rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -85,7 +93,7 @@ class Problem:
         if self.symmetric:
             exclude, keep = (exclude[0], exclude[0]), (keep[0], keep[0])
         self.exclude, self.keep = narrow(*exclude), narrow(*keep)
-        self.packed: dict[int, Side] = {}
+        self.packed: tuple[Side, Side] | None = None
         self.dim = x.shape[-1]
         if self.paired:
             self.products = paired_products(*self.features, normalize)
@@ -106,42 +114,42 @@ class Problem:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def pack(self, which: int, **statistics: Tensor) -> None:
-        """Makes a side ready for the kernels, with what the backward pass knows of it."""
-        features = self.products if self.paired else self.features[which]
-        size, dim = self.size(which), features.shape[-1]
-        source = Side(
-            features, features.stride(-2), features.stride(-1), size,
-            bias=self.bias if which == COLUMNS else None, exclude=self.exclude[which],
-            keep=self.keep[which], **statistics,
-        )  # fmt: skip
+    def pack(self, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
+        """Makes both sides ready for the kernels, with what the backward pass knows of them."""
+        features = (self.products, self.products) if self.paired else self.features
+        dim = features[ROWS].shape[-1]
         normalize = self.normalize and not self.paired
-        blocks = triton.cdiv(size, PADDING) * (PADDING // RANGE.value)
-        made = {name: self.empty(RANGE.value * blocks) for name in statistics}
-        if source.bias is not None:
-            made["bias"] = self.empty(RANGE.value * blocks)
-        if normalize:
-            made["inverse"] = self.empty(RANGE.value * blocks)
-        for name in ("exclude", "keep"):
-            if getattr(source, name) is not None:
-                made[name] = self.empty(RANGE.value * blocks, dtype=torch.int32)
-        if source.exclude is not None:
-            made["ranges"] = self.empty(blocks, 2, dtype=torch.int32)
-        packed = Side(*source[:4], **made)
-        if made:
-            launch(
-                tiles.pack_kernel, (blocks,), source, packed, DIM=dim, NORMALIZE=normalize,
-                ACC=self.arithmetic.sum, BLOCK_K=min(64, triton.next_power_of_2(dim)),
+        sources, packed, blocks = [], [], []
+        for which, statistics in enumerate((rows, columns)[: 1 if self.symmetric else 2]):
+            t, size = features[which], self.size(which)
+            source = Side(
+                t, t.stride(0), t.stride(1), size, bias=self.bias if which == COLUMNS else None,
+                exclude=self.exclude[which], keep=self.keep[which], **statistics,
             )  # fmt: skip
-        self.packed[which] = packed
+            names = [name for name in Side._fields[4:] if getattr(source, name) is not None]
+            names += ["inverse"] if normalize else []
+            padded = cdiv(size, PADDING) * PADDING
+            made = {}
+            for name in names:
+                ids = name in ("exclude", "keep")
+                made[name] = self.empty(padded, dtype=torch.int32 if ids else None)
+            if source.exclude is not None:
+                made["ranges"] = self.empty(padded // RANGE.value, 2, dtype=torch.int32)
+            sources.append(source)
+            packed.append(Side(*source[:4], **made))
+            blocks.append(padded // RANGE.value if made else 0)
+        if sum(blocks):
+            both = [t for pair in zip(sources, packed, strict=True) for t in pair]
+            launch(
+                tiles.pack_kernel, (sum(blocks),), *both, *([None] * (4 - len(both))), blocks[0],
+                DIM=dim, NORMALIZE=normalize, ACC=self.arithmetic.sum,
+                BLOCK_K=min(64, next_power_of_2(dim)),
+            )  # fmt: skip
+        self.packed = (packed[0], packed[-1])
 
     def side(self, which: int) -> Side:
-        if which not in self.packed:
-            if self.symmetric:
-                self.pack(ROWS)
-                self.packed[COLUMNS] = self.packed[ROWS]
-            else:
-                self.pack(which)
+        if self.packed is None:
+            self.pack({}, {})
         return self.packed[which]
 
     def part(self, side: Side, which: int, start: int, stop: int) -> Side:
@@ -171,14 +179,14 @@ class Problem:
 
     def parts(self, own: int, other: int, chosen: Tile, vectors: bool) -> tuple[int, int]:
         """(parts, tiles of each) of the other side, so that every multiprocessor has work."""
-        blocks, tiles = triton.cdiv(own, chosen.block_m), triton.cdiv(other, chosen.block_n)
+        blocks, tiles = cdiv(own, chosen.block_m), cdiv(other, chosen.block_n)
         parts, width = 1, processors(self.device)
         if blocks < 2 * width:
-            parts = min(tiles, triton.cdiv(WAVES * width, blocks))
+            parts = min(tiles, cdiv(WAVES * width, blocks))
             bytes_each = own * (self.dim if vectors else 6) * self.scale.element_size()
             parts = max(1, min(parts, PARTIAL_BYTES // bytes_each))
-        each = triton.cdiv(tiles, parts)
-        return triton.cdiv(tiles, each), each
+        each = cdiv(tiles, parts)
+        return cdiv(tiles, each), each
 
     def blocks(self, which: int) -> list[tuple[int, int]]:
         """Rows whose weighted sums fit into a workspace of fixed size."""
@@ -198,7 +206,9 @@ class Problem:
         of float16; None for types that have the range of float32."""
         if self.arithmetic.operand != tl.float16:
             return None
-        largest = torch.as_tensor(weights, dtype=self.dtype, device=self.device)
+        largest = weights
+        if not isinstance(largest, Tensor):
+            largest = torch.full((), weights, dtype=self.dtype, device=self.device)
         for inverse in (side.inverse for side in sides if side.inverse is not None):
             largest = largest * torch.where(inverse < 1e11, inverse, 0.0).amax()
         return torch.exp2(torch.floor(14 - torch.log2(largest)).clamp(-60, 60))
@@ -255,7 +265,7 @@ def stats_of(
     arguments = (problem, own, other, gain, threshold, out, partial, chosen)
     sweep_and_merge(*arguments, parts, each, shifted, fixed=fixed, repair=False)
     if fixed:
-        each = triton.cdiv(other.size, chosen.block_n)
+        each = cdiv(other.size, chosen.block_n)
         if partial.weighted is None:
             partial = Partial()
         arguments = (problem, own, other, gain, threshold, out, partial, chosen)
@@ -268,7 +278,7 @@ def sweep_and_merge(
     fixed: bool, repair: bool,
 ) -> None:  # fmt: skip
     launch(
-        sweep.stats_kernel, (triton.cdiv(own.size, chosen.block_m), parts), own, other,
+        sweep.stats_kernel, (cdiv(own.size, chosen.block_m), parts), own, other,
         problem.scale, gain, threshold, out._replace(gradient=None, slope=None), partial, each,
         FIXED=fixed, REPAIR=repair, **fold, **problem.constants(chosen),
     )  # fmt: skip
@@ -286,7 +296,7 @@ def merge(
     width_k = bucket(problem.dim) if out.gradient is not None else 1
     block = max(1, min(128, 2048 // width_k))
     launch(
-        sweep.merge_kernel, (triton.cdiv(own.size, block),), own, pairs, problem.scale, gain, out,
+        sweep.merge_kernel, (cdiv(own.size, block),), own, pairs, problem.scale, gain, out,
         partial, parts, DIM=problem.dim, DONE=done, FIXED=fixed, HEADROOM=headroom, WIDTH=width,
         REPAIR=repair, BLOCK_M=block, BLOCK_K=width_k,
     )  # fmt: skip
@@ -296,21 +306,21 @@ def two_way(problem: Problem) -> tuple[Tensor, Tensor]:
     """lse of rows and of columns of unit vectors in one sweep, 2 N M D; N^2 D for x with itself."""
     chosen = problem.tile("two_way")
     own, other = problem.side(COLUMNS), problem.side(ROWS)
-    other_tiles = triton.cdiv(other.size, chosen.block_m)
-    own_tiles = triton.cdiv(own.size, chosen.block_n)
+    other_tiles = cdiv(other.size, chosen.block_m)
+    own_tiles = cdiv(own.size, chosen.block_n)
     programs = WAVES * processors(problem.device)
     if problem.symmetric:
-        own_each = triton.cdiv(own_tiles, min(own_tiles, math.isqrt(2 * programs)))
+        own_each = cdiv(own_tiles, min(own_tiles, math.isqrt(2 * programs)))
         other_each = own_each * chosen.block_n // chosen.block_m
-        groups = triton.cdiv(own_tiles, own_each)
+        groups = cdiv(own_tiles, own_each)
         grid = (groups * (groups + 1) // 2,)
         sums = problem.zeros(2 * groups, own.size)
         own_sums, other_sums = sums[:groups], sums[groups:]
     else:
-        own_each = triton.cdiv(own_tiles, min(own_tiles, math.isqrt(programs)))
-        own_groups = triton.cdiv(own_tiles, own_each)
-        other_each = triton.cdiv(other_tiles, min(other_tiles, triton.cdiv(programs, own_groups)))
-        grid = (own_groups, triton.cdiv(other_tiles, other_each))
+        own_each = cdiv(own_tiles, min(own_tiles, math.isqrt(programs)))
+        own_groups = cdiv(own_tiles, own_each)
+        other_each = cdiv(other_tiles, min(other_tiles, cdiv(programs, own_groups)))
+        grid = (own_groups, cdiv(other_tiles, other_each))
         own_sums, other_sums = problem.zeros(grid[1], own.size), problem.zeros(grid[0], other.size)
     pairs = max(own.size, other.size)
     launch(
@@ -339,7 +349,7 @@ def two_way_lse(problem: Problem, which: int, sums: Tensor, pairs: int) -> Tenso
     }  # fmt: skip
     sweep_and_merge(
         problem, own, other, None, None, out, Partial(), chosen, 1,
-        triton.cdiv(other.size, chosen.block_n), online, fixed=False, repair=True,
+        cdiv(other.size, chosen.block_n), online, fixed=False, repair=True,
     )  # fmt: skip
     return out.first
 
@@ -379,11 +389,7 @@ def gradients(
     """(dx, dy, dscale, dbias); what is not needed is empty. 4 N M D for each side."""
     out = [problem.empty(0, dtype=t.dtype) for t in problem.inputs]
     slope = bias = None
-    problem.pack(ROWS, **upstream.sides[ROWS])
-    if problem.symmetric:
-        problem.packed[COLUMNS] = problem.packed[ROWS]
-    else:
-        problem.pack(COLUMNS, **upstream.sides[COLUMNS])
+    problem.pack(*upstream.sides)
     if problem.paired:
         return paired_gradients(problem, upstream, needs)
     by_side = [needs[0] or (needs[2] and not needs[1]), needs[1] or needs[3]]
@@ -440,7 +446,7 @@ def side_gradient(
         parts = problem.empty(count, own.size, problem.dim)
         bias_sums = problem.empty(count, own.size) if with_bias else None
         launch(
-            sweep.gradient_kernel, (triton.cdiv(own.size, chosen.block_m), count), own, other,
+            sweep.gradient_kernel, (cdiv(own.size, chosen.block_m), count), own, other,
             problem.scale, gain, parts, bias_sums, each, COEFFICIENT=upstream.coefficient,
             **problem.constants(chosen),
         )  # fmt: skip
@@ -454,10 +460,10 @@ def finish(
     problem: Problem, own: Side, gain: Tensor | None, gradient: Tensor, slope: Tensor | None,
     parts: Tensor, scaled: bool,
 ) -> None:  # fmt: skip
-    width = triton.next_power_of_2(problem.dim)
-    block = max(1, 2048 // width)
+    width = next_power_of_2(problem.dim)
+    block = max(1, min(128, 2048 // width))
     launch(
-        sweep.finish_kernel, (triton.cdiv(own.size, block),), own, problem.scale, gain, gradient,
+        sweep.finish_kernel, (cdiv(own.size, block),), own, problem.scale, gain, gradient,
         slope, parts, parts.shape[0], DIM=problem.dim, SCALED=scaled, BLOCK_M=block, BLOCK_K=width,
     )  # fmt: skip
 
@@ -492,7 +498,7 @@ def stored_gradients(
             end = min(begin + width, m)
             theirs = problem.part(other, 1 - which, begin, end)
             c = chunk[: mine.size * theirs.size].view(mine.size, theirs.size)
-            tiles_here = triton.cdiv(theirs.size, chosen.block_n)
+            tiles_here = cdiv(theirs.size, chosen.block_n)
             bias_sums = problem.empty(tiles_here, mine.size) if with_bias else None
             values = None if upstream.values is None else problem.empty(tiles_here, mine.size)
             coefficients(problem, upstream, mine, theirs, gain, c, values, bias_sums, chosen)
@@ -520,7 +526,7 @@ def coefficients(
     problem: Problem, upstream: Upstream, own: Side, other: Side, gain: Tensor | None, c: Tensor,
     values: Tensor | None, bias_sums: Tensor | None, chosen: Tile,
 ) -> None:  # fmt: skip
-    tiles_here = triton.cdiv(own.size, chosen.block_m) * triton.cdiv(other.size, chosen.block_n)
+    tiles_here = cdiv(own.size, chosen.block_m) * cdiv(other.size, chosen.block_n)
     launch(
         sweep.coefficient_kernel, (tiles_here,), own, other, problem.scale, gain, c, values,
         bias_sums, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
@@ -545,7 +551,7 @@ def paired_arguments(x: Tensor, y: Tensor) -> tuple[tuple[int, ...], dict[str, A
     dim = x.shape[1]
     sizes = (*y.shape[:2], x.stride(0), x.stride(1), *y.stride())
     acc = arithmetic(x, y).sum
-    return sizes, {"DIM": dim, "ACC": acc, "BLOCK_K": min(128, triton.next_power_of_2(dim))}
+    return sizes, {"DIM": dim, "ACC": acc, "BLOCK_K": min(128, next_power_of_2(dim))}
 
 
 def paired_products(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
@@ -553,7 +559,7 @@ def paired_products(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
     (n, keys, *strides), constants = paired_arguments(x, y)
     out = torch.empty((n, keys), dtype=statistics_dtype(x), device=x.device)
     launch(
-        rows.row_dot_kernel, (triton.cdiv(n * keys, PAIRS),), x, y, out, n * keys, keys, *strides,
+        rows.row_dot_kernel, (cdiv(n * keys, PAIRS),), x, y, out, n * keys, keys, *strides,
         NORMALIZE=normalize, BLOCK=PAIRS, **constants,
     )  # fmt: skip
     return out
@@ -566,18 +572,24 @@ def paired_products_backward(
     (n, keys, *strides), constants = paired_arguments(x, y)
     dx, dy = (torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device)
               for t, need in ((x, needs[0]), (y, needs[1])))  # fmt: skip
+    if keys == 1:
+        launch(
+            rows.row_dot_backward_kernel, (cdiv(n, PAIRS),), x, y, grad, dx if needs[0] else None,
+            dy if needs[1] else None, n, *strides, NORMALIZE=normalize, BLOCK=PAIRS, **constants,
+        )  # fmt: skip
+        return dx, dy
     weights = along = None
     if needs[0]:
         weights, along = torch.empty_like(grad), torch.empty_like(grad)
     launch(
-        rows.row_dot_keys_kernel, (triton.cdiv(n * keys, PAIRS),), x, y, grad,
+        rows.row_dot_keys_kernel, (cdiv(n * keys, PAIRS),), x, y, grad,
         dy if needs[1] else None, weights, along, n * keys, keys, *strides, NORMALIZE=normalize,
         BLOCK=PAIRS, **constants,
     )  # fmt: skip
     if needs[0]:
-        block_n = min(PAIRS, triton.next_power_of_2(keys))
+        block_n = min(PAIRS, next_power_of_2(keys))
         block_m = PAIRS // block_n
-        grid = (triton.cdiv(n, block_m), triton.cdiv(constants["DIM"], constants["BLOCK_K"]))
+        grid = (cdiv(n, block_m), cdiv(constants["DIM"], constants["BLOCK_K"]))
         launch(
             rows.row_dot_queries_kernel, grid, x, y, weights, along, dx, n, keys, *strides,
             NORMALIZE=normalize, BLOCK_M=block_m, BLOCK_N=block_n, **constants,

@@ -68,8 +68,10 @@ def merge(state, other):
 def softmax_done(state):
     """(lse, mean, factor of the weights); (-inf, 0, 0) for a row without a pair."""
     top, total, weighted = state
-    norm = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    lse = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
+    empty = total == 0  # not true of NaN, which stays
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, -float("inf"), top + tl.log2(total))
+    norm = tl.where(empty, 0.0, 1.0 / total)
     return lse * LOG2, weighted * norm * LOG2, norm
 
 

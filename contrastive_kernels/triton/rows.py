@@ -59,6 +59,48 @@ def row_dot_kernel(
 
 
 @triton.jit
+def row_dot_backward_kernel(
+    x, y, grad, x_gradient, y_gradient, rows, x_stride, x_inner, y_stride, y_key_stride, y_inner,
+    DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x_i and y_i from g = dL/d<x_i, y_i>, with one y for each x."""
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < rows
+    at = tl.minimum(at, rows - 1)
+    dots, x_inverse, y_inverse = pair_dots(
+        x, y, at, at * 0, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM, NORMALIZE, ACC,
+        BLOCK_K,
+    )  # fmt: skip
+    g = tl.load(grad + at)
+    along = g * dots
+    across = g * x_inverse * y_inverse
+    for k0 in range(0, DIM, BLOCK_K):
+        a = load_rows(x, at, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
+        b = load_rows(y, at, k0, y_stride, y_inner, DIM, BLOCK_K, ACC)
+        if x_gradient is not None:
+            store_side(x_gradient, a, b, x_inverse, across, along, at, inside, k0, DIM, NORMALIZE)
+        if y_gradient is not None:
+            store_side(y_gradient, b, a, y_inverse, across, along, at, inside, k0, DIM, NORMALIZE)
+
+
+@triton.jit
+def store_side(
+    gradient, own, other, inverse, across, along, at, inside, k0, DIM: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """across other - along own / |own|^2: a slice of the gradient of the own vectors."""
+    value = other * across[:, None]
+    if NORMALIZE:
+        projected = tl.where(inverse < 1e12, along * inverse * inverse, 0.0)
+        value -= own * projected[:, None]
+    k = k0 + tl.arange(0, own.shape[1])
+    mask = inside[:, None] & (k < DIM)[None, :]
+    pointers = gradient + (at * DIM)[:, None] + k[None, :]
+    tl.store(pointers, value.to(gradient.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def row_dot_keys_kernel(
     x, y, grad, gradient, weights, along, pairs, keys, x_stride, x_inner, y_stride, y_key_stride,
     y_inner, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -80,20 +122,14 @@ def row_dot_keys_kernel(
         tl.store(weights + at, g * y_inverse, mask=inside)
         tl.store(along + at, g * projected, mask=inside)
     if gradient is not None:
-        mine = g * x_inverse * y_inverse
-        projected = tl.where(y_inverse < 1e12, g * y_inverse * y_inverse * dots, 0.0)
+        y += (key * y_key_stride)[:, None]
         for k0 in range(0, DIM, BLOCK_K):
             a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
-            value = a * mine[:, None]
-            if NORMALIZE:
-                b = load_rows(
-                    y + (key * y_key_stride)[:, None], i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC
-                )  # fmt: skip
-                value -= b * projected[:, None]
-            k = k0 + tl.arange(0, BLOCK_K)
-            mask = inside[:, None] & (k < DIM)[None, :]
-            pointers = gradient + (at * DIM)[:, None] + k[None, :]
-            tl.store(pointers, value.to(gradient.dtype.element_ty), mask=mask)
+            b = load_rows(y, i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC)
+            across = g * x_inverse * y_inverse
+            store_side(
+                gradient, b, a, y_inverse, across, g * dots, at, inside, k0, DIM, NORMALIZE
+            )  # fmt: skip
 
 
 @triton.jit

@@ -262,8 +262,9 @@ def two_way_kernel(
     DIM: tl.constexpr, HALF: tl.constexpr, HEADROOM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exp(z - shift) over both sides, each exponential taken once. BLOCK_N is of own vectors.
+    """Sums of exp(z - shift) over both sides, each exponential taken once.
 
+    BLOCK_N counts own vectors, BLOCK_M the others.
     A program has `own_tiles` tiles of own vectors and `other_tiles` of the other side. It keeps the
     sums of its own vectors in registers, and adds to its own part of the sums of the others, which
     no other program touches. With HALF the matrix is symmetric, and a tile of pairs (i, j) serves
@@ -354,7 +355,8 @@ def side_coefficients(
 
 @triton.jit
 def gradient_kernel(
-    own, other, scale_ptr, gain, parts, bias_sums, tiles_per_part, DIM: tl.constexpr, COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    own, other, scale_ptr, gain, parts, bias_sums, tiles_per_part, DIM: tl.constexpr,
+    COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of dL/dz_ij y_j, (parts, N, D), and of dL/dz_ij, (parts, N), for own vectors."""

@@ -97,7 +97,8 @@ def logits(
     """(BLOCK_M, BLOCK_N) logits in units of log 2, -inf for dropped pairs and beyond the columns.
 
     x and y are the tiles of features where BLOCK_K holds all of DIM; else both are read here, in
-    slices. DIM = 0: the inner products are stored, as the rows' features. With MASK_ROWS the logits beyond the rows are -inf too, else finite.
+    slices. DIM = 0: the inner products are stored, as the rows' features. With MASK_ROWS the logits
+    beyond the rows are -inf too, else finite.
     """
     row_factor = tl.zeros((BLOCK_M,), scale.dtype) + scale * LOG2E
     if rows.inverse is not None:
@@ -168,11 +169,24 @@ def id_range(side, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def pack_kernel(
-    source, packed, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
+    rows, packed_rows, columns, packed_columns, row_blocks, DIM: tl.constexpr,
+    NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Makes the packed fields of both sides, or of the rows alone, from sides of plain tensors."""
+    block = tl.program_id(0)
+    if block < row_blocks:
+        pack(rows, packed_rows, block, DIM, NORMALIZE, ACC, BLOCK_K)
+    else:
+        if columns is not None:
+            pack(columns, packed_columns, block - row_blocks, DIM, NORMALIZE, ACC, BLOCK_K)
+
+
+@triton.jit
+def pack(
+    source, packed, block, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Makes the `packed` fields of a side, from a side of plain tensors."""
-    start = tl.program_id(0) * RANGE
+    start = block * RANGE
     i = start + tl.arange(0, RANGE)
     inside = i < source.size
     at = tl.minimum(i, source.size - 1)
@@ -188,13 +202,14 @@ def pack_kernel(
     if source.exclude is not None:
         ids = tl.load(source.exclude + at).to(tl.int32)
         tl.store(packed.exclude + i, ids)
-        tl.store(packed.ranges + 2 * tl.program_id(0), tl.min(ids, 0))
-        tl.store(packed.ranges + 2 * tl.program_id(0) + 1, tl.max(ids, 0))
+        tl.store(packed.ranges + 2 * block, tl.min(ids, 0))
+        tl.store(packed.ranges + 2 * block + 1, tl.max(ids, 0))
     if source.keep is not None:
         tl.store(packed.keep + i, tl.load(source.keep + at).to(tl.int32))
     if source.lse is not None:
         lse = tl.load(source.lse + at) * LOG2E
-        tl.store(packed.lse + i, tl.where(lse == -float("inf"), float("inf"), lse))
+        inside = inside & (lse != -float("inf"))  # no gradient without a pair, whatever comes
+        tl.store(packed.lse + i, tl.where(inside, lse, float("inf")))
     if source.mean is not None:
         tl.store(packed.mean + i, tl.load(source.mean + at))
     if source.grad_lse is not None:
