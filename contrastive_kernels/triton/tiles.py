@@ -20,7 +20,7 @@ class Side(NamedTuple):
     Attributes:
         features: with strides `stride` (vectors) and `inner` (features).
         size: number of vectors.
-        inverse: 1 / norm, where vectors are to be normalised; 0 beyond the end.
+        inverse: 1 / norm, where vectors are to be normalised.
         bias: added to the logits.
         exclude, ranges: ids, pairs of equal ids are dropped; and (blocks, 2), the smallest and the
             largest id of each RANGE vectors.
@@ -117,14 +117,26 @@ def logits(
             y_slice = load_features(columns, column_start, k0, DIM, BLOCK_N, BLOCK_K, DTYPE)
             z2 = dot(x_slice, tl.trans(y_slice), z2, PRECISION)
 
-    z2 *= row_factor[:, None]
+    # dropped before the columns are scaled, so that the subtraction which follows costs nothing
+    z2 = drop(
+        z2 * row_factor[:, None], rows, columns, row_start, column_start, BLOCK_M, BLOCK_N,
+        MASK_ROWS,
+    )  # fmt: skip
     if columns.inverse is not None:
         z2 *= column_factor[None, :]
     if rows.bias is not None:
         z2 += load_block(rows.bias, row_start, BLOCK_M)[:, None]
     if columns.bias is not None:
         z2 += load_block(columns.bias, column_start, BLOCK_N)[None, :]
+    return z2
 
+
+@triton.jit
+def drop(
+    z2, rows, columns, row_start, column_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """-inf for dropped pairs; tiles that can have none are left alone."""
     if column_start + BLOCK_N > columns.size:
         inside = column_start + tl.arange(0, BLOCK_N) < columns.size
         z2 = tl.where(inside[None, :], z2, -float("inf"))
@@ -196,7 +208,7 @@ def pack(
             first = tl.minimum(start, source.size - 1)
             tile = load_features(source, first, k0, DIM, RANGE, BLOCK_K, ACC)
             squares += tl.sum(tile * tile, 1)
-        tl.store(packed.inverse + i, tl.where(inside, inverse_norm(squares), 0.0))
+        tl.store(packed.inverse + i, inverse_norm(squares))
     if source.bias is not None:
         tl.store(packed.bias + i, tl.load(source.bias + at) * LOG2E)
     if source.exclude is not None:
