@@ -2,13 +2,24 @@
 
 import os
 
+import pytest
 import torch
 
 DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
+# What these test does not depend on the device.
+CPU_ONLY = ("test_build", "test_demo", "test_examples", "test_fold", "test_imports", "test_readme")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when contrastive_kernels is imported
 else:
     torch.set_default_device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Makes tensors where the test wants them."""
+    name = request.module.__name__.rpartition(".")[2]
+    with torch.device("cpu" if name in CPU_ONLY else DEVICE):
+        yield
 
 
 def pytest_collection_modifyitems(config, items):

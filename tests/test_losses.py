@@ -516,7 +516,7 @@ def test_autocast_keeps_the_precision_of_the_inputs(name, backend):
     case = CASES[name]
 
     def under_autocast(*inputs):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
             return case.run(ck, *inputs, backend=backend)
 
     inputs = case.tensors(torch.float32)

@@ -6,6 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import generator
 from torch.autograd import gradcheck, gradgradcheck
 
 from contrastive_kernels import reference as ref
@@ -16,7 +17,7 @@ TOLERANCE = dict(rtol=1e-12, atol=1e-12)
 
 
 def randn(*shape, seed=0, grad=False):
-    x = torch.randn(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(shape, dtype=DOUBLE, generator=generator(seed))
     return x.requires_grad_(grad)
 
 
@@ -684,8 +685,7 @@ def test_w_mse_permutations():
     views = randn(2, 12, 2)
     options = dict(group_size=4)
     drawn = [
-        ref.w_mse(views, iterations=3, generator=torch.Generator().manual_seed(seed), **options)
-        for seed in (0, 0, 1)
+        ref.w_mse(views, iterations=3, generator=generator(seed), **options) for seed in (0, 0, 1)
     ]
     assert torch.equal(drawn[0], drawn[1]) and drawn[0] != drawn[2]
     permutations = torch.stack([torch.randperm(12) for _ in range(3)])
