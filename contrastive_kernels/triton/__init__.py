@@ -1,4 +1,7 @@
-"""The registered operators on Triton kernels."""
+"""The registered operators on Triton kernels; their arguments and results are in registration.py.
+
+The first eight arguments of those on pairs are x, y, scale, bias and the ids.
+"""
 
 from __future__ import annotations
 
@@ -7,98 +10,96 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from . import engine
-from .engine import COLUMNS, ROWS, Problem, Upstream
+from . import backward, forward, pairs
+from .backward import Upstream
+from .engine import COLUMNS, ROWS, Problem
+from .sweep import Outputs
 
 
-def row_stats(
-    x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, threshold, mean, normalize,
-    columns, attend,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    with _device(x):
-        problem = Problem(
-            x, y, scale, bias, (exclude_rows, exclude_cols), (keep_rows, keep_cols), normalize
-        )  # fmt: skip
+def row_stats(*arguments) -> tuple[Tensor, ...]:
+    threshold, mean, normalize, columns, attend = arguments[8:]
+    with _device(arguments[0]):
+        problem = _problem(arguments[:8], normalize)
         empty = [problem.empty(0) for _ in range(9)]
         if problem.unit and not mean and threshold is None and (columns or problem.symmetric):
-            lse, col_lse = engine.two_way(problem)
+            lse, col_lse = forward.two_way(problem)
             return (lse, empty[0], col_lse if columns else empty[1], *empty[2:8])
         if threshold is not None:
             threshold = threshold.contiguous()
-        out = engine.stats(problem, ROWS, mean=mean, threshold=threshold, attend=attend)
-        col = engine.stats(problem, COLUMNS, mean=mean) if columns else engine.Outputs()
-        results = (out[:2], col[:2], out[2:5], (out.gradient, out.slope))
-        flat = [t for group in results for t in group]
-        return tuple(e if t is None else t for t, e in zip(flat, empty, strict=True))
+        out = forward.stats(problem, ROWS, mean=mean, threshold=threshold, attend=attend)
+        col = forward.stats(problem, COLUMNS, mean=mean) if columns else Outputs()
+        results = (*out[:2], *col[:2], *out[2:5], out.gradient, out.slope)
+        return tuple(e if t is None else t for t, e in zip(results, empty, strict=True))
 
 
-def row_stats_backward(
-    x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, lse, mean, col_lse,
-    col_mean, attended, slope, grad_lse, grad_mean, grad_col_lse, grad_col_mean, normalize, needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def row_stats_backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lse, mean, col_lse, col_mean, attended, slope, *grads, normalize, needs = arguments[8:]
+    x, y = arguments[:2]
     with _device(x):
         dx = dscale = None
         if attended.numel() > 0:
-            grad = grad_lse.masked_fill(lse == -torch.inf, 0.0)
+            grad = grads[0].masked_fill(lse == -torch.inf, 0.0)
             if needs[0]:
                 dx = torch.mul(attended, grad[:, None], out=torch.empty_like(attended))
             if needs[2]:
                 dscale = (grad * slope).sum()
             needs = [False, needs[1], False, needs[3]]
         if any(needs):
-            problem = Problem(
-                x, y, scale, bias, (exclude_rows, exclude_cols), (keep_rows, keep_cols), normalize
-            )  # fmt: skip
+            problem = _problem(arguments[:8], normalize)
             upstream = Upstream()
             half = x.dtype == torch.float16
-            upstream.add(ROWS, lse, mean, grad_lse, grad_mean, half)
-            upstream.add(COLUMNS, col_lse, col_mean, grad_col_lse, grad_col_mean, half)
-            out = engine.gradients(problem, upstream, needs)
+            upstream.add(ROWS, lse, mean, *grads[:2], half)
+            upstream.add(COLUMNS, col_lse, col_mean, *grads[2:], half)
+            out = backward.gradients(problem, upstream, needs)
         else:
             out = tuple(t.new_empty(0) for t in (x, x if y is None else y, lse, lse))
         return out[0] if dx is None else dx, out[1], out[2] if dscale is None else dscale, out[3]
 
 
-def row_softplus(
-    x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, threshold, normalize,
-    attend,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    with _device(x):
-        problem = Problem(
-            x, y, scale, bias, (exclude_rows, exclude_cols), (keep_rows, keep_cols), normalize
-        )  # fmt: skip
-        empty = problem.empty(0)
+def row_softplus(*arguments) -> tuple[Tensor, ...]:
+    threshold, normalize, attend = arguments[8:]
+    with _device(arguments[0]):
+        problem = _problem(arguments[:8], normalize)
         if any(attend):
-            value, *made = engine.summed_softplus(problem, attend)
-            return value.reshape(1), empty, empty.clone(), empty.clone(), *made
+            value, *made = backward.summed_softplus(problem, attend)
+            return value.reshape(1), *(problem.empty(0) for _ in range(3)), *made
         if threshold is not None:
             threshold = threshold.contiguous()
-        out = engine.stats(problem, ROWS, softplus=True, threshold=threshold)
+        out = forward.stats(problem, ROWS, softplus=True, threshold=threshold)
         values = (out.first, out.rank, out.total, out.count)
-        absent = (problem.empty(0, dtype=t.dtype) for t in (x, y, scale, scale))
+        dtypes = (*(t.dtype for t in problem.inputs), problem.dtype, problem.dtype)
+        absent = (problem.empty(0, dtype=dtype) for dtype in dtypes)
         return *(problem.empty(0) if t is None else t for t in values), *absent
 
 
-def row_softplus_backward(
-    x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, grad, normalize, needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def row_softplus_backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, normalize, needs = arguments[8:]
+    x = arguments[0]
     with _device(x):
-        problem = Problem(
-            x, y, scale, bias, (exclude_rows, exclude_cols), (keep_rows, keep_cols), normalize
-        )  # fmt: skip
         upstream = Upstream(softplus=True)
         upstream.add(ROWS, None, None, grad, None, x.dtype == torch.float16)
-        return engine.gradients(problem, upstream, needs)
+        return backward.gradients(_problem(arguments[:8], normalize), upstream, needs)
 
 
-def row_dot(x, y, normalize) -> Tensor:
+def row_dot(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
     with _device(x):
-        return engine.paired_products(x, y, normalize)
+        return pairs.products(x, y, normalize)
 
 
-def row_dot_backward(x, y, grad, normalize, needs) -> tuple[Tensor, Tensor]:
+def row_dot_backward(
+    x: Tensor, y: Tensor, grad: Tensor, normalize: bool, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
     with _device(x):
-        return engine.paired_products_backward(x, y, grad.contiguous(), normalize, needs)
+        return pairs.products_backward(x, y, grad.contiguous(), normalize, needs)
+
+
+def _problem(arguments: tuple, normalize: bool) -> Problem:
+    x, y, scale, bias, exclude_rows, exclude_columns, keep_rows, keep_columns = arguments
+    products = None
+    if y is not None and y.dim() == 3:
+        products = pairs.products(x, y, normalize)
+    ids = (exclude_rows, exclude_columns), (keep_rows, keep_columns)
+    return Problem(x, y, scale, bias, *ids, normalize, products)
 
 
 def _device(x: Tensor) -> AbstractContextManager:

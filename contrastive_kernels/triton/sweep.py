@@ -1,4 +1,4 @@
-"""The sweeps over the tiles of a similarity matrix. No formula of a statistic, and no loss.
+"""The forward sweeps over the tiles of a similarity matrix. No formula of a statistic, no loss.
 
 Own vectors stay with a program, the vectors of the other side pass by in tiles. Which side is which
 is the caller's choice: the gradient of the keys is that of the queries with the sides exchanged.
@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .folds import LOG2, LOG2E, merge
-from .tiles import dot, load_block, load_features, load_resident, logits
+from .gradient import load_part, store_gradient, store_part, weigh
+from .tiles import dot, load_features, load_resident, logits
 
 # Marks a row whose sum came out too small for the fixed shift: it is swept again.
 REDO: tl.constexpr = tl.constexpr(float("inf"))
@@ -57,50 +58,6 @@ def fixed_shift(scale, pairs, HEADROOM: tl.constexpr):
     shift = tl.maximum(bound - (HEADROOM - tl.log2(count)), 0.0)
     # without a shift no term is flushed
     return shift, tl.where(shift > 0.0, count * 1.9721522630525295e-31, 0.0)
-
-
-@triton.jit
-def weigh(weights, other, start, gain, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Weights of the other side's vectors, in the type of the products.
-
-    They carry its 1 / norm, and float16 a gain that keeps them in range.
-    """
-    if other.inverse is not None:
-        factor = load_block(other.inverse, start, BLOCK)
-        if DTYPE == tl.float16:
-            factor = tl.where(factor < 1e11, factor, 0.0)  # a zero vector
-        weights = weights * factor[None, :]
-    if gain is not None:
-        weights = weights * tl.load(gain)
-    return weights.to(DTYPE)
-
-
-@triton.jit
-def store_gradient(
-    gradient, slope, weighted, x, own, i, k, inside, scale, gain, DIM: tl.constexpr,
-    SCALED: tl.constexpr,
-):  # fmt: skip
-    """Writes d/dx_i of sum_j G_ij z_ij, and its derivative by the scale, from sum_j G_ij y_j.
-
-    With u = x / |x| the normalisation projects: dx = (du - u <u, du>) / |x|; a norm that was raised
-    to 1e-12 is a constant. SCALED: the sum has the factor 1 / |x| already.
-    """
-    if gain is not None:
-        weighted = weighted / tl.load(gain)
-    x = x.to(weighted.dtype)
-    if own.inverse is not None:
-        inverse = tl.load(own.inverse + i)
-        if not SCALED:
-            weighted *= inverse[:, None]
-    along = tl.sum(x * weighted, 1)
-    if slope is not None:
-        tl.store(slope + i, along, mask=inside)
-    if own.inverse is not None:
-        projected = tl.where(inverse < 1e12, inverse * inverse * along, 0.0)
-        weighted -= x * projected[:, None]
-    pointers = gradient + (tl.cast(i, tl.int64) * DIM)[:, None] + k[None, :]
-    value = (weighted * scale).to(gradient.dtype.element_ty)
-    tl.store(pointers, value, mask=inside[:, None] & (k < DIM)[None, :])
 
 
 @triton.jit
@@ -175,12 +132,6 @@ def stats_kernel(
             tl.store(pointers + 5 * own.size, monitors[2], mask=inside)
     if ATTEND:
         store_part(partial.weighted, weighted, part, own, i, k, inside, DIM)
-
-
-@triton.jit
-def store_part(pointer, weighted, part, own, i, k, inside, DIM: tl.constexpr):
-    mask = inside[:, None] & (k < DIM)[None, :]
-    tl.store(part_pointers(pointer, part, own, i, k, DIM), weighted, mask=mask)
 
 
 @triton.jit
@@ -321,152 +272,3 @@ def triangle(index):
     row += ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)
     row -= (row * (row + 1) // 2 > index).to(tl.int32)
     return row, index - row * (row + 1) // 2
-
-
-@triton.jit
-def coefficients(
-    z2, rows, columns, row_start, column_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COEFFICIENT: tl.constexpr,
-):  # fmt: skip
-    """dL/dz of a tile, from the gradients of the rows' statistics, the columns', or both."""
-    if rows.grad_lse is None:
-        result = side_coefficients(z2, columns, column_start, 0, BLOCK_N, COEFFICIENT)
-    else:
-        result = side_coefficients(z2, rows, row_start, 1, BLOCK_M, COEFFICIENT)
-        if columns.grad_lse is not None:
-            result += side_coefficients(z2, columns, column_start, 0, BLOCK_N, COEFFICIENT)
-    return result
-
-
-@triton.jit
-def side_coefficients(
-    z2, side, start, AXIS: tl.constexpr, BLOCK: tl.constexpr, COEFFICIENT: tl.constexpr
-):  # fmt: skip
-    grad_lse = tl.expand_dims(load_block(side.grad_lse, start, BLOCK), AXIS)
-    lse, mean, grad_mean = grad_lse, grad_lse, grad_lse
-    if side.lse is not None:
-        lse = tl.expand_dims(load_block(side.lse, start, BLOCK), AXIS)
-    MEAN: tl.constexpr = side.grad_mean is not None
-    if MEAN:
-        mean = tl.expand_dims(load_block(side.mean, start, BLOCK), AXIS)
-        grad_mean = tl.expand_dims(load_block(side.grad_mean, start, BLOCK), AXIS)
-    return COEFFICIENT(z2, lse, mean, grad_lse, grad_mean, MEAN)
-
-
-@triton.jit
-def gradient_kernel(
-    own, other, scale_ptr, gain, parts, bias_sums, tiles_per_part, DIM: tl.constexpr,
-    COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Sums of dL/dz_ij y_j, (parts, N, D), and of dL/dz_ij, (parts, N), for own vectors."""
-    start = tl.program_id(0) * BLOCK_M
-    part = tl.program_id(1)
-    i = start + tl.arange(0, BLOCK_M)
-    inside = i < own.size
-    scale = tl.load(scale_ptr)
-    k = tl.arange(0, BLOCK_K)
-    x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, DTYPE)
-    weighted = tl.zeros((BLOCK_M, BLOCK_K), scale.dtype)
-    bias_gradient = tl.zeros((BLOCK_M,), scale.dtype)
-    first = part * tiles_per_part
-    last = tl.minimum(first + tiles_per_part, tl.cdiv(other.size, BLOCK_N))
-    for tile in range(first, last):
-        other_start = tile * BLOCK_N
-        y = load_features(other, other_start, 0, DIM, BLOCK_N, BLOCK_K, DTYPE)
-        z2 = logits(
-            own, other, start, other_start, x, y, scale, DIM, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE,
-            PRECISION, False,
-        )  # fmt: skip
-        c = coefficients(z2, own, other, start, other_start, BLOCK_M, BLOCK_N, COEFFICIENT)
-        if bias_sums is not None:
-            bias_gradient += tl.sum(c, 1)
-        c = weigh(c, other, other_start, gain, BLOCK_N, DTYPE)
-        weighted = dot(c, y, weighted, PRECISION)
-    if bias_sums is not None:
-        tl.store(bias_sums + tl.cast(part, tl.int64) * own.size + i, bias_gradient, mask=inside)
-    store_part(parts, weighted, part, own, i, k, inside, DIM)
-
-
-@triton.jit
-def finish_kernel(
-    own, scale_ptr, gain, gradient, slope, parts, count, DIM: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Gradient of own vectors from sums of dL/dz_ij y_j, (parts, N, D), added in their order."""
-    start = tl.program_id(0) * BLOCK_M
-    i = start + tl.arange(0, BLOCK_M)
-    inside = i < own.size
-    scale = tl.load(scale_ptr)
-    k = tl.arange(0, BLOCK_K)
-    weighted = tl.zeros((BLOCK_M, BLOCK_K), scale.dtype)
-    for part in range(count):
-        weighted += load_part(parts, part, own, i, k, inside, DIM)
-    x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, scale.dtype)
-    store_gradient(gradient, slope, weighted, x, own, i, k, inside, scale, gain, DIM, SCALED)
-
-
-@triton.jit
-def coefficient_kernel(
-    rows, columns, scale_ptr, gain, chunk, sums, bias_sums, DIM: tl.constexpr,
-    COEFFICIENT: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dL/dz of the whole matrix, times 1 / norm of both sides, as an operand of products.
-
-    Also the sums over each tile's columns of dL/dz, and of the fold, (column tiles, rows).
-    """
-    row_tile, column_tile = grouped(
-        tl.program_id(0), tl.cdiv(rows.size, BLOCK_M), tl.cdiv(columns.size, BLOCK_N)
-    )  # fmt: skip
-    row_start, column_start = row_tile * BLOCK_M, column_tile * BLOCK_N
-    scale = tl.load(scale_ptr)
-    z2 = logits(
-        rows, columns, row_start, column_start, 0, 0, scale, DIM, BLOCK_M, BLOCK_N, BLOCK_K,
-        DTYPE, PRECISION, False,
-    )  # fmt: skip
-    i = row_start + tl.arange(0, BLOCK_M)
-    j = column_start + tl.arange(0, BLOCK_N)
-    inside = i < rows.size
-    at = tl.cast(column_tile, tl.int64) * rows.size + i
-    if sums is not None:
-        zeros = tl.zeros((BLOCK_M,), scale.dtype)
-        state, _weights, _factor = PUSH((zeros, zeros, zeros), z2, False)
-        value, _mean, _norm = DONE(state)
-        tl.store(sums + at, value, mask=inside)
-    c = coefficients(z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, COEFFICIENT)
-    if bias_sums is not None:
-        tl.store(bias_sums + at, tl.sum(c, 1), mask=inside)
-    if rows.inverse is not None:
-        factor = load_block(rows.inverse, row_start, BLOCK_M)
-        if DTYPE == tl.float16:
-            factor = tl.where(factor < 1e11, factor, 0.0)
-        c *= factor[:, None]
-    pointers = chunk + (tl.cast(i, tl.int64) * columns.size)[:, None] + j[None, :]
-    mask = inside[:, None] & (j < columns.size)[None, :]
-    c = weigh(c, columns, column_start, gain, BLOCK_N, DTYPE)
-    tl.store(pointers, c, mask=mask)
-
-
-@triton.jit
-def grouped(index, rows, columns):
-    """(row, column) of a tile, in an order that keeps tiles of one time in few rows and columns."""
-    GROUP: tl.constexpr = 8
-    group = index // (GROUP * columns)
-    height = tl.minimum(rows - group * GROUP, GROUP)
-    within = index % (GROUP * columns)
-    return group * GROUP + within % height, within // height
-
-
-@triton.jit
-def load_part(pointer, part, own, i, k, inside, DIM: tl.constexpr):
-    mask = inside[:, None] & (k < DIM)[None, :]
-    return tl.load(part_pointers(pointer, part, own, i, k, DIM), mask=mask, other=0.0)
-
-
-@triton.jit
-def part_pointers(pointer, part, own, i, k, DIM: tl.constexpr):
-    """Of rows i of (parts, size, DIM)."""
-    row = tl.cast(part, tl.int64) * own.size + i
-    return pointer + (row * DIM)[:, None] + k[None, :]

@@ -1,0 +1,220 @@
+"""Gradients: a sweep for each side, or dL/dz in stored parts where vectors are long."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import engine, folds, forward, pairs
+from .configs import RESIDENT_DIM, Tile
+from .engine import COLUMNS, ROWS, Problem, cdiv, next_power_of_2
+from .gradient import coefficient_kernel, finish_kernel, gradient_kernel
+from .tiles import Side
+
+
+class Upstream:
+    """What the backward pass knows of each side's statistics: lse, mean, and their gradients."""
+
+    def __init__(self, softplus: bool = False):
+        self.sides: list[dict[str, Tensor]] = [{}, {}]
+        self.coefficient = folds.softplus_coefficient if softplus else folds.softmax_coefficient
+        self.largest: Tensor | float = 0.0
+        self.values: Tensor | None = None  # if set, receives the sums of the fold too
+
+    def add(
+        self, which: int, lse: Tensor | None, mean: Tensor | None, grad_lse: Tensor | None,
+        grad_mean: Tensor | None, half: bool,
+    ) -> None:  # fmt: skip
+        if grad_lse is None and grad_mean is None:
+            return
+        if grad_lse is None:
+            grad_lse = torch.zeros_like(grad_mean)
+        side = {"grad_lse": grad_lse.contiguous()}
+        if lse is not None:
+            side["lse"] = lse
+        if grad_mean is not None:
+            side |= {"mean": mean, "grad_mean": grad_mean.contiguous()}
+        self.sides[which] = side
+        if half:  # |dL/dz| <= |a| + |b| (1 + max of p |z - mean|), and that is at most log M
+            self.largest = self.largest + grad_lse.abs().amax()
+            if grad_mean is not None:
+                self.largest = self.largest + 32 * grad_mean.abs().amax()
+
+
+def gradients(
+    problem: Problem, upstream: Upstream, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dy, dscale, dbias); what is not needed is empty. 4 N M D for each side."""
+    out = [problem.empty(0, dtype=t.dtype) for t in problem.inputs]
+    slope = bias = None
+    problem.pack(*upstream.sides)
+    if problem.paired:
+        return paired_gradients(problem, upstream, needs)
+    by_side = [needs[0] or (needs[2] and not needs[1]), needs[1] or needs[3]]
+    if problem.symmetric:
+        by_side = [needs[0] or needs[2], False]
+    if problem.dim > RESIDENT_DIM:
+        own = problem.stored_side(needs)
+        both = all(by_side) and not problem.symmetric
+        results, slope, bias = stored_gradients(problem, upstream, own, both, needs[3])
+        out = [t if results[w] is None else results[w] for w, t in enumerate(out)]
+    else:
+        for which in (ROWS, COLUMNS):
+            if by_side[which]:
+                out[which], slope, sums = side_gradient(
+                    problem, upstream, which, needs[3] and which == COLUMNS
+                )  # fmt: skip
+                bias = sums if which == COLUMNS else None
+    dscale = slope.sum() * (0.5 if problem.symmetric else 1.0) if needs[2] else problem.empty(0)
+    return out[0], out[1], dscale, problem.empty(0) if bias is None or not needs[3] else bias
+
+
+def summed_softplus(
+    problem: Problem, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum of softplus over all pairs, and its gradients: 6 N M D by stored parts, else 8."""
+    n = problem.size(ROWS)
+    upstream = Upstream(softplus=True)
+    ones = torch.ones(n, dtype=problem.dtype, device=problem.device)
+    upstream.add(ROWS, None, None, ones, None, problem.arithmetic.operand == tl.float16)
+    if problem.dim > RESIDENT_DIM:
+        upstream.values = problem.empty(problem.size(problem.stored_side(needs)))
+        made = gradients(problem, upstream, needs)
+        return upstream.values.sum(), *made
+    out = forward.stats(problem, ROWS, softplus=True, attend=True)
+    rest = gradients(problem, upstream, [False, needs[1], False, needs[3]])
+    dx = out.gradient if needs[0] else rest[0]
+    return out.first.sum(), dx, rest[1], out.slope.sum() if needs[2] else rest[2], rest[3]
+
+
+def side_gradient(
+    problem: Problem, upstream: Upstream, which: int, with_bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradient of one side, its derivative by the scale (size,), and sums of dL/dz."""
+    chosen = problem.tile("gradient")
+    other = problem.side(1 - which)
+    n = problem.size(which)
+    gain = problem.gain(upstream.largest, other)
+    gradient = problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype)
+    slope, bias = problem.empty(n), problem.empty(n) if with_bias else None
+    for start, stop in problem.blocks(which):
+        own = problem.part(problem.side(which), which, start, stop)
+        count, each = problem.parts(own.size, other.size, chosen, True)
+        parts = problem.empty(count, own.size, problem.dim)
+        bias_sums = problem.empty(count, own.size) if with_bias else None
+        engine.launch(
+            gradient_kernel, (cdiv(own.size, chosen.block_m), count), own, other,
+            problem.scale, gain, parts, bias_sums, each, COEFFICIENT=upstream.coefficient,
+            **problem.constants(chosen),
+        )  # fmt: skip
+        finish(problem, own, gain, gradient[start:stop], slope[start:stop], parts, scaled=False)
+        if bias is not None:
+            torch.sum(bias_sums, 0, out=bias[start:stop])
+    return gradient, slope, bias
+
+
+def finish(
+    problem: Problem, own: Side, gain: Tensor | None, gradient: Tensor, slope: Tensor | None,
+    parts: Tensor, scaled: bool,
+) -> None:  # fmt: skip
+    width = next_power_of_2(problem.dim)
+    block = max(1, min(128, 2048 // width))
+    engine.launch(
+        finish_kernel, (cdiv(own.size, block),), own, problem.scale, gain, gradient,
+        slope, parts, parts.shape[0], DIM=problem.dim, SCALED=scaled, BLOCK_M=block, BLOCK_K=width,
+    )  # fmt: skip
+
+
+def stored_gradients(
+    problem: Problem, upstream: Upstream, which: int, both: bool, with_bias: bool
+) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
+    """Gradients by chunks of dL/dz that are stored: 2 N M D, and 2 more by a library's products for
+    each side. Returns them by side, the derivative by the scale, and sums of dL/dz."""
+    chosen = problem.tile("coefficient")
+    own, other = problem.side(which), problem.side(1 - which)
+    gain = problem.gain(upstream.largest, own, other)
+    operand = problem.inputs[which].dtype
+    if operand != problem.inputs[1 - which].dtype:
+        operand = problem.dtype
+    n, m, dim = own.size, other.size, problem.dim
+    width = min(m, engine.CHUNK_COLUMNS)
+    height = engine.CHUNK_BYTES // (operand.itemsize * width)
+    height = min(n, max(1, height // engine.PADDING) * engine.PADDING)
+    chunk = problem.empty(height * width, dtype=operand)
+    own_sum = problem.empty(height, dim)
+    other_sum = problem.zeros(m, dim) if both else None
+    gradient, slope = problem.empty(n, dim, dtype=problem.inputs[which].dtype), problem.empty(n)
+    bias = problem.zeros(n) if with_bias else None
+    if upstream.values is not None:
+        upstream.values.zero_()
+    for start in range(0, n, height):
+        stop = min(start + height, n)
+        mine = problem.part(own, which, start, stop)
+        total = own_sum[: stop - start].zero_()
+        for begin in range(0, m, width):
+            end = min(begin + width, m)
+            theirs = problem.part(other, 1 - which, begin, end)
+            c = chunk[: mine.size * theirs.size].view(mine.size, theirs.size)
+            tiles_here = cdiv(theirs.size, chosen.block_n)
+            bias_sums = problem.empty(tiles_here, mine.size) if with_bias else None
+            values = None if upstream.values is None else problem.empty(tiles_here, mine.size)
+            coefficients(problem, upstream, mine, theirs, gain, c, values, bias_sums, chosen)
+            for total_of, sums in ((bias, bias_sums), (upstream.values, values)):
+                if sums is not None:
+                    total_of[start:stop] += sums.sum(0)
+            add_product(total, c, theirs.features)
+            if both:
+                add_product(other_sum[begin:end], c.T, mine.features)
+        finish(
+            problem, mine, gain, gradient[start:stop], slope[start:stop], total.unsqueeze(0),
+            scaled=True,
+        )  # fmt: skip
+    results: list[Tensor | None] = [None, None]
+    results[which] = gradient
+    if both:
+        results[1 - which] = problem.empty(m, dim, dtype=problem.inputs[1 - which].dtype)
+        finish(
+            problem, other, gain, results[1 - which], None, other_sum.unsqueeze(0), scaled=True
+        )  # fmt: skip
+    return results, slope, bias
+
+
+def coefficients(
+    problem: Problem, upstream: Upstream, own: Side, other: Side, gain: Tensor | None, c: Tensor,
+    values: Tensor | None, bias_sums: Tensor | None, chosen: Tile,
+) -> None:  # fmt: skip
+    tiles_here = cdiv(own.size, chosen.block_m) * cdiv(other.size, chosen.block_n)
+    engine.launch(
+        coefficient_kernel, (tiles_here,), own, other, problem.scale, gain, c, values,
+        bias_sums, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
+        DONE=folds.softplus_done,
+        **problem.constants(chosen),
+    )  # fmt: skip
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, with the sum in the type of `total`."""
+    b = b.to(a.dtype)
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
+
+
+def paired_gradients(
+    problem: Problem, upstream: Upstream, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gradients` for keys of their own: dL/dz is as large as the products, y is D times larger."""
+    chosen = problem.tile("stats")
+    own, other = problem.side(ROWS), problem.side(COLUMNS)
+    c = torch.empty_like(problem.products)
+    coefficients(problem, upstream, own, other, None, c, None, None, chosen)
+    dbias = c.sum(0) if needs[3] else problem.empty(0)
+    dscale = (c * problem.products).sum() if needs[2] else problem.empty(0)
+    dx, dy = pairs.products_backward(
+        *problem.features, c.mul_(problem.scale), problem.normalize, needs
+    )  # fmt: skip
+    return dx, dy, dscale, dbias
