@@ -138,7 +138,7 @@ class Problem:
             both = [t for pair in zip(sources, packed, strict=True) for t in pair]
             launch(
                 tiles.pack_kernel, (sum(blocks),), *both, *([None] * (4 - len(both))), blocks[0],
-                DIM=dim, NORMALIZE=normalize, ACC=self.arithmetic.sum,
+                BOTH=len(both) > 2, DIM=dim, NORMALIZE=normalize, ACC=self.arithmetic.sum,
                 BLOCK_K=min(64, next_power_of_2(dim)),
             )  # fmt: skip
         self.packed = (packed[0], packed[-1])

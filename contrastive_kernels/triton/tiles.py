@@ -181,16 +181,18 @@ def id_range(side, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def pack_kernel(
-    rows, packed_rows, columns, packed_columns, row_blocks, DIM: tl.constexpr,
+    rows, packed_rows, columns, packed_columns, row_blocks, BOTH: tl.constexpr, DIM: tl.constexpr,
     NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Makes the packed fields of both sides, or of the rows alone, from sides of plain tensors."""
     block = tl.program_id(0)
-    if block < row_blocks:
-        pack(rows, packed_rows, block, DIM, NORMALIZE, ACC, BLOCK_K)
-    else:
-        if columns is not None:
+    if BOTH:  # Triton 3.6 cannot ask whether a tuple is None
+        if block < row_blocks:
+            pack(rows, packed_rows, block, DIM, NORMALIZE, ACC, BLOCK_K)
+        else:
             pack(columns, packed_columns, block - row_blocks, DIM, NORMALIZE, ACC, BLOCK_K)
+    else:
+        pack(rows, packed_rows, block, DIM, NORMALIZE, ACC, BLOCK_K)
 
 
 @triton.jit
