@@ -107,15 +107,14 @@ row_softplus(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& sca
   const ForwardResult r = with_compute_type(x, [&](auto t) {
     return forward_sweep<decltype(t)>(pairs, {Fold::kSoftplus, false, false, threshold});
   });
-  const at::Tensor none = or_empty(at::Tensor(), x);
   return {r.lse,
           or_empty(r.rank, x),
           or_empty(r.total, x),
           or_empty(r.count, x),
           at::empty({0}, x.options()),
           at::empty({0}, y->options()),
-          none,
-          none};
+          or_empty(at::Tensor(), x),
+          or_empty(at::Tensor(), x)};
 }
 
 Four run_backward(const PairArguments& pairs, const BackwardInputs& inputs,
