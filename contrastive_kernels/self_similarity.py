@@ -212,7 +212,7 @@ def sup_con(
     rows = torch.where(others > 0, out.lse - pos / others.clamp(min=1), 0.0)
     if base_temperature is not None:
         rows = rows * (temperature / base_temperature)
-    loss = reduce_rows(rows.unflatten(0, shape) if len(shape) > 1 else rows, reduction)
+    loss = reduce_rows(rows.view(shape), reduction)
     if not return_stats:
         return loss
     positives, negatives = others.sum(), (out.count - others).sum()
