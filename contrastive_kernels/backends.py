@@ -130,8 +130,7 @@ def backends() -> dict[str, Backend]:
             usable=TRITON_ERROR is None and (INTERPRETED or _no_gpu() is None),
             devices=_triton_devices(),
             dtypes=half + full,
-            reason=TRITON_ERROR
-            or (None if INTERPRETED else _no_gpu()),
+            reason=TRITON_ERROR or (None if INTERPRETED else _no_gpu()),
         ),
         "cuda": Backend(
             built=cuda is not None and cuda["built"],
