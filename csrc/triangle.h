@@ -5,36 +5,12 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define CK_HOST_DEVICE __host__ __device__ __forceinline__
-#define CK_DEVICE __device__ __forceinline__
-#define CK_UNROLL _Pragma("unroll")
-#else
-#define CK_HOST_DEVICE inline
-#define CK_DEVICE inline
-#define CK_UNROLL
-#endif
+#include "panel.h"
 
 namespace ck {
 
-constexpr int kBlock = 8;  // side of the triangle's blocks; a step of elimination takes one
-constexpr int kTile = 4;   // add_products(): 4 x 4 entries are one body's
-constexpr int kRows = 2;   // multiply_rows(): 2 x 8 entries are one body's
-constexpr int kMaxDim = 256;
+constexpr int kTile = 4;                      // add_products(): 4 x 4 entries are one body's
 constexpr float kNoise = 10 * 1.1920929e-7f;  // of a variance: less is rounding of the elimination
-
-CK_HOST_DEVICE constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-CK_HOST_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
-
-struct alignas(16) Four {
-  float v[4];
-};
-
-CK_DEVICE Four load_four(const float* p) { return *reinterpret_cast<const Four*>(p); }
-CK_DEVICE void store_four(float* p, Four value) { *reinterpret_cast<Four*>(p) = value; }
 
 CK_DEVICE float inverse_sqrt(float x) {
 #ifdef __CUDA_ARCH__
@@ -59,17 +35,8 @@ struct Triangle {
     return data + kBlock * block * side - kBlock * kBlock / 2 * block * (block - 1) +
            k % kBlock * width(k) - kBlock * block;
   }
-  CK_DEVICE int width(int k) const {
-    return side - k / kBlock * kBlock;
-  }  // from row(k) to row(k + 1)
-};
-
-struct Panel {
-  float* data;
-  int stride;  // 4 more than its columns
-  int rows;
-
-  CK_DEVICE float* row(int r) const { return data + r * stride; }
+  // entries of row k that are stored
+  CK_DEVICE int width(int k) const { return side - k / kBlock * kBlock; }
 };
 
 struct Products {
@@ -182,10 +149,11 @@ struct BlockFactor {
   }
 };
 
-// In place, C = U^T U to V = U^-1, block by block of the diagonal. Once block b is eliminated,
-// columns up to b hold V, and the rest [0 ... b] of rows what those of the inverse still lack; U is
-// never stored. With F = U_bb^-T times row b of C right of the block, or column b above it,
-// transposed, both C and V to the right of b lose F^T F.
+// In place, C = U^T U to V = U^-1; U itself is never stored.
+//
+// Step b eliminates the rows of block b: F = U_bb^-T C_b. right of the block, and V_b. = -U_bb^-1 F
+// takes their place. Above the block F^T = V_.b U_bb^-1, final. Then whatever is right of the
+// block, be it C below or V above row b, loses F^T F: one update serves factor and inverse.
 //
 // factor (8, side) and block (8, 8) are room for a step. *failed becomes 1 if a pivot is below
 // kNoise of its variance, and 2 if a variance is not finite.

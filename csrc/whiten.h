@@ -3,27 +3,18 @@
 //
 // A Team brings for_each(count, body), whose bodies may run in any order and at once, sync(), and
 // fetch() / fetch_four(), copies into shared memory that are complete after arrive(). Nothing lives
-// in a thread's registers beyond one body, so a host team of one thread runs the very same code. No
-// torch and no CUDA runtime here.
+// in a thread's registers beyond one body, so a team of host threads runs the very same code.
+// No torch and no CUDA runtime here.
 #pragma once
 
 #include "triangle.h"
 
 namespace ck {
 
-constexpr int kParts = kBlock;  // parts in which a column is summed; they share the factor's buffer
-
-struct GroupShape {
-  int rows;
-  int dim;         // at most kMaxDim
-  int panel_rows;  // rows of a group held in shared memory at once; even
-  bool aligned;    // dim is a multiple of 4 and all pointers are of 16 bytes
-};
-
 // Where a group's data lie in shared memory; `matrices` panels, one forward, two backward.
 struct GroupMemory {
   Triangle triangle;
-  float* factor;    // (8, side): the rows of U that a step of invert_factor() eliminates with
+  float* factor;    // (8, side): for a step of invert_factor(), and for column sums
   float* block;     // (8, 8)
   float* mean;      // (side)
   float* variance;  // (side)
@@ -48,9 +39,7 @@ struct GroupMemory {
   static CK_HOST_DEVICE constexpr int fixed_size(int side) {
     return Triangle::size(side) + (kBlock + 2) * side + kBlock * kBlock + 4;
   }
-  static CK_HOST_DEVICE constexpr int panel_stride(int side) {
-    return side + 4;  // rows start in different banks
-  }
+  static CK_HOST_DEVICE constexpr int panel_stride(int side) { return side + kPadding; }
 };
 
 // Rows of a panel when `matrices` panels share `bytes` of shared memory with the rest, as even as
@@ -70,104 +59,51 @@ inline int shared_bytes(int dim, int matrices, int panel_rows) {
          (GroupMemory::fixed_size(side) + matrices * panel_rows * GroupMemory::panel_stride(side));
 }
 
-// Rows first, first + 1, ... of `source` (rows, dim), and zeros beyond its rows and columns; the
-// caller waits with arrive().
+// Adds eps I to the covariance in the triangle, makes its padding the identity, and keeps its
+// diagonal.
 template <class Team>
-CK_DEVICE void fetch_rows(Team& team, const float* source, int first, const GroupShape& shape,
-                          Panel panel) {
-  const int quads = (panel.stride - 4) / 4;
-  team.for_each(panel.rows * quads, [&](int i) {
-    const int row = i / quads, column = 4 * (i % quads);
-    const bool exists = first + row < shape.rows;
-    float* target = panel.row(row) + column;
-    const float* from = source + (first + row) * shape.dim + column;
-    if (exists && shape.aligned && column < shape.dim) {
-      team.fetch_four(target, from);
-      return;
-    }
+CK_DEVICE void finish_covariance(Team& team, const GroupMemory& memory, int dim, float eps) {
+  team.for_each(memory.triangle.side, [&](int k) {
+    float& entry = memory.triangle.row(k)[k];
+    entry = k < dim ? entry + eps : 1.0f;
+    memory.variance[k] = entry;
+  });
+}
+
+// The triangle's transpose to a (dim, dim) matrix of global memory, zeros above its diagonal.
+template <class Team>
+CK_DEVICE void store_transposed(Team& team, Triangle triangle, const GroupShape& shape,
+                                float* target) {
+  const int blocks = triangle.side / kBlock;
+  team.for_each(shape.dim * blocks, [&](int i) {
+    const int row = i / blocks, column = kBlock * (i % blocks);
+    const float* entries = triangle.row(column) + row;
+    float values[kBlock];
     CK_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      if (exists && column + e < shape.dim) {
-        team.fetch(target + e, from + e);
+    for (int e = 0; e < kBlock; ++e) {
+      values[e] = column + e <= row ? entries[e * triangle.width(column)] : 0.0f;
+    }
+    store_columns(target + row * shape.dim, column, shape, values);
+  });
+}
+
+// The reverse; the caller waits with arrive().
+template <class Team>
+CK_DEVICE void fetch_transposed(Team& team, const float* source, int dim, Triangle triangle) {
+  const int blocks = triangle.side / kBlock;
+  team.for_each(triangle.side * blocks, [&](int i) {
+    const int row = i / blocks, column = kBlock * (i % blocks);
+    if (column > row) return;
+    float* entries = triangle.row(column) + row;
+    CK_UNROLL
+    for (int e = 0; e < kBlock; ++e) {
+      float* target = entries + e * triangle.width(column);
+      if (row < dim && column + e <= row) {
+        team.fetch(target, source + row * dim + column + e);
       } else {
-        target[e] = 0;
+        *target = 0;
       }
     }
-  });
-}
-
-// sums (kParts, columns) += the sums of the panel's columns, or = for the first panel
-template <class Team>
-CK_DEVICE void add_column_sums(Team& team, Panel panel, bool is_first, float* sums) {
-  const int columns = panel.stride - 4;
-  team.for_each(kParts * columns, [&](int i) {
-    float sum = 0;
-    for (int row = i / columns; row < panel.rows; row += kParts) {
-      sum += panel.row(row)[i % columns];
-    }
-    sums[i] = is_first ? sum : sums[i] + sum;
-  });
-}
-
-template <class Team>
-CK_DEVICE void finish_means(Team& team, const float* sums, int rows, int columns, float* mean) {
-  team.for_each(columns, [&](int column) {
-    float sum = 0;
-    CK_UNROLL
-    for (int part = 0; part < kParts; ++part) sum += sums[part * columns + column];
-    mean[column] = sum / static_cast<float>(rows);
-  });
-}
-
-// Subtracts the mean from rows 0 ... rows - 1 of the panel; the others stay zero.
-template <class Team>
-CK_DEVICE void subtract_mean(Team& team, Panel panel, int rows, const float* mean) {
-  const int quads = (panel.stride - 4) / 4;
-  const int count = rows < panel.rows ? rows : panel.rows;
-  team.for_each(count * quads, [&](int i) {
-    const int column = 4 * (i % quads);
-    float* target = panel.row(i / quads) + column;
-    Four value = load_four(target);
-    const Four less = load_four(mean + column);
-    CK_UNROLL
-    for (int e = 0; e < 4; ++e) value.v[e] -= less.v[e];
-    store_four(target, value);
-  });
-}
-
-// 8 columns of one row, from `column` on, to a (rows, dim) matrix of global memory
-CK_DEVICE void store_columns(float* row, int column, const GroupShape& shape,
-                             const float (&values)[kBlock]) {
-  CK_UNROLL
-  for (int begin = 0; begin < kBlock; begin += 4) {
-    if (shape.aligned) {
-      if (column + begin < shape.dim) {
-        store_four(row + column + begin,
-                   {values[begin], values[begin + 1], values[begin + 2], values[begin + 3]});
-      }
-      continue;
-    }
-    CK_UNROLL
-    for (int e = begin; e < begin + 4; ++e) {
-      if (column + e < shape.dim) row[column + e] = values[e];
-    }
-  }
-}
-
-// C = scale * P + eps I of the products P in the triangle, the identity in the padding, and its
-// diagonal to variance.
-template <class Team>
-CK_DEVICE void finish_covariance(Team& team, const GroupMemory& memory, int dim, float scale,
-                                 float eps) {
-  const int side = memory.triangle.side;
-  team.for_each(side * side, [&](int i) {
-    const int row = i / side, column = i % side;
-    if (column < row / kBlock * kBlock) return;
-    float& entry = memory.triangle.row(row)[column];
-    entry *= scale;
-    if (row != column) return;
-    entry = row < dim ? entry + eps : 1.0f;
-    memory.variance[row] = entry;
   });
 }
 
@@ -183,6 +119,7 @@ CK_DEVICE void whiten_group(Team& team, const GroupShape& shape, float eps, cons
   const Panel panel = memory.panels[0];
   const int side = triangle.side, rows = shape.rows, dim = shape.dim;
   const bool resident = panel.rows >= rows;  // one panel: fetched once, else three times
+  const float scale = (1 - eps) / static_cast<float>(rows - 1);
 
   team.for_each(Triangle::size(side), [&](int i) { triangle.data[i] = 0; });
   team.for_each(1, [&](int) { *memory.failed = 0; });
@@ -201,10 +138,10 @@ CK_DEVICE void whiten_group(Team& team, const GroupShape& shape, float eps, cons
     }
     subtract_mean(team, panel, rows - first, memory.mean);
     team.sync();
-    add_products(team, triangle, {panel, panel, 1.0f, 0, -1});
+    add_products(team, triangle, {panel, panel, scale, 0, -1});
     team.sync();
   }
-  finish_covariance(team, memory, dim, (1 - eps) / static_cast<float>(rows - 1), eps);
+  finish_covariance(team, memory, dim, eps);
   team.sync();
   invert_factor(team, triangle, memory.factor, memory.block, memory.variance, memory.failed);
 
@@ -216,10 +153,7 @@ CK_DEVICE void whiten_group(Team& team, const GroupShape& shape, float eps, cons
     team.for_each(dim * dim, [&](int i) { inverse[i] = nan; });
     return;
   }
-  team.for_each(dim * dim, [&](int i) {
-    const int row = i / dim, column = i % dim;
-    inverse[i] = column <= row ? triangle.row(column)[row] : 0.0f;
-  });
+  store_transposed(team, triangle, shape, inverse);
   for (int first = 0; first < rows; first += panel.rows) {
     if (!resident) {
       fetch_rows(team, x, first, shape, panel);
@@ -284,16 +218,7 @@ CK_DEVICE void whiten_group_backward(Team& team, const GroupShape& shape, float 
     team.sync();
   }
   finish_means(team, memory.factor, rows, side, memory.mean);
-  team.for_each(side * side, [&](int i) {
-    const int row = i / side, column = i % side;  // of L^-1; the triangle holds its transpose
-    if (column > row / kBlock * kBlock + kBlock - 1) return;
-    float* target = triangle.row(column) + row;
-    if (row < dim && column <= row) {
-      team.fetch(target, inverse + row * dim + column);
-    } else {
-      *target = 0;
-    }
-  });
+  fetch_transposed(team, inverse, dim, triangle);
   team.arrive();
   for (int first = 0; first < rows; first += gradient.rows) {
     if (!resident) {

@@ -28,7 +28,7 @@ class Host:
 
     def _call(self, function, shape, panel_rows, eps, threads, tensors) -> None:
         dim = shape[2]
-        aligned = dim % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors[:2])
+        aligned = dim % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
         assert all(t.is_contiguous() for t in tensors)
         assert function(

@@ -120,7 +120,7 @@ bool whiten_fits(int device, int dim) {
 
 void whiten_cholesky(int device, std::uintptr_t stream, int groups, int rows, int dim, float eps,
                      const float* x, float* z, float* inverse, int* info) {
-  const GroupShape shape = describe(rows, dim, {x, z});
+  const GroupShape shape = describe(rows, dim, {x, z, inverse});
   if (dim <= kSmallDim) {
     launch<Small>(whiten_kernel<Small>, device, stream, groups, 1, shape, eps, x, z, inverse, info);
   } else {
