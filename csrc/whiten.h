@@ -11,6 +11,8 @@
 
 namespace ck {
 
+static_assert(kParts <= kBlock);  // column sums and the factor share their room
+
 // Where a group's data lie in shared memory; `matrices` panels, one forward, two backward.
 struct GroupMemory {
   Triangle triangle;
