@@ -1,7 +1,8 @@
-"""Builds the extension by calling CMake: CMakeLists.txt owns its sources and flags.
+"""Builds the extensions by calling CMake: CMakeLists.txt owns their sources and flags.
 
-CK_SKIP_BUILD=1 leaves the extension out; CK_FORCE_BUILD=1 makes a failed build an error. Otherwise
-the package installs without it, and _build_report.json beside the package's modules says why.
+CK_SKIP_BUILD=1 leaves them out; CK_FORCE_BUILD=1 makes a failed build an error. Otherwise the
+package installs without them, and _build_report.json beside its modules says why. Without a CUDA
+compiler `_cuda` is always left out.
 """
 
 import json
@@ -43,33 +44,45 @@ class CMakeBuild(build_ext):
         in_source = self.inplace or self.editable_mode  # build_ext resets inplace while it runs
         package_root = ROOT if in_source else Path(self.build_lib)
         self.report_path = package_root / "contrastive_kernels" / "_build_report.json"
+        self.report = {}
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        report = {"built": False, "reason": None, "torch": None}
+        name = ext.name.rpartition(".")[2]
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        self.report[name] = {"built": False, "reason": None}
         try:
-            if os.environ.get("CK_SKIP_BUILD") == "1":
-                raise CompileError("left out on request: CK_SKIP_BUILD=1 was set")
-            cmake(f"-S{ROOT}", f"-B{BUILD}", "-GNinja", f"-DPython_EXECUTABLE={sys.executable}")
-            cmake("--build", str(BUILD))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(str(BUILD / target.name), str(target))
-            report.update(built=True, torch=(BUILD / "torch_version").read_text())
+            self.build_target(ext, name, target)
+            self.report[name]["built"] = True
         except Exception as error:
-            report["reason"] = str(error)
+            self.report[name]["reason"] = str(error)
             for stale in (target, self.report_path.with_name(target.name)):
                 stale.unlink(missing_ok=True)
             raise CompileError(str(error)) from error  # the one error an optional build may have
         finally:
             self.report_path.parent.mkdir(parents=True, exist_ok=True)
-            self.report_path.write_text(json.dumps(report, indent=1) + "\n")
+            self.report_path.write_text(json.dumps(self.report, indent=1) + "\n")
+
+    def build_target(self, ext: Extension, name: str, target: Path) -> None:
+        if os.environ.get("CK_SKIP_BUILD") == "1":
+            raise CompileError("left out on request: CK_SKIP_BUILD=1 was set")
+        cmake(f"-S{ROOT}", f"-B{BUILD}", "-GNinja", f"-DPython_EXECUTABLE={sys.executable}")
+        if name == "_cuda" and not (BUILD / "cuda_compiler").read_text():
+            ext.optional = True
+            raise CompileError("no CUDA compiler: nvcc was not found, or does not work")
+        cmake("--build", str(BUILD), "--target", name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(BUILD / target.name), str(target))
+        if name == "_cpu":
+            self.report[name]["torch"] = (BUILD / "torch_version").read_text()
 
 
+# An optional extension may fail to build: setuptools then warns and goes on.
+OPTIONAL = os.environ.get("CK_FORCE_BUILD") != "1"
 setup(
     ext_modules=[
-        # An optional extension may fail to build: setuptools then warns and goes on.
-        Extension("contrastive_kernels._cpu", [], optional=os.environ.get("CK_FORCE_BUILD") != "1")
+        Extension(f"contrastive_kernels.{name}", [], optional=OPTIONAL)
+        for name in ("_cpu", "_cuda")
     ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,6 +1,7 @@
 """What each backend needs, whether it is usable here, and why not.
 
-Loads the compiled extension, which registers its ops with torch. Imported once, with the package.
+Loads the compiled extensions: `_cpu` registers its ops with torch, `_cuda` knows no torch. Imported
+once, with the package.
 """
 
 import importlib
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 _REBUILD = "pip install --no-build-isolation -e ."
-_LATER = "not part of this version"
 TRITON_AT_LEAST = (3, 6)
 _REPORT = Path(__file__).with_name("_build_report.json")
 
@@ -28,29 +28,32 @@ class Backend(NamedTuple):
     reason: str | None
 
 
-def _build_report() -> dict[str, Any] | None:
-    """What setup.py wrote down about the build: keys built, reason, torch. None if never built."""
+def _build_report(extension: str) -> dict[str, Any] | None:
+    """What setup.py wrote down about `_cpu` (built, reason, torch) or `_cuda` (built, reason).
+
+    None if it was never built.
+    """
     try:
-        return json.loads(_REPORT.read_text())
-    except (OSError, ValueError):
+        return json.loads(_REPORT.read_text())[extension]
+    except (OSError, ValueError, KeyError):
         return None
 
 
-def _load_cpu() -> str | None:
-    """Load the extension; return why it cannot be used, or None."""
-    report = _build_report()
+def _load(extension: str) -> str | None:
+    """Load an extension; return why it cannot be used, or None."""
+    report = _build_report(extension)
     if report is None:
         return f"the extension was never built: {_REBUILD}"
     if not report["built"]:
         return f"the extension was not built: {report['reason']}"
     # Checked before loading: a library built against another torch may crash instead of failing.
-    if report["torch"] != torch.__version__:
+    if report.get("torch", torch.__version__) != torch.__version__:
         return (
             f"the extension was built against torch {report['torch']}, but torch "
             f"{torch.__version__} is running: {_REBUILD}"
         )
     try:
-        importlib.import_module("contrastive_kernels._cpu")
+        importlib.import_module(f"contrastive_kernels.{extension}")
     except ImportError as error:
         return f"the extension was built but cannot be loaded: {error}"
     return None
@@ -69,7 +72,8 @@ def _find_triton() -> str | None:
 
 
 # Constants, so that torch.compile can trace the dispatch that reads them.
-CPU_ERROR: str | None = _load_cpu()
+CPU_ERROR: str | None = _load("_cpu")
+CUDA_ERROR: str | None = _load("_cuda")
 TRITON_ERROR: str | None = _find_triton()
 # Triton's interpreter runs kernels on CPU tensors; it reads this variable when it is imported.
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -89,8 +93,14 @@ def unusable_reason(name: str, device: str) -> str | None:
         if device not in _triton_devices():
             wrong_device = "it takes cuda tensors, and cpu tensors only with TRITON_INTERPRET=1 set"
     else:
-        return _LATER
+        error = CUDA_ERROR or _no_gpu()
+        if device != "cuda":
+            wrong_device = "it takes cuda tensors only"
     return "; ".join(reason for reason in (error, wrong_device) if reason) or None
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "there is no GPU here"
 
 
 def _triton_devices() -> tuple[str, ...]:
@@ -103,13 +113,13 @@ def backends() -> dict[str, Backend]:
     `devices` are torch device types and `dtypes` the input dtypes the backend takes; `reason` says
     why it is not usable and is None where it is.
     """
-    report = _build_report()
+    cpu, cuda = _build_report("_cpu"), _build_report("_cuda")
     half = (torch.float16, torch.bfloat16)
     full = (torch.float32, torch.float64)
     return {
         "reference": Backend(True, True, ("cpu", "cuda"), half + full, None),
         "cpu": Backend(
-            built=report is not None and report["built"],
+            built=cpu is not None and cpu["built"],
             usable=CPU_ERROR is None,
             devices=("cpu",),
             dtypes=half + full,
@@ -117,11 +127,16 @@ def backends() -> dict[str, Backend]:
         ),
         "triton": Backend(
             built=TRITON_ERROR is None,
-            usable=TRITON_ERROR is None and (INTERPRETED or torch.cuda.is_available()),
+            usable=TRITON_ERROR is None and (INTERPRETED or _no_gpu() is None),
             devices=_triton_devices(),
             dtypes=half + full,
-            reason=TRITON_ERROR
-            or (None if INTERPRETED or torch.cuda.is_available() else "there is no GPU here"),
+            reason=TRITON_ERROR or (None if INTERPRETED else _no_gpu()),
         ),
-        "cuda": Backend(False, False, ("cuda",), (), _LATER),
+        "cuda": Backend(
+            built=cuda is not None and cuda["built"],
+            usable=(CUDA_ERROR or _no_gpu()) is None,
+            devices=("cuda",),
+            dtypes=(torch.float32,),
+            reason=CUDA_ERROR or _no_gpu(),
+        ),
     }

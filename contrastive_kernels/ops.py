@@ -47,10 +47,12 @@ def available_backends(device: str = "cpu") -> list[str]:
     return [name for name in names if unusable_reason(name, device) is None]
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
+def resolve_backend(
+    backend: str, device: torch.device, kernels: tuple[str, ...] = ("cpu", "triton")
+) -> str:
     """The backend that runs on `device`: the fastest usable one for "auto", else the one named.
 
-    An explicit name never falls back.
+    An explicit name never falls back. `kernels`: the backends that the operation has kernels of.
 
     Raises:
         ValueError: an unknown name.
@@ -66,6 +68,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             'backend must be "auto", "reference", "cpu", "triton" or "cuda", got ' + repr(backend)
         )
     reason = unusable_reason(backend, device.type)
+    if backend not in kernels:
+        reason = "; ".join(filter(None, ("it has no kernels for this operation", reason)))
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" cannot run on {device.type} tensors: {reason}')
     return backend

@@ -17,7 +17,7 @@ import contrastive_kernels as ck
 
 backends = import_module("contrastive_kernels.backends")  # the name in the package is a function
 ROOT = Path(__file__).resolve().parent.parent
-EXTENSION = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+EXTENSIONS = [f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_cpu", "_cuda")]
 needs_extension = pytest.mark.skipif(
     backends.CPU_ERROR is not None, reason=f"no extension: {backends.CPU_ERROR}"
 )
@@ -25,13 +25,14 @@ needs_extension = pytest.mark.skipif(
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The build files around an empty package, with an extension left by an earlier build."""
+    """The build files around an empty package, with extensions left by an earlier build."""
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     package = tmp_path / "contrastive_kernels"
     package.mkdir()
     (package / "__init__.py").write_text('__version__ = "0.0.7"\n')
-    (package / EXTENSION).write_text("of an earlier build")
+    for name in EXTENSIONS:
+        (package / name).write_text("of an earlier build")
     (tmp_path / "README.md").touch()
     return tmp_path
 
@@ -56,9 +57,12 @@ def read_report(project: Path) -> dict:
 def assert_left_out(project: Path, done: subprocess.CompletedProcess[str], reason: str) -> None:
     assert done.returncode == 0, done.stderr
     report = read_report(project)
-    assert report["built"] is False
-    assert reason in report["reason"]
-    assert not (project / "contrastive_kernels" / EXTENSION).exists()
+    assert list(report) == ["_cpu", "_cuda"]
+    for extension in report.values():
+        assert extension["built"] is False
+        assert reason in extension["reason"]
+    for name in EXTENSIONS:
+        assert not (project / "contrastive_kernels" / name).exists()
 
 
 def test_skipped_build_says_so(project):
@@ -94,8 +98,7 @@ def test_python_without_torch_is_reported(project, tmp_path):
     shadow.mkdir()
     (shadow / "torch.py").write_text("raise ImportError('no torch here')\n")
     done = run_setup(project, PYTHONPATH=str(shadow))
-    report = read_report(project)
-    if "CMAKE_CXX_COMPILER" in report["reason"]:
+    if "CMAKE_CXX_COMPILER" in read_report(project)["_cpu"]["reason"]:
         pytest.skip("no compiler: CMake stops before it asks for torch")
     assert_left_out(project, done, "--no-build-isolation")
 
@@ -105,7 +108,39 @@ def test_forced_build_fails_aloud(project):
     done = run_setup(project, CK_FORCE_BUILD="1")
     assert done.returncode != 0
     assert "the reason of this test" in done.stderr
-    assert read_report(project)["built"] is False
+    assert read_report(project)["_cpu"]["built"] is False
+
+
+def test_missing_cuda_compiler_is_no_error(project):
+    cpu = EXTENSIONS[0]
+    (project / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.19)\nproject(without_cuda NONE)\n"
+        'file(WRITE ${CMAKE_BINARY_DIR}/cuda_compiler "")\n'
+        "file(WRITE ${CMAKE_BINARY_DIR}/torch_version 1.0)\n"
+        f"add_custom_target(_cpu COMMAND ${{CMAKE_COMMAND}} -E touch {cpu})\n"
+    )
+    done = run_setup(project, CK_FORCE_BUILD="1")
+    assert done.returncode == 0, done.stderr
+    assert read_report(project) == {
+        "_cpu": {"built": True, "reason": None, "torch": "1.0"},
+        "_cuda": {
+            "built": False,
+            "reason": "no CUDA compiler: nvcc was not found, or does not work",
+        },
+    }
+
+
+@needs_extension
+def test_cuda_compiler_that_does_not_work_is_as_good_as_none(tmp_path):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["cmake", f"-S{ROOT}", f"-B{tmp_path}", "-GNinja", f"-DPython_EXECUTABLE={sys.executable}"],
+        env={**os.environ, "PATH": path, "CUDACXX": "/bin/false"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "cuda_compiler").read_text() == ""
 
 
 def test_version_is_written_once(project):
@@ -124,9 +159,9 @@ def test_version_is_written_once(project):
 def test_unusable_build_is_explained(report, reason, tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     if report is not None:
-        path.write_text(report if isinstance(report, str) else json.dumps(report))
+        path.write_text(report if isinstance(report, str) else json.dumps({"_cpu": report}))
     monkeypatch.setattr(backends, "_REPORT", path)
-    assert reason in backends._load_cpu()
+    assert reason in backends._load("_cpu")
 
 
 def test_extension_is_built_where_a_compiler_is():
