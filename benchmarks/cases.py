@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import contrastive_kernels as ck
-from benchmarks import dense, oracle, peers
+from benchmarks import dense, oracle, peers, whitening
 from benchmarks.inputs import (
     Inputs,
     Sizes,
+    groups,
     image_text,
     image_text_bias,
     labelled,
@@ -22,7 +23,7 @@ from benchmarks.inputs import (
     positives_and_negatives,
     queue,
     related_views,
-    views_and_permutation,
+    views_and_permutations,
 )
 from benchmarks.oracle import Oracle, Tensors
 from benchmarks.peers import Loss, Peer
@@ -45,8 +46,8 @@ class Case:
     """One row of the tables.
 
     Attributes:
-        group: "large" (the rows of the main table), "small" (every loss) or "scaling" (time over
-            the number of negatives).
+        group: "large" (the rows of the main table), "small" (every loss), "whitening" or "scaling"
+            (time over the number of negatives).
         loss: the function under test; it and every peer are called with the tensors and options.
         inputs: makes the float32 tensors for a size.
         oracle: their float64 value and gradients.
@@ -263,9 +264,52 @@ SMALL = (
         "w_mse",
         ck.w_mse,
         dense.w_mse,
-        views_and_permutation,
+        views_and_permutations(1),
         {"group_size": 256},
         k=2,
+    ),
+)
+
+
+def whiten_flops(sizes: Sizes) -> float:
+    """n groups of m x d: six products with triangular or symmetric halves left out, and the
+    inverse of a Cholesky factor."""
+    return sizes.n * (6.0 * sizes.m * sizes.d**2 + sizes.d**3)
+
+
+def whiten(count: int, rows: int, dim: int, at_most: float) -> Case:
+    """So many groups, forward and backward."""
+    return Case(
+        f"whiten_{dim}",
+        "whitening",
+        whitening.projected(ck.whiten),
+        Sizes(count, rows, dim),
+        groups,
+        oracle.whole(whitening.projected(whitening.whiten_batched)),
+        {},
+        (
+            Rival(peers.published(whitening.projected(whitening.whiten_loop)), at_most),
+            Rival(peers.batched(whitening.projected(whitening.whiten_batched)), 0.5),
+        ),
+        whiten_flops,
+        frozen=("upstream",),
+    )
+
+
+WHITENING = (
+    whiten(64, 128, 64, 0.25),
+    whiten(32, 256, 128, 0.35),
+    whiten(16, 512, 256, 0.45),
+    Case(
+        "w_mse",
+        "whitening",
+        ck.w_mse,
+        Sizes(1024, 256, k=4),
+        views_and_permutations(4),
+        oracle.whole(whitening.w_mse_loop),
+        {"group_size": 256},
+        (Rival(peers.published(whitening.w_mse_loop), 0.3),),
+        lambda sizes: 4 * sizes.k * whiten_flops(Sizes(sizes.n // 256, 256)),
     ),
 )
 
@@ -281,5 +325,5 @@ MILLION_FORWARD = replace(
     MILLION, name="info_nce_forward_1000000", flops=forward_alone, backward=False
 )
 
-CASES = {case.name: case for case in (*LARGE, *SMALL, *SCALING, MILLION_FORWARD)}
+CASES = {case.name: case for case in (*LARGE, *SMALL, *WHITENING, *SCALING, MILLION_FORWARD)}
 MEMORY_CASES = {case.name for case in (*LARGE, MILLION, MILLION_FORWARD)}

@@ -84,6 +84,17 @@ def related_views(sizes: Sizes, generator: torch.Generator) -> Tensors:
     return {"views": x + torch.randn(sizes.k, sizes.n, sizes.d, generator=generator)}
 
 
-def views_and_permutation(sizes: Sizes, generator: torch.Generator) -> Tensors:
-    permutation = torch.randperm(sizes.n, generator=generator)
-    return related_views(sizes, generator) | {"permutations": permutation[None]}
+def views_and_permutations(count: int) -> Inputs:
+    """k views of n samples, and orders of the samples."""
+
+    def make(sizes: Sizes, generator: torch.Generator) -> Tensors:
+        orders = [torch.randperm(sizes.n, generator=generator) for _ in range(count)]
+        return related_views(sizes, generator) | {"permutations": torch.stack(orders)}
+
+    return make
+
+
+def groups(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """n groups of m samples, and an upstream gradient related to them."""
+    x = torch.randn(sizes.n, sizes.m, sizes.d, generator=generator)
+    return {"x": x, "upstream": x + torch.randn(x.shape, generator=generator)}

@@ -53,6 +53,16 @@ def dense(loss: Loss) -> Peer:
     return Peer("dense eager torch", lambda: loss)
 
 
+def published(loss: Loss) -> Peer:
+    """The procedure as public code writes it."""
+    return Peer("loop over the groups, as published", lambda: loss)
+
+
+def batched(loss: Loss) -> Peer:
+    """The same in as few calls as torch offers."""
+    return Peer("batched eager torch", lambda: loss)
+
+
 def missing(distribution: str) -> PeerUnavailable:
     return PeerUnavailable(f"{distribution} is not installed (see benchmarks/README.md)")
 

@@ -29,7 +29,11 @@ def megabytes(memory: dict, name: str, limit: float | None = None) -> str:
 
 def title(record: dict) -> str:
     sizes = record["sizes"]
-    text = f"`{record['name']}` N={sizes['n']:,} M={sizes['m']:,}"
+    text = f"`{record['name']}` N={sizes['n']:,} "
+    if record["group"] == "whitening":
+        text += f"n={sizes['m']:,} D={sizes['d']}"
+    else:
+        text += f"M={sizes['m']:,}"
     return text + (f" K={sizes['k']}" if sizes["k"] > 1 else "")
 
 
@@ -126,6 +130,12 @@ def section(result: dict) -> list[str]:
         lines += ["bfloat16 inputs beside float32:", ""]
         head = ["case", "float32", "bfloat16", "bfloat16 / float32", "of GEMM rate"]
         lines += [*table(head, map(bfloat16_row, half)), ""]
+    if "whitening" in groups:
+        lines += [
+            "Whitening, forward and backward, float32: N groups of n x D; for `w_mse` N samples"
+        ]
+        lines += ["in groups of n x D, K views, 4 iterations.", ""]
+        lines += [*large_table(groups["whitening"]), ""]
     with_memory = [record for record in result["cases"] if "memory" in record]
     if with_memory:
         limit = result["memory_limit_mb"]

@@ -27,7 +27,10 @@ from .ops import RowColumnStats, RowStats, row_softplus, row_stats
 from .queue import FeatureQueue, MemoryBank
 from .self_similarity import dcl, debiased, hcl, nt_xent, sup_con
 from .transport import cacr, cacr_views, cct
-from .whitening import w_mse, whiten
+from .whitening import whiten
+from .whitening_flags import check_whitening
+from .whitening_layer import Whitening
+from .whitening_loss import w_mse
 
 __version__ = "0.1.0"
 
@@ -51,10 +54,12 @@ __all__ = [
     "RowStats",
     "SigLIPLoss",
     "SupCon",
+    "Whitening",
     "backends",
     "cacr",
     "cacr_views",
     "cct",
+    "check_whitening",
     "clip_loss",
     "dcl",
     "debiased",

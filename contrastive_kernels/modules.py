@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import losses, self_similarity, transport, whitening
+from . import losses, self_similarity, transport, whitening_loss
 from .common import Loss
 
 
@@ -100,7 +100,7 @@ class CCT(ContrastiveLoss):
 
 
 class WMSE(ContrastiveLoss):
-    function = staticmethod(whitening.w_mse)
+    function = staticmethod(whitening_loss.w_mse)
 
 
 class NCE(ContrastiveLoss):

@@ -54,6 +54,15 @@ CK_FOLD void store(T* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
+// u += weight y, vectors of d
+template <class T>
+CK_FOLD void add_scaled(T weight, const T* y, int64_t d, T* u) {
+  constexpr int W = kLanes<T>;
+  int64_t k = 0;
+  for (; k + W <= d; k += W) store(u + k, load<Vec<T>>(u + k) + weight * load<Vec<T>>(y + k));
+  for (; k < d; ++k) u[k] += weight * y[k];
+}
+
 template <class To, class From>
 CK_FOLD To bits(From v) {
   static_assert(sizeof(To) == sizeof(From));

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "columns.h"
 #include "simd.h"
 
 #define CK_STRING_(x) #x
@@ -351,14 +352,6 @@ T project(const T* u, const T* x, T inverse, bool normalize, T scale, int64_t d,
   return along;
 }
 
-template <class T>
-void add_scaled(T weight, const T* y, int64_t d, T* u) {
-  constexpr int W = kLanes<T>;
-  int64_t k = 0;
-  for (; k + W <= d; k += W) store(u + k, load<Vec<T>>(u + k) + weight * load<Vec<T>>(y + k));
-  for (; k < d; ++k) u[k] += weight * y[k];
-}
-
 CK_FOLD float to_float_bfloat16(uint16_t h) { return bits<float>(static_cast<uint32_t>(h) << 16); }
 
 // shifting exponent and mantissa in place leaves the value 2^112 too small, subnormals included
@@ -406,8 +399,9 @@ void read_rows(const void* x, Dtype dtype, int64_t row_stride, int64_t col_strid
 template <class T>
 const TileKernels<T>& kernels() {
   static const TileKernels<T> table = {
-      CK_STRING(CK_ISA), read_rows<T>, norms<T>,   pack<T>, transpose<T>, scale_rows<T>, row_max<T>,
-      forward<T>,        backward<T>,  monitor<T>, dots<T>, project<T>,   add_scaled<T>};
+      CK_STRING(CK_ISA), read_rows<T>, norms<T>,          pack<T>,     transpose<T>, scale_rows<T>,
+      row_max<T>,        forward<T>,   backward<T>,       monitor<T>,  dots<T>,      project<T>,
+      add_scaled<T>,     center<T>,    column_squares<T>, eliminate<T>};
   return table;
 }
 

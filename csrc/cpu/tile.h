@@ -114,6 +114,11 @@ struct TileKernels {
   T (*project)(const T* u, const T* x, T inverse, bool normalize, T scale, int64_t d, T* out);
   // u += weight y
   void (*add_scaled)(T weight, const T* y, int64_t d, T* u);
+  // columns.h
+  void (*center)(const T* x, int64_t rows, int64_t d, T* out, double* mean);
+  void (*column_squares)(const T* x, int64_t rows, int64_t d, double* sums);
+  bool (*eliminate)(T* upper, int64_t ld, T* inverse, int64_t begin, int64_t end, int64_t d,
+                    const T* lowest);
 };
 
 // The table for this machine; `T` is float or double.
