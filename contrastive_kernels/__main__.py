@@ -1,4 +1,4 @@
-"""The command line: `python -m contrastive_kernels info|demo`."""
+"""The command line: `python -m contrastive_kernels info|demo|tune`."""
 
 import argparse
 import platform
@@ -8,7 +8,7 @@ from importlib import import_module
 import torch
 
 from contrastive_kernels import __version__
-from contrastive_kernels.backends import CPU_ERROR, backends
+from contrastive_kernels.backends import CPU_ERROR, TRITON_ERROR, backends
 
 
 def _info() -> int:
@@ -52,15 +52,25 @@ def main(argv: list[str] | None = None) -> int:
         help="versions, threads, and which backends are usable here, with the reason where not",
         description="Print versions, threads, and which backends are usable here and why not.",
     )
-    # The demo has options of its own: it gets the rest of the command line, --help included.
+    # These have options of their own: they get the rest of the command line, --help included.
     commands.add_parser(
         "demo",
         add_help=False,
         help="train small encoders on real images, fused beside dense (demo --help: its options)",
     )
+    commands.add_parser(
+        "tune",
+        add_help=False,
+        help="find the tiles of the Triton kernels for this GPU (tune --help: its options)",
+    )
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         return import_module("contrastive_kernels.demo").main(rest)
+    if arguments.command == "tune":
+        if TRITON_ERROR is not None:
+            print(f"tune cannot run: {TRITON_ERROR}", file=sys.stderr)
+            return 2
+        return import_module("contrastive_kernels.triton.tune").main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _info()

@@ -168,7 +168,7 @@ def sweep(
         and torch.is_grad_enabled()
         and x.requires_grad
         and registration.can_attend(
-            chosen, x.shape[1], not (y.requires_grad or (bias is not None and bias.requires_grad))
+            chosen, x, y, not (y.requires_grad or (bias is not None and bias.requires_grad))
         )
     )
     both = y is not None  # the ids of a self-similarity serve rows and columns

@@ -18,8 +18,6 @@ from .backends import INTERPRETED
 
 NAMESPACE = "contrastive_kernels"
 BACKENDS = ("cpu", "triton")
-# The most features of a vector with which the Triton kernels make a gradient in the forward sweep.
-TRITON_ATTEND_DIM = 256
 
 _PAIRS = (
     "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? exclude_rows, Tensor? exclude_cols, "
@@ -68,10 +66,17 @@ def _gradients(needs: list[bool], *inputs: Tensor | None) -> tuple[Tensor, ...]:
     )
 
 
-def can_attend(backend: str, dim: int, frozen: bool) -> bool:
+def resident_dim(x: Tensor, y: Tensor) -> int:
+    """The longest vectors of which the Triton kernels hold a gradient at once: those of longer ones
+    go through stored parts of dL/dz."""
+    single = x.dtype != y.dtype or x.dtype == torch.float32
+    return 128 if single else 256
+
+
+def can_attend(backend: str, x: Tensor, y: Tensor, frozen: bool) -> bool:
     """Whether the forward sweep may bring the gradient of the queries too (`attend`), where keys
     are frozen or not."""
-    return frozen if backend == "cpu" else dim <= TRITON_ATTEND_DIM
+    return frozen if backend == "cpu" else x.shape[1] <= resident_dim(x, y)
 
 
 def can_sum(backend: str) -> bool:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import engine, folds, forward, pairs
-from .configs import RESIDENT_DIM, Tile
+from .configs import Tile
 from .engine import COLUMNS, ROWS, Problem, cdiv, next_power_of_2
 from .gradient import coefficient_kernel, finish_kernel, gradient_kernel
 from .tiles import Side
@@ -54,7 +54,7 @@ def gradients(
     by_side = [needs[0] or (needs[2] and not needs[1]), needs[1] or needs[3]]
     if problem.symmetric:
         by_side = [needs[0] or needs[2], False]
-    if problem.dim > RESIDENT_DIM:
+    if problem.dim > problem.resident:
         own = problem.stored_side(needs)
         both = all(by_side) and not problem.symmetric
         results, slope, bias = stored_gradients(problem, upstream, own, both, needs[3])
@@ -78,7 +78,7 @@ def summed_softplus(
     upstream = Upstream(softplus=True)
     ones = torch.ones(n, dtype=problem.dtype, device=problem.device)
     upstream.add(ROWS, None, None, ones, None, problem.arithmetic.operand == tl.float16)
-    if problem.dim > RESIDENT_DIM:
+    if problem.dim > problem.resident:
         upstream.values = problem.empty(problem.size(problem.stored_side(needs)))
         made = gradients(problem, upstream, needs)
         return upstream.values.sum(), *made

@@ -47,22 +47,136 @@ def arithmetic(x: torch.Tensor, y: torch.Tensor) -> Arithmetic:
 # The largest number of features that a program holds at once.
 RESIDENT_DIM = 256
 
-TILES = {
+# Numbers of features that the table has tiles for; 0: more, read in slices.
+WIDTHS = (64, 128, 256, 0)
+# Of one program at most, in KiB.
+SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}
+SMALL = Tile(64, 64, 32, 4, 2)
+
+
+def row(*resident: tuple[int, ...], wide: tuple[int, ...] | None = None) -> dict[int, Tile]:
+    """A schedule's tiles by width: (block_m, block_n, warps, stages), with block_k in the middle
+    where vectors are read in slices although they would fit."""
+    tiles = {}
+    for width, (m, n, *k, warps, stages) in zip(WIDTHS, resident, strict=False):
+        tiles[width] = Tile(m, n, k[0] if k else width, warps, stages)
+    return tiles if wide is None else tiles | {0: Tile(*wide)}
+
+
+# float32 is multiplied as three products of TF32, whose operands take twice the registers: beyond
+# D = 128 gradients go through stored parts (registration.resident_dim).
+SINGLE_80 = {
+    "stats": row(*3 * [(64, 64, 32, 8, 3)], wide=(64, 64, 32, 8, 3)),
+    "attend": row((32, 32, 4, 2), (16, 32, 4, 2)),
+    "two_way": row(*3 * [(64, 64, 32, 8, 3)], wide=(64, 64, 32, 8, 3)),
+    "gradient": row((32, 32, 4, 2), (16, 32, 4, 2)),
+    "coefficient": row(wide=(64, 64, 32, 8, 3)),
+}
+SINGLE_90 = {
+    "stats": row((64, 64, 8, 2), *2 * [(128, 64, 32, 8, 3)], wide=(128, 64, 32, 8, 3)),
+    "attend": row((64, 32, 4, 2), (64, 16, 8, 1)),
+    "two_way": row((64, 64, 8, 2), *2 * [(64, 64, 32, 8, 3)], wide=(64, 64, 32, 8, 3)),
+    "gradient": row((64, 32, 4, 2), (64, 16, 8, 1)),
+    "coefficient": row(wide=(128, 64, 32, 8, 3)),
+}
+SINGLE_100 = SINGLE_90 | {
+    "attend": row((64, 64, 8, 2), (64, 32, 8, 1)),
+    "gradient": row((64, 64, 8, 2), (64, 32, 8, 1)),
+}
+DOUBLE = {
+    "stats": row(*3 * [(64, 32, 16, 8, 2)], wide=(64, 32, 16, 8, 2)),
+    "attend": row((64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 4, 1)),
+    "two_way": row(*3 * [(32, 64, 16, 8, 2)], wide=(32, 64, 16, 8, 2)),
+    "gradient": row((64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 4, 1)),
+    "coefficient": row(wide=(64, 32, 16, 8, 2)),
+}
+
+# Architectures: 80 and 87; 86, 89 and 120, which have less shared memory; 90; 100 and above.
+TILES: dict[int, dict[str, dict[str, dict[int, Tile]]]] = {
+    80: {
+        "half": {
+            "stats": row((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3),
+                         wide=(128, 64, 64, 8, 4)),
+            "attend": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+            "two_way": row((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3),
+                           wide=(64, 128, 64, 8, 4)),
+            "gradient": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+            "coefficient": row(wide=(128, 128, 64, 8, 3)),
+        },
+        "single": SINGLE_80,
+        "double": DOUBLE,
+    },
+    86: {
+        "half": {
+            "stats": row((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2),
+                         wide=(128, 64, 64, 8, 4)),
+            "attend": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+            "two_way": row((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2),
+                           wide=(64, 128, 64, 8, 4)),
+            "gradient": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+            "coefficient": row(wide=(128, 128, 64, 8, 3)),
+        },
+        "single": SINGLE_80,
+        "double": DOUBLE,
+    },
     90: {
         "half": {
-            "stats": {64: Tile(128, 128, 64, 8, 3), 128: Tile(128, 128, 128, 8, 2),
-                      256: Tile(128, 128, 256, 8, 2), 0: Tile(128, 128, 64, 8, 4)},
-            "attend": {64: Tile(128, 128, 64, 8, 3), 128: Tile(128, 64, 128, 8, 3),
-                       256: Tile(128, 64, 256, 8, 2)},
-            "two_way": {64: Tile(64, 128, 64, 8, 3), 128: Tile(64, 128, 128, 8, 3),
-                        256: Tile(64, 128, 256, 8, 2), 0: Tile(128, 128, 64, 8, 4)},
-            "gradient": {64: Tile(128, 128, 64, 8, 3), 128: Tile(128, 64, 128, 8, 3),
-                         256: Tile(128, 64, 256, 8, 2)},
-            "coefficient": {0: Tile(128, 128, 64, 8, 4)},
+            "stats": row((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2),
+                         wide=(128, 128, 64, 8, 3)),
+            "attend": row((128, 64, 8, 4), (64, 64, 4, 3), (128, 32, 8, 3)),
+            "two_way": row((64, 128, 4, 3), (64, 128, 8, 3), (64, 64, 4, 2),
+                           wide=(128, 128, 64, 8, 2)),
+            "gradient": row((128, 64, 8, 4), (64, 64, 4, 3), (128, 32, 8, 3)),
+            "coefficient": row(wide=(128, 128, 64, 8, 3)),
         },
+        "single": SINGLE_90,
+        "double": DOUBLE,
+    },
+    100: {
+        "half": {
+            "stats": row((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2),
+                         wide=(128, 64, 64, 8, 4)),
+            "attend": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+            "two_way": row((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2),
+                           wide=(64, 128, 64, 8, 4)),
+            "gradient": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+            "coefficient": row(wide=(128, 64, 64, 8, 4)),
+        },
+        "single": SINGLE_100,
+        "double": DOUBLE,
     },
 }  # fmt: skip
-SMALL = Tile(64, 64, 32, 4, 2)
+
+
+class Properties(NamedTuple):
+    """What the schedules know of a device: the row of TILES, and the number of multiprocessors."""
+
+    architecture: int
+    processors: int
+
+
+def row_of(major: int, minor: int) -> int:
+    """The row of TILES for a compute capability: the nearest that is not above it."""
+    if major < 8:
+        raise RuntimeError(
+            "the Triton backend needs a GPU of compute capability 8.0 or newer, "
+            f"this one has {major}.{minor}"
+        )
+    if (major, minor) in ((8, 6), (8, 9)) or major == 12:
+        return 86
+    return max(row for row in TILES if row != 86 and row <= 10 * major + minor)
+
+
+@cache
+def properties(device: torch.device) -> Properties:
+    if device.type != "cuda":  # the interpreter; few, so that work is split there too
+        return Properties(0, 2)
+    found = torch.cuda.get_device_properties(device)
+    return Properties(row_of(found.major, found.minor), found.multi_processor_count)
+
+
+def processors(device: torch.device) -> int:
+    return properties(device).processors
 
 
 def bucket(dim: int) -> int:
@@ -72,18 +186,14 @@ def bucket(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def width_of(dim: int) -> int:
+    """Which of WIDTHS serves a number of features."""
+    return max(64, bucket(dim)) if bucket(dim) else 0
+
+
 def tile(schedule: str, dim: int, kind: str, device: torch.device) -> Tile:
-    width = bucket(dim)
-    if kind != "half":
+    width = 0 if schedule == "coefficient" else bucket(dim)
+    if INTERPRETED:
         return SMALL._replace(block_k=width or SMALL.block_k)
-    rows = TILES[90][kind][schedule]
-    found = rows[0 if width == 0 else max(64, width)]
-    return found._replace(block_k=width) if width else found
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Number of multiprocessors; few in the interpreter, so that work is split there too."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    found = TILES[properties(device).architecture][kind][schedule][width_of(dim) if width else 0]
+    return found._replace(block_k=min(found.block_k, width)) if width else found

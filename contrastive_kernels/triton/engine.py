@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..registration import statistics_dtype
+from ..registration import resident_dim, statistics_dtype
 from . import tiles
 from .configs import INTERPRETED, Tile, arithmetic, processors, tile
 from .tiles import RANGE, Side
@@ -91,6 +91,7 @@ class Problem:
         self.exclude, self.keep = narrow(*exclude), narrow(*keep)
         self.packed: tuple[Side, Side] | None = None
         self.dim = x.shape[-1]
+        self.resident = resident_dim(*self.inputs)
         self.products = products
         if self.paired:
             self.dim = 0

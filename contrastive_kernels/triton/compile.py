@@ -1,0 +1,138 @@
+"""Compiles what the host code would launch, for any NVIDIA GPU, on a machine that needs none.
+
+Tensors on the "meta" device take the place of real ones. For a process of its own: Triton's driver
+is replaced for good, and the interpreter must be off.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+
+from . import configs, engine
+from .configs import Properties, Tile
+
+# Multiprocessors of a GPU that is compiled for: they decide into how many parts work is split.
+PROCESSORS = 132
+INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
+TENSOR_COLUMNS = 512  # of tensor memory, for each multiprocessor of sm_100
+
+
+class Compiled(NamedTuple):
+    """A kernel as the compiler made it.
+
+    Registers and `spilled` bytes are of one thread; `shared` bytes and `tensor` columns (of tensor
+    memory) of one program. `instruction` multiplies matrices, "" where none of the tensor cores'
+    does; `calls` counts functions that were not inlined. `error`: why it did not compile.
+    """
+
+    kernel: str
+    tile: Tile | None
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    tensor: int = 0
+    instruction: str = ""
+    calls: int = 0
+    error: str = ""
+
+    def programs(self, architecture: int) -> int:
+        """How many programs one multiprocessor holds at once."""
+        warps = self.tile.warps
+        registers = -(-self.registers // 8) * 8 * 32 * warps
+        # each program takes 1 KiB more than its own
+        shared = (configs.SHARED_KIB[architecture] + 1) * 1024 // (self.shared + 1024)
+        return min(64 // warps, 65536 // registers, shared, TENSOR_COLUMNS // max(self.tensor, 1))
+
+
+class Driver:
+    """In the place of the driver of a GPU."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps the kernels of devices apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def compiling(architecture: int, only: str = "") -> Iterator[list[Compiled]]:
+    """Host code that is called within it compiles its kernels, or the one of a name; each is listed
+    once."""
+    made: list[Compiled] = []
+    seen: set[Any] = set()
+
+    def launch(kernel: Any, grid: Any, *args: Any, tile: Tile | None = None, **constants: Any):
+        name = kernel.fn.__name__
+        if only not in ("", name):
+            return
+        options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+        try:
+            found = kernel.warmup(*args, **constants, grid=grid, enable_fp_fusion=True, **options)
+            key, result = found.hash, None
+        except Exception as error:  # whatever a compiler raises
+            result = Compiled(name, tile, error=_reason(error))
+            key = result
+        if key not in seen:
+            seen.add(key)
+            made.append(result or _report(name, tile, found))
+
+    triton.runtime.driver.set_active(Driver(architecture))
+    properties = Properties(architecture, PROCESSORS)
+    with (
+        patch.object(engine, "launch", launch),
+        patch.object(configs, "properties", lambda device: properties),
+    ):
+        yield made
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+
+
+def _report(kernel: str, tile: Tile | None, found: Any) -> Compiled:
+    ptx = found.asm["ptx"]
+    used = _usage(found.asm["cubin"])
+    return Compiled(
+        kernel,
+        tile,
+        registers=used["REG"],
+        spilled=used["STACK"] + used["LOCAL"],
+        shared=found.metadata.shared,
+        tensor=getattr(found.metadata, "tmem_size", None) or 0,
+        instruction=next((name for name, text in INSTRUCTIONS.items() if text in ptx), ""),
+        calls=len(re.findall(r"^\s*call\b", ptx, re.MULTILINE)),
+    )
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Resources of the only kernel of a binary, by the tool that comes with Triton."""
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
