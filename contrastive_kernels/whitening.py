@@ -13,6 +13,7 @@ from .whitening_ops import (
     NOT_FINITE,
     approximate_root,
     center,
+    has_cuda_kernel,
     whiten_cholesky,
     whiten_zca,
 )
@@ -63,14 +64,18 @@ def whiten(
     check_method(method, eps, n, dim, "n", "x")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    if resolve_backend(backend, x.device) == "triton" and backend != "auto":
-        raise RuntimeError('backend="triton" has no whitening kernels; "auto" runs on any device')
+    resolve_backend(backend, x.device, kernels=("cpu", "cuda"))
     if backend == "reference":
         if return_info:
             raise ValueError('return_info needs another backend than "reference"')
         with full_precision(x):
             return reference.whiten(x, method=method, eps=eps, iterations=iterations)
     groups = x.to(statistics_dtype(x)).reshape(-1, n, dim)
+    if backend == "cuda" and not (method == "cholesky" and has_cuda_kernel(groups)):
+        raise RuntimeError(
+            'backend="cuda" whitens by "cholesky" in float32, with D <= 256 on most GPUs; "auto" '
+            f"takes batched library calls elsewhere, got {method!r}, {groups.dtype} and D = {dim}"
+        )
     if method == "cholesky":
         z, _inverse, info = whiten_cholesky(groups, eps)
     elif method == "zca":

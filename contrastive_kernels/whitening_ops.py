@@ -33,12 +33,17 @@ TOLERANCE = 0.1  # of a variance of the result
 _LARGE_GROUP = 2**22
 
 
+def has_cuda_kernel(x: Tensor) -> bool:
+    """Whether the CUDA kernels whiten groups like x."""
+    return cuda is not None and cuda.supports(x)
+
+
 @torch.library.custom_op("contrastive_kernels::whiten_cholesky", mutates_args=())
 def whiten_cholesky(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(Z, L^-1, info) of the groups x (G, n, D)."""
     if _use_cpu_kernel(x) and _fills_threads(x):
         return torch.ops.contrastive_kernels.whiten_cholesky_cpu(x, eps)
-    if cuda is not None and cuda.supports(x):
+    if has_cuda_kernel(x):
         return cuda.whiten_cholesky(x.contiguous(), eps)
     centered, covariance, mean = center(x, eps)
     inverse, info = invert_cholesky(covariance, mean)
@@ -56,7 +61,7 @@ def whiten_cholesky_backward(grad: Tensor, z: Tensor, inverse: Tensor, eps: floa
     """Gradient of the groups (G, n, D)."""
     if _use_cpu_kernel(z) and _fills_threads(z):
         return torch.ops.contrastive_kernels.whiten_cholesky_backward_cpu(grad, z, inverse, eps)
-    if cuda is not None and cuda.supports(z):
+    if has_cuda_kernel(z):
         return cuda.whiten_cholesky_backward(grad.contiguous(), z, inverse, eps)
     product = grad.mT @ z
     mirrored = product.tril() + product.tril(-1).mT
