@@ -188,8 +188,7 @@ def coefficients(
     engine.launch(
         coefficient_kernel, (tiles_here,), own, other, problem.scale, gain, c, values,
         bias_sums, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
-        DONE=folds.softplus_done,
-        **problem.constants(chosen),
+        DONE=folds.softplus_done, **problem.constants(chosen),
     )  # fmt: skip
 
 

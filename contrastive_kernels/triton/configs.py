@@ -91,61 +91,36 @@ DOUBLE = {
     "coefficient": row(wide=(64, 32, 16, 8, 2)),
 }
 
+HALF_80 = {
+    "stats": row(*3 * [(128, 64, 8, 3)], wide=(128, 64, 64, 8, 4)),
+    "attend": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "two_way": row(*3 * [(64, 128, 8, 3)], wide=(64, 128, 64, 8, 4)),
+    "gradient": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "coefficient": row(wide=(128, 128, 64, 8, 3)),
+}
+HALF_86 = HALF_80 | {
+    "stats": row(*2 * [(128, 64, 8, 3)], (128, 64, 8, 2), wide=(128, 64, 64, 8, 4)),
+    "two_way": row(*2 * [(64, 128, 8, 3)], (64, 128, 8, 2), wide=(64, 128, 64, 8, 4)),
+}
+HALF_90 = {
+    "stats": row(*2 * [(128, 64, 8, 3)], (128, 64, 8, 2), wide=(128, 128, 64, 8, 3)),
+    "attend": row((128, 64, 8, 4), (64, 64, 4, 3), (128, 32, 8, 3)),
+    "two_way": row((64, 128, 4, 3), (64, 128, 8, 3), (64, 64, 4, 2), wide=(128, 128, 64, 8, 2)),
+    "gradient": row((128, 64, 8, 4), (64, 64, 4, 3), (128, 32, 8, 3)),
+    "coefficient": row(wide=(128, 128, 64, 8, 3)),
+}
+HALF_100 = HALF_86 | {
+    "two_way": row(*2 * [(64, 128, 8, 3)], (64, 64, 8, 2), wide=(64, 128, 64, 8, 4)),
+    "coefficient": row(wide=(128, 64, 64, 8, 4)),
+}
+
 # Architectures: 80 and 87; 86, 89 and 120, which have less shared memory; 90; 100 and above.
 TILES: dict[int, dict[str, dict[str, dict[int, Tile]]]] = {
-    80: {
-        "half": {
-            "stats": row((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3),
-                         wide=(128, 64, 64, 8, 4)),
-            "attend": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-            "two_way": row((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3),
-                           wide=(64, 128, 64, 8, 4)),
-            "gradient": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-            "coefficient": row(wide=(128, 128, 64, 8, 3)),
-        },
-        "single": SINGLE_80,
-        "double": DOUBLE,
-    },
-    86: {
-        "half": {
-            "stats": row((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2),
-                         wide=(128, 64, 64, 8, 4)),
-            "attend": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-            "two_way": row((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2),
-                           wide=(64, 128, 64, 8, 4)),
-            "gradient": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-            "coefficient": row(wide=(128, 128, 64, 8, 3)),
-        },
-        "single": SINGLE_80,
-        "double": DOUBLE,
-    },
-    90: {
-        "half": {
-            "stats": row((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2),
-                         wide=(128, 128, 64, 8, 3)),
-            "attend": row((128, 64, 8, 4), (64, 64, 4, 3), (128, 32, 8, 3)),
-            "two_way": row((64, 128, 4, 3), (64, 128, 8, 3), (64, 64, 4, 2),
-                           wide=(128, 128, 64, 8, 2)),
-            "gradient": row((128, 64, 8, 4), (64, 64, 4, 3), (128, 32, 8, 3)),
-            "coefficient": row(wide=(128, 128, 64, 8, 3)),
-        },
-        "single": SINGLE_90,
-        "double": DOUBLE,
-    },
-    100: {
-        "half": {
-            "stats": row((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2),
-                         wide=(128, 64, 64, 8, 4)),
-            "attend": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-            "two_way": row((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2),
-                           wide=(64, 128, 64, 8, 4)),
-            "gradient": row((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-            "coefficient": row(wide=(128, 64, 64, 8, 4)),
-        },
-        "single": SINGLE_100,
-        "double": DOUBLE,
-    },
-}  # fmt: skip
+    80: {"half": HALF_80, "single": SINGLE_80, "double": DOUBLE},
+    86: {"half": HALF_86, "single": SINGLE_80, "double": DOUBLE},
+    90: {"half": HALF_90, "single": SINGLE_90, "double": DOUBLE},
+    100: {"half": HALF_100, "single": SINGLE_100, "double": DOUBLE},
+}
 
 
 class Properties(NamedTuple):

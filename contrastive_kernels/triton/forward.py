@@ -13,6 +13,10 @@ from .engine import COLUMNS, HEADROOM, ROWS, Problem, cdiv
 from .sweep import Outputs, Partial
 from .tiles import Side
 
+# What the sweeps are compiled for, with running maxima and without any.
+SOFTMAX = {"PUSH": folds.softmax_push, "DONE": folds.softmax_done, "TOP": -math.inf}
+SOFTPLUS = {"PUSH": folds.softplus_push, "DONE": folds.softplus_done, "TOP": 0.0}
+
 
 def stats(
     problem: Problem, which: int, *, softplus: bool = False, mean: bool = False,
@@ -55,12 +59,8 @@ def stats_of(
             problem.empty(parts, 6, own.size),
             problem.empty(parts, own.size, problem.dim) if attend else None,
         )
-    fold = {
-        "PUSH": folds.softplus_push if softplus else folds.softmax_push,
-        "DONE": folds.softplus_done if softplus else folds.softmax_done,
-        "TOP": 0.0 if softplus else -math.inf,
-        "HEADROOM": engine.HEADROOM_WEIGHTED if attend else HEADROOM,
-    }
+    fold = SOFTPLUS if softplus else SOFTMAX
+    fold = fold | {"HEADROOM": engine.HEADROOM_WEIGHTED if attend else HEADROOM}
     shifted = fold | {"PUSH": folds.shifted_push} if fixed else fold
     arguments = (problem, own, other, gain, threshold, out, partial, chosen)
     sweep_and_merge(*arguments, parts, each, shifted, fixed=fixed, repair=False)
@@ -143,12 +143,9 @@ def two_way_lse(problem: Problem, which: int, sums: Tensor, pairs: int) -> Tenso
         problem, own, pairs, None, out, Partial(sums), sums.shape[0], folds.softmax_done, HEADROOM,
         fixed=True, repair=False, width=1,
     )  # fmt: skip
-    online = {
-        "PUSH": folds.softmax_push, "DONE": folds.softmax_done, "TOP": -math.inf,
-        "HEADROOM": HEADROOM,
-    }  # fmt: skip
     sweep_and_merge(
         problem, own, other, None, None, out, Partial(), chosen, 1,
-        cdiv(other.size, chosen.block_n), online, fixed=False, repair=True,
+        cdiv(other.size, chosen.block_n), SOFTMAX | {"HEADROOM": HEADROOM}, fixed=False,
+        repair=True,
     )  # fmt: skip
     return out.first

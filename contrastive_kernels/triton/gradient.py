@@ -92,10 +92,7 @@ def coefficient_kernel(
     if bias_sums is not None:
         tl.store(bias_sums + at, tl.sum(c, 1), mask=inside)
     if rows.inverse is not None:
-        factor = load_block(rows.inverse, row_start, BLOCK_M)
-        if DTYPE == tl.float16:
-            factor = tl.where(factor < 1e11, factor, 0.0)
-        c *= factor[:, None]
+        c *= weight_factor(rows, row_start, BLOCK_M, DTYPE)[:, None]
     pointers = chunk + (tl.cast(i, tl.int64) * columns.size)[:, None] + j[None, :]
     mask = inside[:, None] & (j < columns.size)[None, :]
     c = weigh(c, columns, column_start, gain, BLOCK_N, DTYPE)
@@ -139,13 +136,19 @@ def weigh(weights, other, start, gain, BLOCK: tl.constexpr, DTYPE: tl.constexpr)
     They carry its 1 / norm, and float16 a gain that keeps them in range.
     """
     if other.inverse is not None:
-        factor = load_block(other.inverse, start, BLOCK)
-        if DTYPE == tl.float16:
-            factor = tl.where(factor < 1e11, factor, 0.0)  # a zero vector
-        weights = weights * factor[None, :]
+        weights = weights * weight_factor(other, start, BLOCK, DTYPE)[None, :]
     if gain is not None:
         weights = weights * tl.load(gain)
     return weights.to(DTYPE)
+
+
+@triton.jit
+def weight_factor(side, start, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """1 / norm as a factor of weights; 0 for a zero vector, whose 1e12 float16 cannot take."""
+    factor = load_block(side.inverse, start, BLOCK)
+    if DTYPE == tl.float16:
+        factor = tl.where(factor < 1e11, factor, 0.0)
+    return factor
 
 
 @triton.jit
