@@ -6,6 +6,7 @@ those of the dense formulas; the N x M similarity matrix is never stored.
 
 from .backends import backends
 from .common import LossStats
+from .integrations import patch, patch_status, patched, unpatch
 from .losses import clip_loss, eqco, info_nce, mi_lower_bound, nce, siglip_loss
 from .modules import (
     CACR,
@@ -69,10 +70,14 @@ __all__ = [
     "mi_lower_bound",
     "nce",
     "nt_xent",
+    "patch",
+    "patch_status",
+    "patched",
     "row_softplus",
     "row_stats",
     "siglip_loss",
     "sup_con",
+    "unpatch",
     "w_mse",
     "whiten",
 ]

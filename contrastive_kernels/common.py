@@ -10,11 +10,13 @@ argument that does not fit.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .ops import IdPair, check_features, check_pair, check_positive
 from .reference import SoftplusSweep, Sweep
@@ -151,6 +153,22 @@ def add_rows(value: Tensor, rows: Tensor, reduction: str) -> Tensor:
         return value + rows
     total = value + rows.sum()
     return total / rows.shape[0] if reduction == "mean" else total
+
+
+def by_row_blocks(
+    function: Callable[..., Tensor], rows: Sequence[Tensor], columns: int, *, pairs: int = 2**20
+) -> Tensor:
+    """function(*rows), (N,), from blocks of about `pairs` / `columns` rows of tensors (N, ...).
+
+    For row losses that no sweep computes: `function` may make matrices of its rows by `columns`
+    columns, since it is run once more, block by block, in the backward pass.
+    """
+    size = max(1, pairs // columns)
+    blocks = zip(*(t.split(size) for t in rows), strict=True)
+    return torch.cat([
+        checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False)
+        for block in blocks
+    ])  # fmt: skip
 
 
 def pair_stats(

@@ -226,6 +226,15 @@ def softplus_sweep(
     return out._replace(value=out.value.sum()) if summed else out
 
 
+def keeps_frozen_keys(x: Tensor, y: Tensor, backend: str = "auto") -> bool:
+    """Whether the backward of `sweep` reads keys y (M, D) without gradient again, so that they
+    must not change before it."""
+    chosen = resolve_backend(backend, x.device)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return chosen == "reference" or not registration.can_attend(chosen, x, y, frozen=True)
+
+
 def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False, backend: str = "auto") -> Tensor:
     """<x_i, y_i> for y (N, D), giving (N,), or <x_i, y_ik> for y (N, K, D), giving (N, K).
 

@@ -34,6 +34,7 @@ def nt_xent(
     z2: Tensor,
     *,
     temperature: float = 0.1,
+    scale: float | Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
@@ -45,11 +46,12 @@ def nt_xent(
 
     Args:
         z1, z2: (N, D), two views.
+        scale: number or tensor of one element (may be learned), instead of 1 / temperature.
 
     Returns:
         0-d, or (2N,) with reduction="none": the anchors of z1, then those of z2.
     """
-    scale = resolve_scale(temperature)
+    scale = resolve_scale(temperature, scale)
     check_reduction(reduction)
     dot, pos, out = _positives_and_negatives(z1, z2, scale, normalize, backend, return_stats)
     rows = softplus(out.lse - pos)
@@ -65,7 +67,9 @@ def dcl(
     z2: Tensor,
     *,
     temperature: float = 0.1,
+    scale: float | Tensor | None = None,
     sigma: float | None = None,
+    weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
@@ -78,18 +82,27 @@ def dcl(
 
     Args:
         z1, z2: (N, D), two views; the loss is the mean of both directions.
+        scale: number or tensor of one element (may be learned), instead of 1 / temperature.
+        weight: (2N,), other weights w_i in the order of the anchors, instead of `sigma`.
 
     Returns:
         0-d, or (2N,) with reduction="none": the anchors of z1, then those of z2.
     """
-    scale = resolve_scale(temperature)
+    scale = resolve_scale(temperature, scale)
     check_reduction(reduction)
     if sigma is not None:
         check_positive("sigma", sigma)
+        if weight is not None:
+            raise ValueError("weight and sigma must not both be given")
     dot, pos, out = _positives_and_negatives(z1, z2, scale, normalize, backend, return_stats)
     if sigma is not None:
-        weight = 2 - dot.shape[0] * torch.softmax(dot / sigma, 0)
-        pos = weight.repeat(2) * pos
+        weight = (2 - dot.shape[0] * torch.softmax(dot / sigma, 0)).repeat(2)
+    if weight is not None:
+        if weight.shape != pos.shape:
+            raise ValueError(
+                f"weight must have shape {tuple(pos.shape)}, got {tuple(weight.shape)}"
+            )
+        pos = weight * pos
     loss = reduce_rows(out.lse - pos, reduction)
     return (loss, pair_stats(dot, [out], scale, lse=out.lse)) if return_stats else loss
 

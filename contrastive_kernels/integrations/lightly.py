@@ -1,0 +1,67 @@
+"""lightly's losses: NTXentLoss with its memory bank, DCLLoss and DCLWLoss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import info_nce
+from ..ops import keeps_frozen_keys, statistics_dtype
+from ..self_similarity import dcl, nt_xent
+from .swap import Peer, Unfused, world_size
+
+PEER = Peer("lightly", "lightly", ("1.5", "1.7"))
+peer = PEER.load("lightly.loss")
+
+
+@PEER.fused(peer.NTXentLoss)
+def _nt_xent(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
+    if self.gather_distributed and world_size() > 1:
+        return Unfused("features are gathered from several processes")
+    scale = 1 / self.temperature
+    bank = self.memory_bank
+    if bank.size[0] == 0:
+        if len(out0) == 1:
+            return Unfused("a batch of one pair has no negatives")
+        return nt_xent(out0, out1, scale=scale)
+    # features of the bank are taken as they are
+    dtype = statistics_dtype(out0)
+    out0, out1 = F.normalize(out0.to(dtype), dim=1), F.normalize(out1.to(dtype), dim=1)
+    negatives = bank.bank.to(dtype) if dtype == torch.float64 else bank.bank
+    if keeps_frozen_keys(out0, negatives):
+        negatives = negatives.clone()  # the queue moves on before the backward pass
+    loss = info_nce(out0, out1, negatives=negatives, scale=scale, normalize=False)
+    bank(out1, update=out0.requires_grad)
+    return loss
+
+
+@PEER.fused(peer.DCLLoss)
+def _dcl(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
+    if self.gather_distributed and world_size() > 1:
+        return Unfused("features are gathered from several processes")
+    if len(out0) == 1:
+        return Unfused("a batch of one pair has no negatives")
+    weight = None
+    if self.weight_fn:
+        views = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        weight = torch.cat((self.weight_fn(*views), self.weight_fn(*reversed(views))))
+    return dcl(out0, out1, scale=1 / self.temperature, weight=weight)
+
+
+class NTXentLoss(peer.NTXentLoss):
+    """lightly's `NTXentLoss`, fused: `nt_xent`, or `info_nce` with a memory bank."""
+
+    forward = _nt_xent
+
+
+class DCLLoss(peer.DCLLoss):
+    """lightly's `DCLLoss`, fused: `dcl`."""
+
+    forward = _dcl
+
+
+class DCLWLoss(peer.DCLWLoss):
+    """lightly's `DCLWLoss`, fused: `dcl` with detached weights."""
+
+    forward = _dcl
