@@ -91,7 +91,7 @@ class Swap:
             self.fused_calls += 1
             return
         if reason not in self.fallbacks:
-            warnings.warn(f"{self.label} runs unfused: {reason}", stacklevel=4)
+            warnings.warn(f"{self.label} runs unfused: {reason}", stacklevel=3)
         self.fallbacks[reason] += 1
 
 

@@ -1,0 +1,80 @@
+"""solo-learn's loss functions and its Whitening2d, by the signatures of its current source.
+
+The methods of solo-learn import these functions by name, so the line to change is that import; the
+package itself is not needed here. (Its release 1.0.2 on PyPI is older and has other signatures.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..common import own_ids, softplus
+from ..losses import info_nce
+from ..ops import sweep
+from ..whitening import whiten
+from ..whitening_ops import view_distance
+from .swap import world_size
+
+
+def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
+    """mean_i -log(sum_pos exp(s) / (sum_pos exp(s) + sum_neg exp(s))), s = <z, z> / temperature.
+
+    Args:
+        z: (V N, D) projected features of all views, normalised here.
+        indexes: (V N,) integers; equal ones, of other rows, are positives. With class labels this
+            is the supervised form that has its sum inside the logarithm (Khosla et al., eq. 3).
+
+    A row without a positive raises in neither package: it makes the loss inf.
+    """
+    _one_process()
+    own = own_ids(len(z), z)
+    options = {"scale": 1 / temperature, "normalize": True}
+    positives = sweep(z, None, exclude=own, keep=(indexes, indexes), **options)
+    negatives = sweep(z, None, exclude=(indexes, indexes), **options)
+    return softplus(negatives.lse - positives.lse).mean()
+
+
+def mocov2plus_loss_func(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.1
+) -> Tensor:
+    """InfoNCE against a queue (D, K); features and queue are taken as they are."""
+    return info_nce(query, key, negatives=queue.T, scale=1 / temperature, normalize=False)
+
+
+def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
+    """2 temperature times InfoNCE among the batch, without gradient to the keys."""
+    _one_process()
+    return 2 * temperature * info_nce(query, key.detach(), scale=1 / temperature)
+
+
+def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
+    """InfoNCE of the nearest neighbours `nn` (N, D) against the predictions `p` (N, D)."""
+    return info_nce(nn, p, scale=1 / temperature)
+
+
+def wmse_loss_func(z1: Tensor, z2: Tensor, simplified: bool = True) -> Tensor:
+    """2 - 2 cos of whitened features; `simplified` gives no gradient to z2, as in solo-learn.
+
+    `contrastive_kernels.w_mse` is the whole method, with its permutations and groups.
+    """
+    return view_distance(torch.stack((z1, z2.detach() if simplified else z2)), True).mean()
+
+
+class Whitening2d(nn.Module):
+    """Cholesky whitening of a batch (N, output_dim)."""
+
+    def __init__(self, output_dim: int, eps: float = 0.0) -> None:
+        super().__init__()
+        self.output_dim = output_dim
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return whiten(x, eps=self.eps)
+
+
+def _one_process() -> None:
+    if world_size() > 1:
+        raise NotImplementedError(
+            "this loss gathers features of all processes, which is not fused: use solo-learn's own"
+        )

@@ -1,0 +1,133 @@
+"""Patching a peer, putting it back, and the record of what ran fused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+import contrastive_kernels as ck
+from contrastive_kernels.integrations import swap
+
+
+class Loss:
+    """A peer's loss: its forward, and what the fused one says."""
+
+    def forward(self, x):
+        return ("peer", x)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A peer `toy` of one class and one function, as an integration declares them."""
+    module = types.ModuleType("toy")
+    module.double = lambda x: ("peer", 2 * x)
+    cls = type("Loss", (), {"forward": Loss.forward})
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.4.2rc1")
+    peer = swap.Peer("toy", "toy-package", ("1.2", "2"))
+
+    @peer.fused(cls)
+    def forward(self, x):
+        return swap.Unfused("x is odd") if x % 2 else ("fused", x)
+
+    @peer.fused(module, "double")
+    def double(x):
+        return ("fused", 2 * x)
+
+    integration = types.ModuleType("contrastive_kernels.integrations.toy")
+    integration.PEER = peer
+    monkeypatch.setitem(sys.modules, integration.__name__, integration)
+    monkeypatch.setattr(swap, "PEERS", (*swap.PEERS, "toy"))
+    monkeypatch.setattr(swap, "_imported", {})
+    return types.SimpleNamespace(Loss=cls, double=lambda x: module.double(x), method=forward)
+
+
+def test_patch_reaches_old_instances_and_is_put_back(toy):
+    loss, original = toy.Loss(), vars(toy.Loss)["forward"]
+    assert loss.forward(2) == ("peer", 2)
+    ck.patch("toy")
+    assert loss.forward(2) == ("fused", 2) and toy.double(2) == ("fused", 4)
+    ck.patch("toy")  # twice is once
+    ck.unpatch("toy")
+    assert loss.forward(2) == ("peer", 2) and toy.double(2) == ("peer", 4)
+    assert vars(toy.Loss)["forward"] is original
+
+
+def test_unpatch_of_all_and_before_anything_was_patched(toy):
+    ck.unpatch()
+    ck.patch("toy")
+    ck.unpatch()
+    assert toy.Loss().forward(2) == ("peer", 2)
+
+
+def test_patch_of_named_parts(toy):
+    ck.patch("toy", "double")
+    assert toy.Loss().forward(2) == ("peer", 2) and toy.double(2) == ("fused", 4)
+    with pytest.raises(ValueError, match="toy has Loss, double to patch, got 'Lost'"):
+        ck.patch("toy", "Lost")
+    ck.unpatch()
+
+
+def test_patched_gives_back_what_it_found(toy):
+    ck.patch("toy", "double")
+    with pytest.raises(KeyError), ck.patched("toy"):
+        assert toy.Loss().forward(2) == ("fused", 2)
+        raise KeyError
+    assert toy.Loss().forward(2) == ("peer", 2) and toy.double(2) == ("fused", 4)
+    ck.unpatch()
+
+
+def test_calls_that_do_not_fit_run_the_peers_code_and_warn_once(toy):
+    with ck.patched("toy"):
+        with pytest.warns(UserWarning, match="Loss.forward runs unfused: x is odd") as record:
+            assert toy.Loss().forward(3) == ("peer", 3)
+        assert record[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert toy.Loss().forward(5) == ("peer", 5)
+        toy.Loss().forward(2)
+        status = ck.patch_status()["toy"]
+    assert status["Loss.forward"] == swap.SwapStatus(True, 1, {"x is odd": 2})
+    assert status["double"] == swap.SwapStatus(True, 0, {})
+    assert not ck.patch_status()["toy"]["Loss.forward"].patched
+
+
+def test_unknown_peer():
+    with pytest.raises(ValueError, match="peer must be one of info_nce, .*got 'lightning'"):
+        ck.patch("lightning")
+
+
+@pytest.mark.parametrize("found", ["1.1.9", "2.0", "2", "10.0"])
+def test_wrong_version(monkeypatch, found):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+    message = f"integrations.toy needs toy-package >= 1.2, < 2, found {found}"
+    with pytest.raises(ImportError, match=message):
+        swap.Peer("toy", "toy-package", ("1.2", "2"))
+
+
+def test_missing_peer():
+    with pytest.raises(ImportError, match="toy needs no-such-package >= 1, < 2, which is not inst"):
+        swap.Peer("toy", "no-such-package", ("1", "2"))
+
+
+def test_nothing_is_imported_before_it_is_asked_for():
+    program = (
+        "import sys, contrastive_kernels, contrastive_kernels.integrations as i\n"
+        "assert not set(i.PEERS) & set(sys.modules), set(i.PEERS) & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_compiled_without_a_graph_break():
+    pytest.importorskip("lightly")
+    from contrastive_kernels.integrations.lightly import NTXentLoss
+
+    out0, out1 = torch.randn(2, 12, 8)
+    loss = NTXentLoss()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(out0, out1), loss(out0, out1))
