@@ -6,7 +6,6 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -qq --disable-pip-version-check
-PEERS := lightly==1.6.0 open_clip_torch==3.3.0 pytorch-metric-learning==2.9.0
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -30,10 +29,16 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(BUILD_INPUTS)
 	@touch $@
 	@$(RUN) -m contrastive_kernels info
 
+# The packages whose losses the integrations replace: only tests and benchmarks need them.
+$(VENV)/peers.stamp: $(VENV)/requirements.stamp requirements-peers.txt
+	@echo "installing the peers of the integrations"
+	@$(PIP) install -r requirements.txt -r requirements-peers.txt
+	@touch $@
+
 demo: setup
 	@$(RUN) -m contrastive_kernels demo $(ARGS)
 
-test: lint
+test: lint $(VENV)/peers.stamp
 	@$(RUN) -m pytest -q --durations=10 $(ARGS)
 
 lint: setup
@@ -42,9 +47,7 @@ lint: setup
 	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	    | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-# Without their dependencies: only the files with the losses are imported, which need no more.
-bench: setup
-	@$(PIP) install --no-deps $(PEERS) || echo "some peers are missing: their rows will say so"
+bench: setup $(VENV)/peers.stamp
 	@$(RUN) -m benchmarks.run $(ARGS)
 
 # For a machine with a GPU and no network: PYTHON itself has torch, triton, pytest and the build

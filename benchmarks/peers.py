@@ -1,18 +1,11 @@
-"""Losses of other packages behind the signatures of `contrastive_kernels`; all are optional.
-
-Only the file that holds a loss is imported, unmodified: importing the packages whole would pull
-torchvision, timm and data loaders into a benchmark of one function. A peer that cannot run says
-why.
-"""
+"""Losses of other packages behind the signatures of `contrastive_kernels`; all are optional, and a
+peer that cannot run says why."""
 
 import importlib
 import importlib.metadata
 import importlib.util
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -67,46 +60,37 @@ def missing(distribution: str) -> PeerUnavailable:
     return PeerUnavailable(f"{distribution} is not installed (see benchmarks/README.md)")
 
 
-def _bare_package(name: str, path: Path) -> types.ModuleType:
-    package = types.ModuleType(name)
-    package.__path__ = [str(path)]
-    return package
+# Operators stay declared only as long as their library is referred to.
+_declared: list[torch.library.Library] = []
 
 
-def _torchvision_stub() -> dict[str, types.ModuleType]:
-    """The one name of torchvision that lightly's model utilities import at the top."""
-    stub, ops = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
-    ops.StochasticDepth = type("StochasticDepth", (nn.Module,), {})
-    stub.ops = ops
-    return {"torchvision": stub, "torchvision.ops": ops}
+def declare_torchvision() -> None:
+    """Lets a torchvision be imported whose compiled operators this build of torch cannot load, as a
+    CPU build of torch beside torchvision's release: its Python part wants them declared."""
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
 
 
-def load_class(distribution: str, module: str, name: str, bare: tuple[str, ...]) -> type:
-    """`name` out of `module`, without running the `__init__` files of the `bare` packages.
-
-    sys.modules is left as it was found, so that a whole import elsewhere still works.
+def load_class(distribution: str, module: str, name: str) -> type:
+    """`name` out of `module`.
 
     Raises:
-        PeerUnavailable: the package is not installed, or its file cannot be imported.
+        PeerUnavailable: the package is not installed, or cannot be imported.
     """
-    root = importlib.util.find_spec(module.partition(".")[0])
-    if root is None or root.origin is None:
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise missing(distribution)
-    site = Path(root.origin).parents[1]
-    temporary = {p: _bare_package(p, site.joinpath(*p.split("."))) for p in bare}
-    if importlib.util.find_spec("torchvision") is None:
-        temporary |= _torchvision_stub()
-    before = dict(sys.modules)
-    sys.modules.update(temporary)
+    declare_torchvision()
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, RuntimeError) as error:
         raise PeerUnavailable(f"{distribution} {module} cannot be imported: {error}") from error
-    finally:
-        for added in set(sys.modules) - set(before):
-            if added.partition(".")[0] in (module.partition(".")[0], "torchvision"):
-                del sys.modules[added]
-        sys.modules.update({p: before[p] for p in temporary if p in before})
 
 
 def _linear_cross_entropy(**chunking: int) -> Callable[[], Loss]:
@@ -126,7 +110,7 @@ def _linear_cross_entropy(**chunking: int) -> Callable[[], Loss]:
 
 
 def _open_clip_loss() -> Callable[[Tensor, Tensor, float | Tensor], Tensor]:
-    clip = load_class("open_clip_torch", "open_clip.loss", "ClipLoss", ("open_clip",))()
+    clip = load_class("open_clip_torch", "open_clip.loss", "ClipLoss")()
     return lambda a, b, scale: clip(F.normalize(a, dim=1), F.normalize(b, dim=1), scale)
 
 
@@ -151,8 +135,7 @@ def _open_clip_symmetric() -> Loss:
 
 
 def _lightly() -> Loss:
-    bare = ("lightly", "lightly.loss", "lightly.models", "lightly.models.modules", "lightly.utils")
-    loss_class = load_class("lightly", "lightly.loss.ntx_ent_loss", "NTXentLoss", bare)
+    loss_class = load_class("lightly", "lightly.loss", "NTXentLoss")
 
     def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> Tensor:
         return loss_class(temperature=temperature)(z1, z2)
@@ -161,13 +144,12 @@ def _lightly() -> Loss:
 
 
 def _pytorch_metric_learning() -> Loss:
-    try:
-        from pytorch_metric_learning.losses import SupConLoss
-    except ImportError as error:
-        raise missing("pytorch-metric-learning") from error
+    loss_class = load_class(
+        "pytorch-metric-learning", "pytorch_metric_learning.losses", "SupConLoss"
+    )
 
     def sup_con(features: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
-        return SupConLoss(temperature=temperature)(features, labels)
+        return loss_class(temperature=temperature)(features, labels)
 
     return sup_con
 
