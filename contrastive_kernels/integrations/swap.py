@@ -55,7 +55,8 @@ class Swap:
 
     def __init__(self, owner: type | ModuleType, name: str, function: Callable) -> None:
         self.owner, self.name = owner, name
-        self.original = vars(owner)[name]
+        self.original = getattr(owner, name)
+        self.inherited = name not in vars(owner)
         self.fused_calls = 0
         self.fallbacks: Counter[str] = Counter()
 
@@ -81,10 +82,16 @@ class Swap:
 
     @property
     def patched(self) -> bool:
-        return vars(self.owner)[self.name] is self.method
+        return vars(self.owner).get(self.name) is self.method
 
     def set(self, patched: bool) -> None:
-        setattr(self.owner, self.name, self.method if patched else self.original)
+        if patched:
+            setattr(self.owner, self.name, self.method)
+        elif self.patched:
+            if self.inherited:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, self.original)
 
     def _count(self, reason: str | None) -> None:
         if reason is None:

@@ -16,10 +16,13 @@ from contrastive_kernels.integrations import swap
 
 
 class Loss:
-    """A peer's loss: its forward, and what the fused one says."""
+    """A peer's loss, and a method that its subclasses inherit."""
 
     def forward(self, x):
         return ("peer", x)
+
+    def rows(self, x):
+        return ("peer", [x])
 
 
 @pytest.fixture
@@ -27,13 +30,17 @@ def toy(monkeypatch):
     """A peer `toy` of one class and one function, as an integration declares them."""
     module = types.ModuleType("toy")
     module.double = lambda x: ("peer", 2 * x)
-    cls = type("Loss", (), {"forward": Loss.forward})
+    cls = type("Loss", (Loss,), {"forward": Loss.forward})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.4.2rc1")
     peer = swap.Peer("toy", "toy-package", ("1.2", "2"))
 
     @peer.fused(cls)
     def forward(self, x):
         return swap.Unfused("x is odd") if x % 2 else ("fused", x)
+
+    @peer.fused(cls, "rows")
+    def rows(self, x):
+        return ("fused", [x])
 
     @peer.fused(module, "double")
     def double(x):
@@ -56,6 +63,12 @@ def test_patch_reaches_old_instances_and_is_put_back(toy):
     ck.unpatch("toy")
     assert loss.forward(2) == ("peer", 2) and toy.double(2) == ("peer", 4)
     assert vars(toy.Loss)["forward"] is original
+
+
+def test_an_inherited_method_is_inherited_again(toy):
+    with ck.patched("toy"):
+        assert toy.Loss().rows(1) == ("fused", [1]) and Loss().rows(1) == ("peer", [1])
+    assert toy.Loss().rows(1) == ("peer", [1]) and "rows" not in vars(toy.Loss)
 
 
 def test_unpatch_of_all_and_before_anything_was_patched(toy):
