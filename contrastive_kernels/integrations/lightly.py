@@ -11,7 +11,7 @@ from ..ops import keeps_frozen_keys, statistics_dtype
 from ..self_similarity import dcl, nt_xent
 from .swap import Peer, Unfused, world_size
 
-PEER = Peer("lightly", "lightly", ("1.5", "1.7"))
+PEER = Peer("lightly", "lightly", ("1.5.26", "1.7"))
 peer = PEER.load("lightly.loss")
 
 
@@ -28,6 +28,8 @@ def _nt_xent(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
     # features of the bank are taken as they are
     dtype = statistics_dtype(out0)
     out0, out1 = F.normalize(out0.to(dtype), dim=1), F.normalize(out1.to(dtype), dim=1)
+    if bank.bank.dim() == 1:
+        bank(out1)  # lightly 1.5 makes a bank of unknown dim when it sees features
     negatives = bank.bank.to(dtype) if dtype == torch.float64 else bank.bank
     if keeps_frozen_keys(out0, negatives):
         negatives = negatives.clone()  # the queue moves on before the backward pass
