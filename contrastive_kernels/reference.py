@@ -361,13 +361,15 @@ def nt_xent(
     z2: Tensor,
     *,
     temperature: float = 0.1,
+    scale: float | Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """Cross entropy of the other view among the 2N - 1 other features, for the 2N anchors
     cat(z1, z2) (SimCLR, Chen et al. 2020, eq. 1). reduction="none" gives (2N,)."""
     n = len(z1)
-    logits = similarity(torch.cat([z1, z2]), None, normalize) / temperature
+    scale = 1 / temperature if scale is None else scale
+    logits = scale * similarity(torch.cat([z1, z2]), None, normalize)
     own = torch.eye(2 * n, dtype=torch.bool, device=logits.device)
     target = torch.arange(2 * n, device=logits.device).roll(n)
     rows = F.cross_entropy(logits.masked_fill(own, -torch.inf), target, reduction="none")
@@ -379,19 +381,21 @@ def dcl(
     z2: Tensor,
     *,
     temperature: float = 0.1,
+    scale: float | Tensor | None = None,
     sigma: float | None = None,
+    weight: float | Tensor = 1.0,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """-w_i s+/t + log sum_neg e^{s-/t} over 2N anchors and 2N - 2 negatives, the positive not in
     the sum (Yeh et al. 2022). w = 1, or with sigma w_i = 2 - N softmax_i(s+ / sigma) over
     the N pairs (DCLW), differentiated. reduction="none" gives (2N,)."""
+    scale = 1 / temperature if scale is None else scale
     s, positive, negative = two_views(z1, z2, normalize)
-    weight = 1.0
     if sigma is not None:
         weight = 2 - len(z1) * torch.softmax(positive[: len(z1)] / sigma, 0).repeat(2)
-    negatives = (s / temperature).masked_fill(~negative, -torch.inf)
-    return reduce(negatives.logsumexp(1) - weight * positive / temperature, reduction)
+    negatives = (scale * s).masked_fill(~negative, -torch.inf)
+    return reduce(negatives.logsumexp(1) - weight * scale * positive, reduction)
 
 
 def debiased_rows(
