@@ -12,6 +12,7 @@ from .modules import (
     CCT,
     DCL,
     HCL,
+    INTL,
     NCE,
     WMSE,
     CACRViews,
@@ -30,7 +31,7 @@ from .transport import cacr, cacr_views, cct
 from .whitening import whiten
 from .whitening_flags import check_whitening
 from .whitening_layer import Whitening
-from .whitening_loss import w_mse
+from .whitening_loss import intl, w_mse
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "CCT",
     "DCL",
     "HCL",
+    "INTL",
     "NCE",
     "WMSE",
     "CACRViews",
@@ -66,6 +68,7 @@ __all__ = [
     "eqco",
     "hcl",
     "info_nce",
+    "intl",
     "mi_lower_bound",
     "nce",
     "nt_xent",
