@@ -12,9 +12,10 @@ import torch
 import contrastive_kernels as ck
 from benchmarks import dense, oracle, peers, whitening
 from benchmarks.inputs import (
+    Groups,
     Inputs,
     Sizes,
-    groups,
+    groups_and_upstream,
     image_text,
     image_text_bias,
     labelled,
@@ -54,8 +55,10 @@ class Case:
         flops: floating point operations of the schedule, a multiply-add counted as two.
         frozen: inputs without gradient.
         backward: False for the forward alone, under no_grad.
+        dtype: of the features on a GPU.
         at_most_ms: bound of the time on a GPU.
         graph_at_most: share of its first peer's time that the step may take as a CUDA graph.
+        graph_at_most_ms: bound of the time as a CUDA graph, where a call from Python takes longer.
     """
 
     name: str
@@ -69,8 +72,10 @@ class Case:
     flops: Callable[[Sizes], float] | None = None
     frozen: tuple[str, ...] = ()
     backward: bool = True
+    dtype: torch.dtype = torch.bfloat16
     at_most_ms: float | None = None
     graph_at_most: float | None = None
+    graph_at_most_ms: float | None = None
 
     def tensors(
         self, sizes: Sizes, dtype: torch.dtype = torch.float32, device: str = "cpu"
@@ -283,8 +288,8 @@ def whiten(count: int, rows: int, dim: int, at_most: float) -> Case:
         f"whiten_{dim}",
         "whitening",
         whitening.projected(ck.whiten),
-        Sizes(count, rows, dim),
-        groups,
+        Groups(count, rows, dim),
+        groups_and_upstream,
         oracle.whole(whitening.projected(whitening.whiten_batched)),
         {},
         (

@@ -1,11 +1,14 @@
-"""The table of cases on a GPU, bfloat16, forward and backward."""
+"""The table of cases on a GPU: losses in bfloat16, forward and backward; whitening in float32."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from benchmarks import chunked, dense, gpu_peers, oracle, peers
+import torch
+
+import contrastive_kernels as ck
+from benchmarks import chunked, dense, gpu_peers, oracle, peers, whitening
 from benchmarks.cases import CASES, Case, Rival, half_tiles, two_sided
-from benchmarks.inputs import Sizes
+from benchmarks.inputs import Groups, Sizes, groups
 from benchmarks.peers import Loss, Peer
 
 GRAPH_AT_MOST = 0.5
@@ -110,4 +113,42 @@ SMALL = (
     small("cacr", Sizes(1024, 4096, k=4), two_sided),
 )
 
-GPU_CASES = {case.name: case for case in (*LARGE, *SMALL)}
+
+def whiten_forward_flops(sizes: Sizes) -> float:
+    """The covariance's upper half, the inverse of its factor, and a product with a triangle."""
+    return sizes.n * (2.0 * sizes.m * sizes.d**2 + sizes.d**3)
+
+
+def whiten_rivals(form: Callable[[whitening.Whiten], Loss]) -> tuple[Rival, ...]:
+    return (
+        Rival(peers.batched(form(whitening.whiten_batched)), 0.1),
+        Rival(peers.published(form(whitening.whiten_loop)), 0.01),
+    )
+
+
+def whiten(count: int, rows: int, dim: int, at_most_ms: float) -> tuple[Case, Case]:
+    """So many groups: forward alone, which at_most_ms bounds, and with the backward."""
+    both = replace(
+        CASES[f"whiten_{dim}"],
+        sizes=Groups(count, rows, dim),
+        rivals=whiten_rivals(whitening.projected),
+        dtype=torch.float32,
+    )
+    forward = replace(
+        both,
+        name=f"whiten_{dim}_forward",
+        loss=ck.whiten,
+        inputs=groups,
+        oracle=oracle.result(whitening.whiten_batched),
+        rivals=whiten_rivals(lambda whiten: whiten),
+        flops=whiten_forward_flops,
+        frozen=(),
+        backward=False,
+        graph_at_most_ms=at_most_ms,
+    )
+    return forward, both
+
+
+WHITENING = (*whiten(512, 128, 64, 0.040), *whiten(64, 256, 128, 0.050))
+
+GPU_CASES = {case.name: case for case in (*LARGE, *SMALL, *WHITENING)}

@@ -6,7 +6,7 @@ Caches are not flushed between calls: behind an encoder, too, small features lie
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.check import PEER_BFLOAT16, TOLERANCE, checked, checked_peers, first_line, reason
+from benchmarks.check import PEER_ON_GPU, TOLERANCE, checked, checked_peers, first_line, reason
 from benchmarks.console import judged, line
 from benchmarks.gpu_cases import memory_limit_mb
 from benchmarks.gpu_instruments import GraphStep, peak_mb, sampler
@@ -15,7 +15,6 @@ from benchmarks.measure import Step, Timing, interleave
 from benchmarks.memory import OURS
 from benchmarks.oracle import Truth
 
-DTYPE = torch.bfloat16
 # Seconds for the rounds of one case, and their least number.
 FULL_BUDGET, QUICK_BUDGET, MIN_ROUNDS = 3.0, 0.2, 3
 
@@ -38,6 +37,7 @@ def measure(
     sizes = case.sizes.quick() if quick else case.sizes
     print(f"{case.name}  N={sizes.n} M={sizes.m} D={sizes.d} K={sizes.k}", flush=True)
     record = {"name": case.name, "group": case.group, "sizes": vars(sizes), "frozen": case.frozen}
+    record |= {"dtype": str(case.dtype).removeprefix("torch."), "backward": case.backward}
     if not may_begin:
         record["failed"] = "left out: the run took too long"
     else:
@@ -61,19 +61,25 @@ def _measured(
     if device != "cpu":
         torch.cuda.empty_cache()
     _progress("float64 oracle")
-    tensors = case.tensors(sizes, DTYPE, device)
+    tensors = case.tensors(sizes, case.dtype, device)
     truth = case.oracle(tensors, case.options, case.backward)
     _progress(f"checking {OURS}")
-    step, wrong = checked(case, case.loss, tensors, truth, TOLERANCE[DTYPE])
+    step, wrong = checked(case, case.loss, tensors, truth, TOLERANCE[case.dtype])
     if wrong:
         return {"failed": wrong}
     peers, steps = checked_peers(
-        case, tensors, truth, PEER_BFLOAT16, _progress, bounded=not quick, may_compile=may_compile
+        case,
+        tensors,
+        truth,
+        PEER_ON_GPU[case.dtype],
+        _progress,
+        bounded=not quick,
+        may_compile=may_compile,
     )
     steps = {OURS: step} | steps
     memory = {name: peak_mb(one, device) for name, one in steps.items()}
     graphs, captured = [], {}
-    if case.graph_at_most is not None and device != "cpu":
+    if device != "cpu":
         graphs, captured = _graphs(case, sizes, truth, bounded=not quick)
     _progress(f"timing {len(steps) + len(captured)} contenders")
     timings = interleave(
@@ -100,18 +106,24 @@ def _measured(
 def _graphs(
     case: Case, sizes: Sizes, truth: Truth, *, bounded: bool
 ) -> tuple[list[dict], dict[str, GraphStep]]:
-    """The records of the CUDA graphs of ours and of the baseline, and those that can be timed."""
+    """The records of the CUDA graphs that the case has bounds of, and those that can be timed:
+    ours, and beside a share of its first peer's time that peer."""
     records, steps = [], {}
-    baseline = case.rivals[0].peer
-    for name, loss, tolerance, at_most in (
-        (OURS, case.loss, TOLERANCE[DTYPE], case.graph_at_most),
-        (baseline.name, baseline.load(), PEER_BFLOAT16, None),
-    ):
-        record = {"name": f"{name}, CUDA graph", "at_most": at_most if bounded else None}
+    share, milliseconds = case.graph_at_most, case.graph_at_most_ms
+    contenders = []
+    if share is not None or milliseconds is not None:
+        bounds = {"at_most": share, "at_most_ms": milliseconds} if bounded else {}
+        contenders.append((OURS, case.loss, TOLERANCE[case.dtype], bounds))
+    if share is not None:
+        peer = case.rivals[0].peer
+        contenders.append((peer.name, peer.load(), PEER_ON_GPU[case.dtype], {}))
+    for name, loss, tolerance, bounds in contenders:
+        record = {"name": f"{name}, CUDA graph", "at_most": None, "at_most_ms": None} | bounds
         records.append(record)
         _progress(f"checking {record['name']}")
         try:
-            tensors = case.tensors(sizes, DTYPE, "cuda")  # its own: a replay overwrites gradients
+            # its own: a replay overwrites gradients
+            tensors = case.tensors(sizes, case.dtype, "cuda")
             graph = GraphStep(Step(loss, tensors, case.options, case.backward))
             why_not = reason(graph, truth, tolerance)
         except Exception as failure:
@@ -159,6 +171,9 @@ def _add_timing(contender: dict, timings: dict[str, Timing]) -> None:
         return
     contender["milliseconds"] = timings[name]._asdict()
     note = judged(contender["ratio"], contender["at_most"]) if "ratio" in contender else ""
+    at_most_ms = contender.get("at_most_ms")
+    if at_most_ms is not None:
+        note += f" ({_met(timings[name].median, at_most_ms, 'ms')})"
     line(name, timings[name], note + _megabytes(contender.get("memory_mb")))
 
 

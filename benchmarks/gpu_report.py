@@ -7,7 +7,8 @@ from benchmarks.markdown import milliseconds, share, table
 
 def title(record: dict) -> str:
     sizes = record["sizes"]
-    text = f"`{record['name']}` N={sizes['n']:,} M={sizes['m']:,} D={sizes['d']}"
+    samples = "n" if record["group"] == "whitening" else "M"
+    text = f"`{record['name']}` N={sizes['n']:,} {samples}={sizes['m']:,} D={sizes['d']}"
     return text + (f" K={sizes['k']}" if sizes["k"] > 1 else "")
 
 
@@ -23,10 +24,10 @@ def bounded(text: str, value: float, bound: str, at_most: float | None) -> str:
     return text if value <= at_most else f"**{text}**"
 
 
-def own_time(ours: dict) -> str:
-    at_most = ours["at_most_ms"]
+def bounded_time(entry: dict) -> str:
+    at_most = entry.get("at_most_ms")
     bound = "" if at_most is None else f"{at_most:g} ms"
-    return bounded(milliseconds(ours), ours["milliseconds"]["median"], bound, at_most)
+    return bounded(milliseconds(entry), entry["milliseconds"]["median"], bound, at_most)
 
 
 def spread(entry: dict) -> str:
@@ -47,7 +48,7 @@ def large_row(record: dict) -> list[str]:
         return failed(record, len(LARGE_HEAD))
     ours = record["ours"]
     rate, fraction = f"{ours['tflops']:.3g}", f"{ours['gemm_fraction']:.0%}"
-    return [title(record), own_time(ours), spread(ours), rate, fraction, megabytes(ours)]
+    return [title(record), bounded_time(ours), spread(ours), rate, fraction, megabytes(ours)]
 
 
 PEER_HEAD = ("case", "against", "ours", "theirs", "ours / theirs", "their peak memory")
@@ -63,7 +64,7 @@ def peer_rows(record: dict) -> Iterable[list[str]]:
         yield [*row, milliseconds(peer), ratio, megabytes(peer)]
 
 
-GRAPH_HEAD = ("case", "contender", "time", "share of dense eager")
+GRAPH_HEAD = ("case", "contender", "time", "share of eager torch")
 
 
 def graph_rows(record: dict) -> Iterable[list[str]]:
@@ -72,7 +73,7 @@ def graph_rows(record: dict) -> Iterable[list[str]]:
             yield [title(record), graph["name"], graph["reason"], ""]
             continue
         ratio = share(graph["ratio"], graph["at_most"]) if "ratio" in graph else "–"
-        yield [title(record), graph["name"], milliseconds(graph), ratio]
+        yield [title(record), graph["name"], bounded_time(graph), ratio]
 
 
 def provenance(result: dict) -> str:
@@ -89,21 +90,27 @@ def provenance(result: dict) -> str:
 
 def section(result: dict) -> list[str]:
     """The markdown lines of one GPU."""
-    records = result["cases"]
-    large = [record for record in records if record["group"] == "large"]
-    small = [record for record in records if record["group"] == "small"]
+    groups: dict[str, list[dict]] = {}
+    for record in result["cases"]:
+        groups.setdefault(record["group"], []).append(record)
     lines = [f"### {result['environment']['device']}", "", provenance(result), ""]
     lines += ["Forward and backward, bfloat16; medians, interleaved with the peers. A number is"]
     lines += ["shown only after value and gradients agreed with float64 in the same run.", ""]
-    if large:
-        lines += [*table(LARGE_HEAD, map(large_row, large)), ""]
-        rows = [row for record in large for row in peer_rows(record)]
-        lines += [*table(PEER_HEAD, rows), ""]
-    if small:
-        lines += ["Small batches, by the host's clock:", ""]
-        lines += [*table(LARGE_HEAD, map(large_row, small)), ""]
-        rows = [row for record in small for row in peer_rows(record)]
-        lines += [*table(PEER_HEAD, rows), ""]
-        rows = [row for record in small for row in graph_rows(record)]
+    if "large" in groups:
+        lines += tables(groups["large"])
+    if "small" in groups:
+        lines += ["Small batches, by the host's clock:", "", *tables(groups["small"])]
+    if "whitening" in groups:
+        lines += ["Whitening, float32, N groups of n x D; forward alone, and with the backward:"]
+        lines += ["", *tables(groups["whitening"])]
+    return lines
+
+
+def tables(records: list[dict]) -> list[str]:
+    """Our numbers, the peers' and, where there are any, the CUDA graphs'."""
+    lines = [*table(LARGE_HEAD, map(large_row, records)), ""]
+    lines += [*table(PEER_HEAD, (row for record in records for row in peer_rows(record))), ""]
+    rows = [row for record in records for row in graph_rows(record)]
+    if rows:
         lines += ["Replays of a CUDA graph:", "", *table(GRAPH_HEAD, rows), ""]
     return lines

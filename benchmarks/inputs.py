@@ -24,6 +24,14 @@ class Sizes:
         return replace(self, n=n, m=min(self.m * n // self.n, 16384))
 
 
+@dataclass(frozen=True)
+class Groups(Sizes):
+    """n groups of m samples, which stay whole in a smoke run."""
+
+    def quick(self) -> "Groups":
+        return replace(self, n=min(self.n, 8))
+
+
 Inputs = Callable[[Sizes, torch.Generator], Tensors]
 
 
@@ -95,6 +103,11 @@ def views_and_permutations(count: int) -> Inputs:
 
 
 def groups(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """n groups of m samples."""
+    return {"x": torch.randn(sizes.n, sizes.m, sizes.d, generator=generator)}
+
+
+def groups_and_upstream(sizes: Sizes, generator: torch.Generator) -> Tensors:
     """n groups of m samples, and an upstream gradient related to them."""
-    x = torch.randn(sizes.n, sizes.m, sizes.d, generator=generator)
+    x = groups(sizes, generator)["x"]
     return {"x": x, "upstream": x + torch.randn(x.shape, generator=generator)}

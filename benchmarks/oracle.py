@@ -20,10 +20,11 @@ BLOCK = 2**24
 class Truth(NamedTuple):
     """Value and gradients in float64; gradients of the inputs that require one.
 
+    value: a tensor where that is what the step returns.
     rows: where only these rows of the gradients are known; the value is then nan.
     """
 
-    value: float
+    value: float | Tensor
     gradients: Tensors
     rows: Tensor | None = None
 
@@ -51,6 +52,18 @@ def whole(loss: Callable[..., Tensor]) -> Oracle:
         if backward:
             value.backward()
         return Truth(value.item(), _gradients(leaves))
+
+    return evaluate
+
+
+def result(function: Callable[..., Tensor]) -> Oracle:
+    """The oracle of a forward pass that returns a tensor: `function` itself in float64."""
+
+    def evaluate(tensors: Tensors, options: dict, backward: bool = False) -> Truth:
+        if backward:
+            raise ValueError("a tensor has no backward pass: project it, and use whole()")
+        with torch.no_grad():
+            return Truth(function(**_leaves(tensors), **options), {})
 
     return evaluate
 

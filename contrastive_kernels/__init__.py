@@ -13,6 +13,7 @@ from .modules import (
     CCT,
     DCL,
     HCL,
+    INTL,
     NCE,
     WMSE,
     CACRViews,
@@ -31,7 +32,7 @@ from .transport import cacr, cacr_views, cct
 from .whitening import whiten
 from .whitening_flags import check_whitening
 from .whitening_layer import Whitening
-from .whitening_loss import w_mse
+from .whitening_loss import intl, w_mse
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "CCT",
     "DCL",
     "HCL",
+    "INTL",
     "NCE",
     "WMSE",
     "CACRViews",
@@ -67,6 +69,7 @@ __all__ = [
     "eqco",
     "hcl",
     "info_nce",
+    "intl",
     "mi_lower_bound",
     "nce",
     "nt_xent",

@@ -35,7 +35,7 @@ def whiten_cholesky(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Z (G, n, D), L^-1 (G, D, D) lower, both float32, and info (G,) int32: 0, or 1 where C is not
         positive definite to working precision, or 2 where it is not finite; then Z and L^-1 of that
-        group are NaN.
+        group are NaN, and its gradient is 0.
 
     Raises:
         RuntimeError: CUDA refused the launch; numbers never raise, and nothing synchronises.

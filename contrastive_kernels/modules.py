@@ -103,6 +103,10 @@ class WMSE(ContrastiveLoss):
     function = staticmethod(whitening_loss.w_mse)
 
 
+class INTL(ContrastiveLoss):
+    function = staticmethod(whitening_loss.intl)
+
+
 class NCE(ContrastiveLoss):
     function = staticmethod(losses.nce)
 

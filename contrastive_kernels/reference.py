@@ -653,6 +653,41 @@ def w_mse(
     return reduce(torch.stack(values).mean(0), reduction)
 
 
+def intl(
+    views: Tensor,
+    *,
+    axis: int = 0,
+    lam: float | None = None,
+    iterations: int = 4,
+    reduction: str = "mean",
+) -> Tensor:
+    """INTL, Weng et al. 2024: views (V, N, D), each after iterative normalisation, t_v;
+    mean over v > 0 of 2 - 2 cos(t_v, t_0) + lam (TL_v + TL_0), TL = sum (variance - 1)^2.
+
+    axis 0: of the samples over their features, 1: of the features over the batch. lam None:
+    0.01 (log2 of the number of variances - 3). A row is its distance plus all trace losses.
+    """
+    views = promote(views)
+    transformed, traces = [], []
+    for view in views:
+        x = view.T if axis == 0 else view  # variances are over the rows
+        centered = x - x.mean(0)
+        covariance = centered.T @ centered / (len(x) - 1)
+        p = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        for _ in range(iterations):  # as published; it is stable for so few steps
+            p = 1.5 * p - 0.5 * p @ p @ p @ covariance / covariance.trace()
+        z = centered @ p / covariance.trace().sqrt()
+        traces.append((z.var(0) - 1).square().sum())
+        transformed.append(z.T if axis == 0 else z)
+    if lam is None:
+        lam = 0.01 * (math.log2(views.shape[1 + axis]) - 3)
+    rows = [
+        2 - 2 * F.cosine_similarity(z, transformed[0], eps=0.0) + lam * (trace + traces[0])
+        for z, trace in zip(transformed[1:], traces[1:], strict=True)
+    ]
+    return reduce(torch.stack(rows).mean(0), reduction)
+
+
 def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:
     """log(K + 1) - loss, detached: InfoMin's I_NCE (Tian et al. 2020), in nats. A bound of
     the mutual information for InfoNCE without a margin only."""

@@ -81,7 +81,7 @@ def whiten(
     elif method == "zca":
         z, _vectors, _roots, info = whiten_zca(groups, eps)
     else:
-        z, info = _whiten_newton_schulz(groups, eps, iterations)
+        z, info = whiten_newton_schulz(groups, eps, iterations)
     z = z.view(x.shape)
     if return_info:
         return z, (info == FINE).view(x.shape[:-2])
@@ -109,7 +109,8 @@ def _check_groups(x: Tensor) -> None:
         raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
 
 
-def _whiten_newton_schulz(x: Tensor, eps: float, iterations: int) -> tuple[Tensor, Tensor]:
+def whiten_newton_schulz(x: Tensor, eps: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """(Z, info) of the groups x (G, n, D) of any rank."""
     with full_precision(x):
         finite = x.isfinite().flatten(1).all(1)
         # else the gradient of a group that is not finite would be NaN

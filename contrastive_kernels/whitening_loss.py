@@ -1,13 +1,17 @@
-"""W-MSE: whitened views that agree."""
+"""W-MSE and INTL: whitened views that agree."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Loss, LossStats, check_reduction, reduce_rows
-from .ops import check_features, check_ids, statistics_dtype
-from .whitening import check_method, whiten
+from . import reference, whitening_flags
+from .common import Loss, LossStats, check_range, check_reduction, reduce_rows
+from .ops import check_features, check_ids, full_precision, resolve_backend, statistics_dtype
+from .whitening import check_method, whiten, whiten_newton_schulz
 from .whitening_ops import dense_view_distance, permute_rows, view_distance
 
 
@@ -46,11 +50,9 @@ def w_mse(
         0-d, or (N,) with reduction="none", by sample. LossStats has the positive_similarity only:
         the mean cosine of the whitened views.
     """
-    check_features("views", views, (3,))
+    _check_views(views)
     check_reduction(reduction)
     v, n, dim = views.shape
-    if v < 2:
-        raise ValueError(f"views must have shape (V, N, D) with V >= 2, got {tuple(views.shape)}")
     if group_size < 1 or n % group_size != 0:
         raise ValueError(f"group_size must divide N = {n}, got {group_size}")
     check_method(method, eps, group_size, dim, "group_size", "views")
@@ -84,6 +86,80 @@ def w_mse(
         return loss
     squared = pairs.detach() if normalize else distance(z.detach(), True)
     return loss, LossStats(positive_similarity=1 - 0.5 * squared.mean())
+
+
+def intl(
+    views: Tensor,
+    *,
+    axis: int = 0,
+    lam: float | None = None,
+    iterations: int = 4,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """INTL (Weng et al. 2024): agreement of iteratively normalised views, with the trace loss.
+
+    t_v = view v after `iterations` steps of IterNorm without eps, TL_v = the sum over its samples
+    (axis 0) or features (axis 1) of (variance - 1)^2, which the few steps leave below 1, and
+    loss = the mean over v > 0 and samples of 2 - 2 cos(t_v, t_0) + lam (TL_v + TL_0).
+
+    Args:
+        views: (V, N, D), V >= 2; the first is the one that all others are compared with.
+        axis: what is normalised. 0, the authors' choice: samples, over their features: each is
+            centred and has its variance over them, the covariance is (N, N). 1: features, over
+            the batch. Neither needs a covariance of full rank.
+        lam: None: 0.01 (log2 s - 3), s = N on axis 0 and D on axis 1; below 0 where s < 8.
+
+    Returns:
+        0-d, or (N,) with reduction="none": the distance of each sample, plus the trace losses,
+        which all share. LossStats has the positive_similarity only: the mean cosine.
+
+    Raises:
+        ValueError: also for a view whose covariance is not finite, with the delay of `whiten`.
+
+    Formula and defaults are those of the authors' code (winci-ai/INTL), which gathers the batches
+    of all processes first; pass gathered views for the same.
+    """
+    _check_views(views)
+    check_reduction(reduction)
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 (samples) or 1 (features), got {axis!r}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    count = views.shape[2 - axis]  # of what a variance is taken over
+    if count < 2:
+        raise ValueError(
+            f"views must have at least 2 {'samples' if axis else 'features'} with axis={axis}, "
+            f"got shape {tuple(views.shape)}"
+        )
+    if lam is None:
+        lam = 0.01 * (math.log2(views.shape[1 + axis]) - 3)
+    else:
+        check_range("lam", lam, 0.0)
+    resolve_backend(backend, views.device, kernels=("cpu",))
+    with full_precision(views):
+        groups = views.to(statistics_dtype(views))
+        groups = groups if axis == 1 else groups.mT
+        if backend == "reference":
+            z = reference.whiten(groups, method="newton_schulz", iterations=iterations)
+        else:
+            z, info = whiten_newton_schulz(groups, 0.0, iterations)
+            whitening_flags.check(info)
+        trace_losses = (z.square().sum(1) / (count - 1) - 1).square().sum(1)
+        unit = F.normalize(z if axis == 1 else z.mT, dim=-1)
+        cosine = (unit[1:] * unit[0]).sum(-1).mean(0)
+        rows = 2 - 2 * cosine + lam * (trace_losses[1:].mean() + trace_losses[0])
+    loss = reduce_rows(rows, reduction)
+    if not return_stats:
+        return loss
+    return loss, LossStats(positive_similarity=cosine.detach().mean())
+
+
+def _check_views(views: Tensor) -> None:
+    check_features("views", views, (3,))
+    if views.shape[0] < 2:
+        raise ValueError(f"views must have shape (V, N, D) with V >= 2, got {tuple(views.shape)}")
 
 
 def _draw(

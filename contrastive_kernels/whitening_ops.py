@@ -187,7 +187,10 @@ def approximate_root(covariance: Tensor, iterations: int) -> tuple[Tensor, Tenso
     """(P close to C^-1/2, info) of the covariances C (G, D, D), by Newton-Schulz steps."""
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     info = torch.where(trace.isfinite(), FINE, NOT_FINITE).to(torch.int32).flatten()
-    trace = trace.clamp(min=torch.finfo(covariance.dtype).tiny)  # constant features stay 0
+    constant = trace == 0
+    trace = trace.clamp(min=torch.finfo(covariance.dtype).tiny)
+    # what was made of constant features is 0, and so is their gradient
+    scale = torch.where(constant, 0.0, trace.rsqrt())
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     # P <- P (3 I - P P S) / 2 loses P S = S P to rounding and diverges after about 15 steps;
     # the coupled pair Y = S P, P stays stable and costs no more
@@ -197,7 +200,7 @@ def approximate_root(covariance: Tensor, iterations: int) -> tuple[Tensor, Tenso
         inverse = factor @ inverse
         if step + 1 < iterations:
             root = root @ factor
-    return inverse * trace.rsqrt(), info
+    return inverse * scale, info
 
 
 def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

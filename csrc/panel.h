@@ -20,8 +20,10 @@ constexpr int kRows = 2;     // multiply_rows(): 2 x 8 entries are one body's
 constexpr int kParts = 8;    // column sums are made in parts
 constexpr int kPadding = 4;  // of the rows in shared memory, so that they start in different banks
 
+CK_HOST_DEVICE constexpr int divide_up(int value, int by) { return (value + by - 1) / by; }
+
 CK_HOST_DEVICE constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+  return divide_up(value, multiple) * multiple;
 }
 
 CK_HOST_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }

@@ -9,8 +9,9 @@
 
 namespace ck {
 
-constexpr int kTile = 4;                      // add_products(): 4 x 4 entries are one body's
-constexpr float kNoise = 10 * 1.1920929e-7f;  // of a variance: less is rounding of the elimination
+constexpr int kTile = 4;  // add_products(): 4 x 4 entries are one body's
+constexpr float kEpsilon = 1.1920929e-7f;
+constexpr float kNoise = 10 * kEpsilon;  // of a variance: less is rounding of the elimination
 
 CK_DEVICE float inverse_sqrt(float x) {
 #ifdef __CUDA_ARCH__
@@ -100,7 +101,7 @@ struct BlockFactor {
   float u[kBlock][kBlock];
   float info;  // as in invert_factor()
 
-  CK_DEVICE BlockFactor(Triangle triangle, int first, const float* variance) : info(0) {
+  CK_DEVICE BlockFactor(Triangle triangle, int first, const float* lowest) : info(0) {
     CK_UNROLL
     for (int k = 0; k < kBlock; ++k) {
       const float* row = triangle.row(first + k) + first;
@@ -113,10 +114,10 @@ struct BlockFactor {
     }
     CK_UNROLL
     for (int k = 0; k < kBlock; ++k) {
-      const float known = variance[first + k];
-      if (!(known - known == 0)) {
+      const float noise = lowest[first + k];
+      if (!(noise - noise == 0)) {
         info = 2;
-      } else if (!(u[k][k] > kNoise * known) && info == 0) {
+      } else if (!(u[k][k] > noise) && info == 0) {
         info = 1;
       }
       u[k][k] = inverse_sqrt(u[k][k]);
@@ -155,17 +156,17 @@ struct BlockFactor {
 // takes their place. Above the block F^T = V_.b U_bb^-1, final. Then whatever is right of the
 // block, be it C below or V above row b, loses F^T F: one update serves factor and inverse.
 //
-// factor (8, side) and block (8, 8) are room for a step. *failed becomes 1 if a pivot is below
-// kNoise of its variance, and 2 if a variance is not finite.
+// factor (8, side) and block (8, 8) are room for a step. *failed becomes 1 if a pivot is not above
+// `lowest` (side), and 2 if an entry of that is not finite.
 template <class Team>
 CK_DEVICE void invert_factor(Team& team, Triangle triangle, float* factor, float* block,
-                             const float* variance, float* failed) {
+                             const float* lowest, float* failed) {
   const int side = triangle.side;
   const Panel eliminated{factor, side, kBlock};
   for (int first = 0; first < side; first += kBlock) {
     // Every thread factors the block for itself: shorter than waiting for one that does.
     team.for_each(side, [&](int line) {
-      const BlockFactor diagonal(triangle, first, variance);
+      const BlockFactor diagonal(triangle, first, lowest);
       if (line == 0 && diagonal.info > *failed) *failed = diagonal.info;
       const bool above = line < first, right = line >= first + kBlock;
       float v[kBlock];

@@ -10,12 +10,24 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import chunked, dense, gpu, gpu_measure, gpu_peers, gpu_report, oracle, report, run
-from benchmarks.check import error
+from benchmarks import (
+    chunked,
+    dense,
+    gpu,
+    gpu_measure,
+    gpu_peers,
+    gpu_report,
+    oracle,
+    report,
+    run,
+    whitening,
+)
+from benchmarks.cases import Case
+from benchmarks.check import TOLERANCE, error
 from benchmarks.gpu_cases import GPU_CASES, MILLION, SAMPLED_ROWS, memory_limit_mb
 from benchmarks.gpu_instruments import gemm_flops
-from benchmarks.inputs import Sizes, image_text, image_text_bias, pairs, queue
-from benchmarks.measure import Step
+from benchmarks.inputs import Groups, Sizes, groups, image_text, image_text_bias, pairs, queue
+from benchmarks.measure import Step, Timing
 
 DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
 TAU = {"temperature": 0.1}
@@ -45,7 +57,9 @@ def step_of(loss, inputs, options, sizes, frozen=()):
 @pytest.mark.parametrize("case", GPU_CASES.values(), ids=lambda case: case.name)
 def test_inputs_and_oracle_of_a_case(case):
     sizes = Sizes(16, 16 * max(1, case.sizes.m // case.sizes.n // 64), case.sizes.d, case.sizes.k)
-    tensors = case.tensors(sizes, torch.bfloat16, "cpu")
+    if case.group == "whitening":
+        sizes = case.sizes.quick()
+    tensors = case.tensors(sizes, case.dtype, "cpu")
     truth = case.oracle(tensors, case.options, case.backward)
     wanted = {name for name, t in tensors.items() if t.requires_grad}
     assert set(truth.gradients) <= wanted
@@ -55,7 +69,9 @@ def test_inputs_and_oracle_of_a_case(case):
 
 def test_bounds_of_the_table():
     assert GPU_CASES["info_nce"].sizes == Sizes(65536, 65536, 128)
-    assert len(GPU_CASES) == 13
+    assert len(GPU_CASES) == 17
+    halves = {name for name, case in GPU_CASES.items() if case.dtype == torch.bfloat16}
+    assert halves == {name for name in GPU_CASES if not name.startswith("whiten")}
     bounds = {name: case.at_most_ms for name, case in GPU_CASES.items() if case.group == "large"}
     assert bounds == {
         "info_nce": 9.0,
@@ -72,23 +88,77 @@ def test_bounds_of_the_table():
     assert [(c.rivals[0].at_most, c.graph_at_most) for c in small] == [(1.0, 0.5)] * 6
 
 
-@pytest.mark.parametrize("name", ["nt_xent", "info_nce_million", "sup_con_small"])
+def test_bounds_of_whitening():
+    cases = [case for case in GPU_CASES.values() if case.group == "whitening"]
+    assert {case.name: (case.sizes, case.graph_at_most_ms) for case in cases} == {
+        "whiten_64_forward": (Groups(512, 128, 64), 0.040),
+        "whiten_64": (Groups(512, 128, 64), None),
+        "whiten_128_forward": (Groups(64, 256, 128), 0.050),
+        "whiten_128": (Groups(64, 256, 128), None),
+    }
+    assert [[rival.at_most for rival in case.rivals] for case in cases] == [[0.1, 0.01]] * 4
+    assert [case.backward for case in cases] == [False, True] * 2
+    assert Groups(512, 128, 64).quick() == Groups(8, 128, 64)
+
+
+def test_a_result_that_is_a_tensor_is_compared_whole():
+    x = groups(Groups(3, 20, 5), torch.Generator().manual_seed(0))
+    truth = oracle.result(whitening.whiten_batched)(x, {})
+    right = Step(whitening.whiten_loop, x, {}, backward=False)
+    assert error(right, truth, TOLERANCE[torch.float32]) is None
+
+    def last_entry_off(x):
+        z = whitening.whiten_batched(x)
+        z[-1, -1, -1] += 0.01
+        return z
+
+    wrong = Step(last_entry_off, x, {}, backward=False)
+    assert error(wrong, truth, TOLERANCE[torch.float32]).startswith("result off by ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nt_xent", "info_nce_million", "sup_con_small", "whiten_64_forward", "whiten_128"],
+)
 def test_a_case_is_measured(name):
     case = GPU_CASES[name]
     record = gpu_measure.measure(case, DEVICE, 1e12, quick=True, may_compile=False)
     assert "failed" not in record
     on_gpu = DEVICE == "cuda"
     assert (record["ours"]["memory_mb"] is not None) == on_gpu
-    assert len(record["graphs"]) == (2 if on_gpu and case.graph_at_most else 0)
+    assert record["dtype"] == str(case.dtype)[6:] and record["backward"] == case.backward
+    wanted = 2 if case.graph_at_most else 1 if case.graph_at_most_ms else 0
+    assert len(record["graphs"]) == (wanted if on_gpu else 0)
     assert all("ratio" in graph for graph in record["graphs"])
     assert record["ours"]["milliseconds"]["median"] > 0 and record["ours"]["tflops"] > 0
     json.dumps(record)
     for peer in record["peers"]:
         assert ("ratio" in peer) != ("reason" in peer)
     by_name = {peer["name"]: peer for peer in record["peers"]}
-    if by_name:
+    if case.group == "whitening":
+        assert all("ratio" in peer for peer in by_name.values()) and len(by_name) == 2
+    elif by_name:
         assert "ratio" in by_name["dense eager torch"]
         assert by_name["torch.compile of dense"]["reason"] == "left out: no time to compile"
+
+
+def test_a_graph_is_held_to_a_bound_in_milliseconds(monkeypatch, capsys):
+    case, tensors = GPU_CASES["whiten_64_forward"], Case.tensors
+    monkeypatch.setattr(Case, "tensors", lambda self, *where: tensors(self, *where[:2], DEVICE))
+    monkeypatch.setattr(gpu_measure, "GraphStep", lambda step: step)
+    sizes = case.sizes.quick()
+    truth = case.oracle(case.tensors(sizes, case.dtype), {}, False)
+    (record,), steps = gpu_measure._graphs(case, sizes, truth, bounded=True)
+    assert record["at_most_ms"] == 0.04 and list(steps) == [record["name"]]
+    gpu_measure._add_timing(record, {record["name"]: Timing(0.05, 0.05, 0.05, 3)})
+    assert "at most 0.04 ms: NOT MET" in capsys.readouterr().out
+    (record,), _ = gpu_measure._graphs(case, sizes, truth, bounded=False)
+    assert record["at_most_ms"] is None
+    both = GPU_CASES["info_nce_small"]
+    sizes = both.sizes.quick()
+    truth = both.oracle(both.tensors(sizes, both.dtype), both.options)
+    records, steps = gpu_measure._graphs(both, sizes, truth, bounded=True)
+    assert [record["at_most"] for record in records] == [0.5, None] and len(steps) == 2
 
 
 def case_truth(case):
@@ -177,6 +247,9 @@ def made_up_result():
     large = {"name": "info_nce", "group": "large", "sizes": sizes, "ours": ours}
     small = {"name": "cacr_small", "group": "small", "sizes": sizes | {"k": 4}, "ours": ours}
     broken = {"name": "nt_xent", "group": "large", "sizes": sizes, "failed": "out of memory"}
+    whiten = {"name": "whiten_64_forward", "group": "whitening", "ours": ours}
+    whiten |= {"sizes": {"n": 512, "m": 128, "d": 64, "k": 1}}
+    timed_graph = graph | {"at_most": None, "at_most_ms": 0.04}
     environment = {"device": "Imaginary GPU", "capability": "sm_90", "driver": "1.2"}
     environment |= {"backend": "triton", "versions": {"torch": "2.11.0"}, "commit": "abc"}
     return {
@@ -189,6 +262,7 @@ def made_up_result():
             large | {"peers": [dense_peer, absent], "graphs": []},
             broken,
             small | {"peers": [dense_peer], "graphs": [graph]},
+            whiten | {"peers": [dense_peer], "graphs": [timed_graph]},
         ],
     }
 
@@ -201,6 +275,8 @@ def test_the_tables_of_a_result():
     assert row + "| flex | 8.5 ms | out of memory |  |  |" in text
     assert "| FAILED: out of memory |" in text
     assert "| ours, CUDA graph | 0.07 ms | **0.70 (≤ 0.50)** |" in text
+    row = "| `whiten_64_forward` N=512 n=128 D=64 "
+    assert row + "| ours, CUDA graph | **0.07 ms (≤ 0.04 ms)** | 0.70 |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| `info_nce`")}
     assert widths == {7}
 
@@ -237,11 +313,11 @@ def test_a_run_is_written_case_by_case(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "describe_gpu", lambda: made_up["environment"])
     monkeypatch.setattr(run.gpu_instruments, "gemm_flops", lambda device: 7.9e14)
     monkeypatch.setattr(run.gpu_measure, "measure", measure)
-    names = ["info_nce", "nt_xent", "cacr_small"]
+    names = ["info_nce", "nt_xent", "cacr_small", "whiten_64_forward"]
     arguments = ["run", "--device", "cuda", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", arguments + [f"--case={name}" for name in names])
     assert run.main() == 1
-    assert kept == [0, 1, 2]
+    assert kept == [0, 1, 2, 3]
     result = json.loads(path.read_text())
     assert result["cases"] == made_up["cases"] and result["device_type"] == "cuda"
     printed = capsys.readouterr().out

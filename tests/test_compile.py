@@ -74,6 +74,8 @@ CASES = {
         ),
         lambda n: (features(GROUP * n, 1, 2), torch.arange(GROUP * n).flip(0)[None]),
     ),
+    "intl": (ck.intl, lambda n: (features(n, 1, 2),)),
+    "intl features": (lambda views: ck.intl(views, axis=1), lambda n: (features(n, 1, 3),)),
     "whiten zca": (
         lambda x: ck.whiten(x, method="zca").square().sum(),
         lambda n: (features(n + 6, 1, 2),),

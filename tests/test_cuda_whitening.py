@@ -145,10 +145,34 @@ def test_kernels_report_a_failed_group_and_leave_the_others(cuda):
     x[1, :, 2] = x[1, :, 0]
     x[3, 0, 0] = torch.nan
     spoilt = both(cuda, x, upstream, 0.0)
-    assert spoilt[2].tolist() == [0, 1, 0, 2]
+    z, inverse, info, dx = spoilt
+    assert info.tolist() == [0, 1, 0, 2]
     for actual, whole in zip(spoilt, clean, strict=True):
         assert torch.equal(actual[::2], whole[::2])
-    assert all(spoilt[i][1::2].isnan().all() for i in (0, 1, 3))
+    assert z[1::2].isnan().all() and inverse[1::2].isnan().all()
+    assert dx[1::2].count_nonzero() == 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("dim", [5, 33, 100])
+def test_kernels_refuse_a_row_twice(cuda, dim):
+    """n = D + 1: the last pivot is rounding of any size, and the variances of the result show it.
+    Small blocks and large ones."""
+    x, upstream = on_gpu(400, dim + 1, dim), on_gpu(400, dim + 1, dim, seed=1)
+    x[:, 0] = x[:, dim // 2 + 1]
+    z, inverse, info, dx = both(cuda, x, upstream, 0.0)
+    assert (info == 1).all(), info.bincount()
+    assert z.isnan().all() and inverse.isnan().all() and dx.count_nonzero() == 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [40, 20000])
+def test_kernels_refuse_constant_features(cuda, rows):
+    """Their variance is what rounding leaves of the mean; 20000 rows come in panels."""
+    constants = torch.tensor([0.0, 0.7, -1 / 3, 1000.3, 3.3e6], device="cuda")
+    x = on_gpu(len(constants), rows, 12)
+    x[:, :, 3] = constants[:, None]
+    assert cuda.whiten_cholesky(x, 0.0)[2].tolist() == [1] * len(constants)
 
 
 @needs_gpu

@@ -197,6 +197,16 @@ BAD_VALUES = [
     (ck.cacr_views, (x(4, 3),), {}, r"views must have shape .* got \(4, 3\)"),
     (ck.cacr_views, (x(3, 4, 3),), {"reduction": "max"}, "reduction must be"),
     (ck.cct, PAIR, {"t_neg": -1.0}, "t_neg must be a finite number > 0, got -1.0"),
+    # intl
+    (ck.intl, (x(1, 4, 3),), {}, r"V >= 2, got \(1, 4, 3\)"),
+    (ck.intl, (x(4, 3),), {}, r"views must have shape .* got \(4, 3\)"),
+    (ck.intl, (x(2, 4, 3),), {"axis": 2}, "axis must be 0 .* or 1 .*, got 2"),
+    (ck.intl, (x(2, 4, 1),), {}, r"at least 2 features with axis=0, got shape \(2, 4, 1\)"),
+    (ck.intl, (x(2, 1, 3),), {"axis": 1}, r"at least 2 samples with axis=1, got shape"),
+    (ck.intl, (x(2, 4, 3),), {"lam": -0.1}, "lam must be a finite number >= 0, got -0.1"),
+    (ck.intl, (x(2, 4, 3),), {"lam": NAN}, "lam must be a finite number >= 0, got nan"),
+    (ck.intl, (x(2, 4, 3),), {"iterations": 0}, "iterations must be at least 1, got 0"),
+    (ck.intl, (x(2, 4, 3),), {"reduction": "max"}, "reduction must be"),
     # mi_lower_bound
     (ck.mi_lower_bound, (x(3), 0), {}, "num_negatives must be at least 1, got 0"),
 ]

@@ -235,6 +235,17 @@ CASES = {
         lambda dtype: [randn(2, 12, 3, dtype=dtype)],
         {"group_size": 12, "permutations": PERMUTATIONS[:1], "method": "newton_schulz"},
     ),
+    "intl": Case("intl", lambda dtype: [randn(2, 16, 37, dtype=dtype)], {}),
+    "intl four views": Case(
+        "intl", lambda dtype: [randn(4, 5, 9, dtype=dtype)], {"lam": 0.3, "iterations": 7}
+    ),
+    "intl more samples than features": Case(
+        "intl", lambda dtype: [randn(3, 12, 5, dtype=dtype)], {"lam": 0.05}
+    ),
+    "intl features": Case("intl", lambda dtype: [randn(3, 40, 11, dtype=dtype)], {"axis": 1}),
+    "intl more features than samples": Case(
+        "intl", lambda dtype: [randn(2, 6, 13, dtype=dtype)], {"axis": 1, "lam": 0.0}
+    ),
 }
 HAS_TEMPERATURE = [
     "info_nce", "info_nce symmetric", "info_nce shared", "info_nce own", "info_nce both",
@@ -436,6 +447,21 @@ def test_statistics_of_w_mse():
     torch.testing.assert_close(loss, 2 - 2 * stats.positive_similarity)
 
 
+def test_statistics_of_intl():
+    views = randn(3, 12, 20)
+    loss, stats = ck.intl(views, lam=0.0, return_stats=True)
+    torch.testing.assert_close(loss, 2 - 2 * stats.positive_similarity)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weight_of_the_trace_loss_of_intl(axis):
+    """0.01 (log2 - 3) of 16 samples or 64 features; it multiplies the sum of two trace losses."""
+    views = randn(2, 16, 64)
+    without, one = (ck.intl(views, axis=axis, lam=lam) for lam in (0.0, 1.0))
+    weight = 0.03 if axis == 1 else 0.01
+    torch.testing.assert_close(ck.intl(views, axis=axis), without + weight * (one - without))
+
+
 @parametrize_backends
 @pytest.mark.parametrize("loss", ["info_nce", "clip_loss", "nt_xent"])
 def test_near_convergence_in_half_precision(backend, loss):
@@ -513,7 +539,7 @@ def test_inputs_of_any_strides(loss, backend):
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-@pytest.mark.parametrize("name", ["info_nce", "nt_xent", "sup_con", "cacr", "w_mse"])
+@pytest.mark.parametrize("name", ["info_nce", "nt_xent", "sup_con", "cacr", "w_mse", "intl"])
 def test_autocast_keeps_the_precision_of_the_inputs(name, backend):
     if backend == "triton":
         pytest.skip("products in the type of the region: see the next test")

@@ -36,6 +36,7 @@ CASES = [
         {"group_size": 6, "eps": 0.1},
         {"permutations": torch.randperm(12)[None]},
     ),
+    (ck.INTL, ck.intl, (randn(3, 6, 10),), {"axis": 1, "lam": 0.1}, {}),
 ]
 
 

@@ -296,6 +296,7 @@ LOSSES = {
         group_size=5,
         permutations=torch.arange(10)[None],
     ),
+    "intl": lambda q, k: ref.intl(torch.stack([q, k, q * k]), axis=1, lam=0.1),
 }
 
 
@@ -693,6 +694,34 @@ def test_w_mse_permutations():
     assert_same(ref.w_mse(views, permutations=permutations, **options), sum(each) / 3)
     same = views[:1].repeat(2, 1, 1)
     assert abs(float(ref.w_mse(same, **options))) < 1e-12
+
+
+# INTL
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_intl_by_the_spectrum(axis):
+    """Each step of iterative normalisation acts on the eigenvalues alone."""
+    views = randn(3, 6, 11) if axis == 0 else randn(3, 11, 6)
+    transformed, traces = [], []
+    for view in views:
+        centered = view - view.mean(1 - axis, keepdim=True)
+        values, vectors = torch.linalg.eigh(torch.cov(view if axis == 0 else view.T))
+        factor = torch.ones_like(values)
+        for _ in range(4):
+            factor = 1.5 * factor - 0.5 * factor**3 * values / values.sum()
+        factor = factor / values.sum().sqrt()
+        matrix = (vectors * factor) @ vectors.T
+        transformed.append(matrix @ centered if axis == 0 else centered @ matrix)
+        covariance = (vectors * (values * factor**2)) @ vectors.T
+        traces.append((covariance.diagonal() - 1).square().sum())
+    rows = [
+        2 - 2 * F.cosine_similarity(transformed[v], transformed[0]) + 0.3 * (traces[v] + traces[0])
+        for v in (1, 2)
+    ]
+    expected = (rows[0] + rows[1]) / 2
+    assert_same(ref.intl(views, axis=axis, lam=0.3, reduction="none"), expected)
+    assert_same(ref.intl(views, axis=axis, lam=0.3), expected.mean())
 
 
 def test_mi_lower_bound():

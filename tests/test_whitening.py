@@ -279,7 +279,10 @@ def test_compiled_for_a_cpu_it_raises_too():
 
 
 def test_constant_features_give_zero_with_newton_schulz():
-    assert torch.equal(ck.whiten(torch.ones(5, 3), method="newton_schulz"), torch.zeros(5, 3))
+    x = torch.ones(5, 3, requires_grad=True)
+    z = ck.whiten(x, method="newton_schulz")
+    (gradient,) = torch.autograd.grad(z, x, torch.randn(5, 3))
+    assert torch.equal(z.detach(), torch.zeros(5, 3)) and gradient.count_nonzero() == 0
 
 
 @pytest.mark.parametrize(
@@ -399,3 +402,29 @@ def test_w_mse_bad_input(shape, options, message):
 def test_w_mse_bad_permutations():
     with pytest.raises(TypeError, match="permutations must be an integer tensor"):
         ck.w_mse(torch.randn(2, 12, 3), group_size=6, permutations=torch.rand(1, 12))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_intl_of_a_collapsed_view(axis):
+    """Constant: what is made of it is 0, and so is its gradient; others still have theirs."""
+    views = torch.randn(2, 6, 9)
+    views[1] = 0.5
+    loss = ck.intl(views.requires_grad_(), axis=axis, lam=0.1, reduction="none")
+    alone = ck.intl(views.detach()[:1].repeat(2, 1, 1), axis=axis, lam=0.1)
+    expected = 2 + 0.5 * alone + 0.1 * views.shape[1 + axis]
+    torch.testing.assert_close(loss.detach(), expected.expand(6))
+    (gradient,) = torch.autograd.grad(loss.sum(), views)
+    assert 0 < gradient[0].abs().max() < 10 and gradient[1].count_nonzero() == 0
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the error comes later on a GPU")
+def test_intl_names_a_view_that_is_not_finite():
+    views = torch.randn(3, 6, 9)
+    views[2, 1, 1] = torch.nan
+    with pytest.raises(ValueError, match="the covariance of group 2 of 3 is not finite"):
+        ck.intl(views)
+
+
+def test_intl_has_no_kernels():
+    with pytest.raises(RuntimeError, match="it has no kernels for this operation"):
+        ck.intl(torch.randn(2, 6, 9), backend="cuda")
