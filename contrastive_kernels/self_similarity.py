@@ -6,6 +6,7 @@ The options all losses share are described in `common.py`.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ from .common import (
     check_range,
     check_reduction,
     check_views,
+    count_equal_ids,
     log_count,
-    own_ids,
     pair_stats,
     reduce_rows,
     resolve_scale,
@@ -209,32 +210,103 @@ def sup_con(
     n = features.shape[0]
     check_other_rows("features", n)
 
-    out = sweep(
-        features, None, scale=scale, exclude=own_ids(n, features), normalize=normalize,
+    out = sup_con_rows(
+        features, labels, scale=scale, normalize=normalize,
         threshold=features.new_zeros(n) if return_stats else None, backend=backend,
     )  # fmt: skip
-    z = features.to(statistics_dtype(features))
-    if normalize:
-        z = F.normalize(z, dim=-1)
-    # the sum over the positives of a row is one dot product, with the sum of its class
-    ordered = labels.sort().values
-    first = torch.searchsorted(ordered, labels)
-    others = torch.searchsorted(ordered, labels, right=True) - first - 1
-    class_sum = torch.zeros_like(z).index_add(0, first, z).index_select(0, first)
-    pos = scale * (z * (class_sum - z)).sum(-1)
-    rows = torch.where(others > 0, out.lse - pos / others.clamp(min=1), 0.0)
+    rows = out.loss
     if base_temperature is not None:
         rows = rows * (temperature / base_temperature)
     loss = reduce_rows(rows.view(shape), reduction)
     if not return_stats:
         return loss
-    positives, negatives = others.sum(), (out.count - others).sum()
+    # an only positive is not in the sweep
+    lone, pos = out.count == 1, out.positive.detach()
+    lse = out.sweep.lse.detach()
+    negatives = (out.sweep.count - torch.where(lone, 0, out.count)).sum()
+    total = (out.sweep.total - torch.where(lone, 0.0, pos)).sum()
     stats = LossStats(
-        positive_similarity=pos.detach().sum() / (scale * positives),
-        negative_similarity=(out.total - pos).detach().sum() / (scale * negatives),
-        lse=out.lse.detach(),
+        positive_similarity=pos.sum() / (scale * out.count.sum()),
+        negative_similarity=total / (scale * negatives),
+        lse=torch.where(lone, torch.logaddexp(lse, pos), lse),
     )
     return loss, stats
+
+
+class SupConRows(NamedTuple):
+    """Of each anchor: its loss, the sum of the logits of its positives, the number of positives.
+
+    sweep: the statistics of its candidates, without a positive that is the only one.
+    """
+
+    loss: Tensor
+    positive: Tensor
+    count: Tensor
+    sweep: Sweep
+
+
+def sup_con_rows(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    ref: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    own: Tensor | None = None,
+    scale: float | Tensor,
+    normalize: bool = True,
+    threshold: Tensor | None = None,
+    backend: str = "auto",
+) -> SupConRows:
+    """The rows of `sup_con`, for candidates that may be other features.
+
+    An anchor with one positive has the loss softplus(lse of the negatives - its logit), which does
+    not cancel near convergence; with more the loss is at least log 2.
+
+    Args:
+        features, labels: anchors (N, D) and their integers (N,).
+        ref, ref_labels: candidates (M, D) and (M,); None: the other features.
+        own: (N,), where each anchor is in ref itself, which is no candidate then.
+    """
+    n, m = features.shape[0], (features if ref is None else ref).shape[0]
+    # a class has the place of its first anchor in the order of the labels, or n without an anchor
+    ordered = labels.sort().values
+    place = ref_place = torch.searchsorted(ordered, labels)
+    if ref is None:
+        count = torch.searchsorted(ordered, labels, right=True) - place - 1
+        only = ref_only = count == 1
+    else:
+        itself = 0 if own is None else 1
+        count = count_equal_ids(labels, ref_labels) - itself
+        ref_place = torch.searchsorted(ordered, ref_labels).clamp(max=n - 1)
+        ref_place = torch.where(ordered[ref_place] == ref_labels, ref_place, n)
+        only = count == 1
+        ref_only = count_equal_ids(ref_labels, ref_labels) == 1 + itself
+    # ids drop the anchor itself, and with it the only positive
+    ref_ids = torch.arange(n + 1, n + 1 + m, device=labels.device)
+    ref_ids = torch.where(ref_only, ref_place, ref_ids)
+    ids = ref_ids
+    if ref is not None:
+        ids = torch.where(only, place, -1 if own is None else n + 1 + own)
+    out = sweep(
+        features, ref, scale=scale, exclude=(ids, ref_ids), normalize=normalize,
+        threshold=threshold, backend=backend,
+    )  # fmt: skip
+
+    z = features.to(statistics_dtype(features))
+    z = z_ref = F.normalize(z, dim=-1) if normalize else z
+    if ref is not None:
+        z_ref = ref.to(z.dtype)
+        z_ref = F.normalize(z_ref, dim=-1) if normalize else z_ref
+    # the sum over the positives of a row is one dot product, with the sum of its class
+    class_sum = z.new_zeros(n + 1, z.shape[1]).index_add(0, ref_place, z_ref)
+    class_sum = class_sum.index_select(0, place)
+    if ref is None:
+        class_sum = class_sum - z
+    elif own is not None:
+        class_sum = class_sum - z_ref.index_select(0, own)
+    pos = scale * row_dot(z, class_sum, backend=backend)
+    several = torch.where(count > 1, out.lse - pos / count.clamp(min=1), 0.0)
+    return SupConRows(torch.where(only, softplus(out.lse - pos), several), pos, count, out)
 
 
 def _sweep_negatives(
