@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "cat", "coffee", "coins", "grass", "gravel")
-SIDE, BATCH, CONTEXT = 32, 512, 16
+SIDE, BATCH, CONTEXT = 32, 1024, 16
 ARGUMENTS = SimpleNamespace(
     device="cpu", precision="fp32", distill=False, siglip=False, model="tiny", horovod=False,
     accum_freq=1, skip_scheduler=True, grad_clip_norm=1.0, log_every_n_steps=1, wandb=False,
