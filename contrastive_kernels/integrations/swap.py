@@ -31,6 +31,9 @@ PEERS = (
 )
 
 
+_imported: dict[str, list[Swap]] = {}  # of the peers whose integration has been imported
+
+
 class Unfused(NamedTuple):
     """What a fused method returns when the peer's own has to run, and why."""
 
@@ -124,6 +127,7 @@ class Peer:
             raise ImportError(f"{needs}, which is not installed") from error
         if not _release(versions[0]) <= _release(found) < _release(versions[1]):
             raise ImportError(f"{needs}, found {found}")
+        _imported[module] = self.swaps
 
     def load(self, module: str) -> ModuleType:
         """A module of the peer."""
@@ -184,7 +188,7 @@ def patched(peer: str, *names: str) -> Iterator[None]:
 
 
 def patch_status() -> dict[str, dict[str, SwapStatus]]:
-    """What is patched, and how calls ran, by peer and class; peers not imported here are left out.
+    """What is patched, and how calls ran, by peer and class, of the integrations imported so far.
 
     The classes of `integrations` count here as the patched ones do.
     """
@@ -197,14 +201,10 @@ def patch_status() -> dict[str, dict[str, SwapStatus]]:
     }
 
 
-_imported: dict[str, list[Swap]] = {}
-
-
 def _swaps(peer: str) -> list[Swap]:
     if peer not in PEERS:
         raise ValueError(f"peer must be one of {', '.join(PEERS)}, got {peer!r}")
-    _imported[peer] = importlib.import_module(f"{__package__}.{peer}").PEER.swaps
-    return _imported[peer]
+    return importlib.import_module(f"{__package__}.{peer}").PEER.swaps
 
 
 def _loaded(peer: str | None) -> dict[str, list[Swap]]:

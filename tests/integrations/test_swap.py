@@ -31,6 +31,7 @@ def toy(monkeypatch):
     module = types.ModuleType("toy")
     module.double = lambda x: ("peer", 2 * x)
     cls = type("Loss", (Loss,), {"forward": Loss.forward})
+    monkeypatch.setattr(swap, "_imported", {})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.4.2rc1")
     peer = swap.Peer("toy", "toy-package", ("1.2", "2"))
 
@@ -50,7 +51,6 @@ def toy(monkeypatch):
     integration.PEER = peer
     monkeypatch.setitem(sys.modules, integration.__name__, integration)
     monkeypatch.setattr(swap, "PEERS", (*swap.PEERS, "toy"))
-    monkeypatch.setattr(swap, "_imported", {})
     return types.SimpleNamespace(Loss=cls, double=lambda x: module.double(x), method=forward)
 
 
@@ -108,6 +108,11 @@ def test_calls_that_do_not_fit_run_the_peers_code_and_warn_once(toy):
     assert status["Loss.forward"] == swap.SwapStatus(True, 1, {"x is odd": 2})
     assert status["double"] == swap.SwapStatus(True, 0, {})
     assert not ck.patch_status()["toy"]["Loss.forward"].patched
+
+
+def test_calls_of_the_drop_ins_count_without_a_patch(toy):
+    assert toy.method(toy.Loss(), 2) == ("fused", 2)
+    assert ck.patch_status()["toy"]["Loss.forward"] == swap.SwapStatus(False, 1, {})
 
 
 def test_unknown_peer():
