@@ -6,17 +6,22 @@ those of the dense formulas; the N x M similarity matrix is never stored.
 
 from .backends import backends
 from .common import LossStats
+from .distillation import clip_distill
+from .guided import gist
 from .integrations import patch, patch_status, patched, unpatch
 from .losses import clip_loss, eqco, info_nce, mi_lower_bound, nce, siglip_loss
 from .modules import (
     CACR,
     CCT,
     DCL,
+    GIST,
     HCL,
     INTL,
+    MNRL,
     NCE,
     WMSE,
     CACRViews,
+    CLIPDistill,
     CLIPLoss,
     Debiased,
     EqCo,
@@ -27,6 +32,7 @@ from .modules import (
 )
 from .ops import RowColumnStats, RowStats, row_softplus, row_stats
 from .queue import FeatureQueue, MemoryBank
+from .ranking import mnrl
 from .self_similarity import dcl, debiased, hcl, nt_xent, sup_con
 from .transport import cacr, cacr_views, cct
 from .whitening import whiten
@@ -40,11 +46,14 @@ __all__ = [
     "CACR",
     "CCT",
     "DCL",
+    "GIST",
     "HCL",
     "INTL",
+    "MNRL",
     "NCE",
     "WMSE",
     "CACRViews",
+    "CLIPDistill",
     "CLIPLoss",
     "Debiased",
     "EqCo",
@@ -63,14 +72,17 @@ __all__ = [
     "cacr_views",
     "cct",
     "check_whitening",
+    "clip_distill",
     "clip_loss",
     "dcl",
     "debiased",
     "eqco",
+    "gist",
     "hcl",
     "info_nce",
     "intl",
     "mi_lower_bound",
+    "mnrl",
     "nce",
     "nt_xent",
     "patch",

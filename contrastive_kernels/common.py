@@ -10,15 +10,13 @@ argument that does not fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from .ops import IdPair, check_features, check_pair, check_positive
+from .ops import IdPair, check_features, check_pair, check_positive, statistics_dtype
 from .reference import SoftplusSweep, Sweep
 
 Loss = Tensor | tuple[Tensor, "LossStats"]
@@ -93,14 +91,15 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
 
 
 def scalar(name: str, value: float | Tensor) -> float | Tensor:
-    """`value` as a finite number or a 0-d tensor."""
+    """`value` as a finite number or a 0-d tensor, of float32 or float64: what uses it several times
+    then rounds its gradient once."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
                 f"{name} must be a number or a tensor of one element, got shape "
                 f"{tuple(value.shape)}"
             )
-        return value.reshape(())
+        return value.reshape(()).to(statistics_dtype(value))
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value}")
     return value
@@ -153,22 +152,6 @@ def add_rows(value: Tensor, rows: Tensor, reduction: str) -> Tensor:
         return value + rows
     total = value + rows.sum()
     return total / rows.shape[0] if reduction == "mean" else total
-
-
-def by_row_blocks(
-    function: Callable[..., Tensor], rows: Sequence[Tensor], columns: int, *, pairs: int = 2**20
-) -> Tensor:
-    """function(*rows), (N,), from blocks of about `pairs` / `columns` rows of tensors (N, ...).
-
-    For row losses that no sweep computes: `function` may make matrices of its rows by `columns`
-    columns, since it is run once more, block by block, in the backward pass.
-    """
-    size = max(1, pairs // columns)
-    blocks = zip(*(t.split(size) for t in rows), strict=True)
-    return torch.cat([
-        checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False)
-        for block in blocks
-    ])  # fmt: skip
 
 
 def pair_stats(

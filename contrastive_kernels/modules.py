@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import losses, self_similarity, transport, whitening_loss
+from . import (
+    distillation,
+    guided,
+    losses,
+    ranking,
+    self_similarity,
+    transport,
+    whitening_loss,
+)
 from .common import Loss
 
 
@@ -65,6 +73,18 @@ class CLIPLoss(ContrastiveLoss):
 
 class SigLIPLoss(ContrastiveLoss):
     function = staticmethod(losses.siglip_loss)
+
+
+class CLIPDistill(ContrastiveLoss):
+    function = staticmethod(distillation.clip_distill)
+
+
+class MNRL(ContrastiveLoss):
+    function = staticmethod(ranking.mnrl)
+
+
+class GIST(ContrastiveLoss):
+    function = staticmethod(guided.gist)
 
 
 class NTXent(ContrastiveLoss):

@@ -614,3 +614,18 @@ def test_log_z_replaces_a_z_that_overflows():
     loss = ck.nce(query, key, negatives, log_z=200.0, **options)
     expected = ck.nce(query.double(), key.double(), negatives.double(), log_z=200.0, **options)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_half_scalars_are_rounded_once(backend):
+    """The scale meets the positives and the sweep, in terms that nearly cancel."""
+    z1 = 3 + randn(40, 16, seed=1, dtype=torch.float32)
+    z2 = z1 + 0.3 * randn(40, 16, seed=2, dtype=torch.float32)
+    for loss, values in (("clip_loss", (20.0,)), ("siglip_loss", (20.0, -10.0))):
+        gradients = []
+        for dtype in (torch.float32, torch.bfloat16):
+            scalars = [torch.tensor(v, dtype=dtype, requires_grad=True) for v in values]
+            value = getattr(ck, loss)(z1, z2, *scalars, backend=backend)
+            gradients.append(torch.autograd.grad(value, scalars))
+        for exact, rounded in zip(*gradients, strict=True):
+            torch.testing.assert_close(rounded, exact.bfloat16(), rtol=0, atol=0)

@@ -35,9 +35,13 @@ _imported: dict[str, list[Swap]] = {}  # of the peers whose integration has been
 
 
 class Unfused(NamedTuple):
-    """What a fused method returns when the peer's own has to run, and why."""
+    """What a fused method returns when the peer's own has to run, and why.
+
+    expected: whether a user means it so, and needs no warning.
+    """
 
     reason: str
+    expected: bool = False
 
 
 class SwapStatus(NamedTuple):
@@ -68,7 +72,7 @@ class Swap:
             result = function(*args, **kwargs)
             fused = not isinstance(result, Unfused)
             if not torch.compiler.is_compiling():
-                self._count(None if fused else result.reason)
+                self._count(None if fused else result)
             return result if fused else self.original(*args, **kwargs)
 
         self.method = method
@@ -96,13 +100,13 @@ class Swap:
             else:
                 setattr(self.owner, self.name, self.original)
 
-    def _count(self, reason: str | None) -> None:
-        if reason is None:
+    def _count(self, unfused: Unfused | None) -> None:
+        if unfused is None:
             self.fused_calls += 1
             return
-        if reason not in self.fallbacks:
-            warnings.warn(f"{self.label} runs unfused: {reason}", stacklevel=3)
-        self.fallbacks[reason] += 1
+        if unfused.reason not in self.fallbacks and not unfused.expected:
+            warnings.warn(f"{self.label} runs unfused: {unfused.reason}", stacklevel=3)
+        self.fallbacks[unfused.reason] += 1
 
 
 class Peer:

@@ -37,6 +37,8 @@ def toy(monkeypatch):
 
     @peer.fused(cls)
     def forward(self, x):
+        if x < 0:
+            return swap.Unfused("nothing to do", expected=True)
         return swap.Unfused("x is odd") if x % 2 else ("fused", x)
 
     @peer.fused(cls, "rows")
@@ -103,9 +105,10 @@ def test_calls_that_do_not_fit_run_the_peers_code_and_warn_once(toy):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert toy.Loss().forward(5) == ("peer", 5)
+            assert toy.Loss().forward(-1) == ("peer", -1)
         toy.Loss().forward(2)
         status = ck.patch_status()["toy"]
-    assert status["Loss.forward"] == swap.SwapStatus(True, 1, {"x is odd": 2})
+    assert status["Loss.forward"] == swap.SwapStatus(True, 1, {"x is odd": 2, "nothing to do": 1})
     assert status["double"] == swap.SwapStatus(True, 0, {})
     assert not ck.patch_status()["toy"]["Loss.forward"].patched
 

@@ -1,0 +1,158 @@
+"""sentence-transformers' losses with in-batch negatives: multiple negatives ranking and GISTEmbed,
+each also with cached gradients.
+
+Losses that inherit from these, such as the symmetric ones and SparseMultipleNegativesRankingLoss,
+are patched with them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..guided import gist
+from ..ranking import mnrl
+from ..registration import statistics_dtype
+from .swap import Peer, Unfused, world_size
+
+PEER = Peer("sentence_transformers", "sentence-transformers", ("6.2", "6.3"))
+peer = PEER.load("sentence_transformers.sentence_transformer.losses")
+util = PEER.load("sentence_transformers.util")
+embed_columns = PEER.load("sentence_transformers.base.losses.merged_forward").embed_columns
+
+NORMALIZES = {util.cos_sim: True, util.pytorch_cos_sim: True, util.dot_score: False}
+GATHERED = Unfused("embeddings are gathered from several processes")
+
+
+@PEER.fused(peer.MultipleNegativesRankingLoss, "compute_loss_from_embeddings")
+def _ranking(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor | Unfused:
+    return _rank(self, embeddings)
+
+
+@PEER.fused(peer.CachedMultipleNegativesRankingLoss, "calculate_loss")
+def _cached_ranking(
+    self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+) -> Tensor | Unfused:
+    """All rows at once: the loss needs no mini-batches, the embeddings keep theirs."""
+    return _finish(_rank(self, [torch.cat(column) for column in reps]), with_backward)
+
+
+@PEER.fused(peer.GISTEmbedLoss)
+def _gist(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor | Unfused:
+    if self.gather_across_devices and world_size() > 1:
+        return GATHERED
+    features = list(sentence_features)
+    if len(features) not in (2, 3):
+        return Unfused("the columns are not an anchor, a positive and at most one negative")
+    if self.must_retokenize and "cu_seq_lens_q" in features[0]:
+        return Unfused("texts without padding are tokenized again for the guide")
+    # models write their outputs into what they are given
+    guide_features = [dict(column) for column in features]
+    embeddings = embed_columns(self.model, features)
+    with torch.no_grad():
+        if self.must_retokenize:
+            guide_features = [_for_guide(self, column) for column in guide_features]
+        guides = embed_columns(self.guide, guide_features)
+    return _guided(self, embeddings, guides)
+
+
+@PEER.fused(peer.CachedGISTEmbedLoss, "calculate_loss")
+def _cached_gist(
+    self,
+    reps: list[list[Tensor]],
+    reps_guided: list[list[Tensor]],
+    *,
+    with_backward: bool = False,
+) -> Tensor | Unfused:
+    if self.gather_across_devices and world_size() > 1:
+        return GATHERED
+    columns = ([torch.cat(column) for column in side] for side in (reps, reps_guided))
+    return _finish(_guided(self, *columns), with_backward)
+
+
+def _rank(loss, embeddings: list[Tensor]) -> Tensor | Unfused:
+    """`mnrl` of the columns (N, D), with the options of the peer's loss."""
+    if loss.gather_across_devices and world_size() > 1:
+        return GATHERED
+    if loss.similarity_fct not in NORMALIZES:
+        return Unfused("similarity_fct is neither cos_sim nor dot_score")
+    if len({len(column) for column in embeddings}) > 1 or len(embeddings) < 2:
+        return Unfused("documents are not whole columns with a row for each query")
+    # half precision is widened as the peer's similarities are: gradients add up before rounding
+    query, *documents = (column.to(statistics_dtype(column)) for column in embeddings)
+    return mnrl(
+        query, documents, scale=loss.scale, directions=loss.directions,
+        partition_mode=loss.partition_mode, hardness_mode=loss.hardness_mode,
+        hardness_strength=loss.hardness_strength,
+        normalize=NORMALIZES[loss.similarity_fct],
+    )  # fmt: skip
+
+
+def _guided(loss, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
+    """`gist` of the columns (N, D), with the options of the peer's loss."""
+    (anchor, positive, *negatives), (anchor_guide, positive_guide, *negatives_guide) = (
+        embeddings, guides,
+    )  # fmt: skip
+    return gist(
+        anchor, positive, anchor_guide, positive_guide,
+        negatives=torch.cat(negatives) if negatives else None,
+        negatives_guide=torch.cat(negatives_guide) if negatives else None,
+        scale=1 / loss.temperature, margin=loss.margin, margin_strategy=loss.margin_strategy,
+        contrast_anchors=loss.contrast_anchors, contrast_positives=loss.contrast_positives,
+    )  # fmt: skip
+
+
+def _for_guide(loss, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A column of texts as the guide's own tokenizer writes it."""
+    texts = loss.tokenizer.batch_decode(features["input_ids"], skip_special_tokens=True)
+    return util.batch_to_device(loss.guide.preprocess(texts), loss.guide.device)
+
+
+def _finish(loss: Tensor | Unfused, with_backward: bool) -> Tensor | Unfused:
+    """The loss; `with_backward` detached, its gradient left in the embeddings."""
+    if isinstance(loss, Unfused) or not with_backward:
+        return loss
+    loss.backward()
+    return loss.detach()
+
+
+class MultipleNegativesRankingLoss(peer.MultipleNegativesRankingLoss):
+    """The peer's `MultipleNegativesRankingLoss`, fused: `mnrl`."""
+
+    compute_loss_from_embeddings = _ranking
+
+
+class CachedMultipleNegativesRankingLoss(peer.CachedMultipleNegativesRankingLoss):
+    """The peer's `CachedMultipleNegativesRankingLoss`, fused: `mnrl` of all rows at once."""
+
+    calculate_loss = _cached_ranking
+
+
+class GISTEmbedLoss(peer.GISTEmbedLoss):
+    """The peer's `GISTEmbedLoss`, fused: `gist`."""
+
+    forward = _gist
+
+
+class CachedGISTEmbedLoss(peer.CachedGISTEmbedLoss):
+    """The peer's `CachedGISTEmbedLoss`, fused: `gist` of all rows at once."""
+
+    calculate_loss = _cached_gist
+
+
+with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+
+    class MultipleNegativesSymmetricRankingLoss(peer.MultipleNegativesSymmetricRankingLoss):
+        """The peer's `MultipleNegativesSymmetricRankingLoss`, which is deprecated, fused."""
+
+        compute_loss_from_embeddings = _ranking
+
+    class CachedMultipleNegativesSymmetricRankingLoss(
+        peer.CachedMultipleNegativesSymmetricRankingLoss
+    ):
+        """The peer's `CachedMultipleNegativesSymmetricRankingLoss`, which is deprecated, fused."""
+
+        calculate_loss = _cached_ranking

