@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.case import Case
 from benchmarks.measure import Step
 from benchmarks.oracle import Tensors, Truth
 from benchmarks.peers import Loss, PeerUnavailable
@@ -23,6 +23,8 @@ TOLERANCE: dict[torch.dtype, Tolerance] = {
 }
 # Most peers round logits, probabilities and the loss itself to 8 bits: what bfloat16 costs them.
 PEER_BFLOAT16: Tolerance = (2e-2, 1e-1)
+# What a peer on a CPU is let in with, where ours is held to TOLERANCE.
+PEER_FLOAT32: Tolerance = (1e-5, 1e-3)
 # On a GPU float32 convolutions round their operands to 11 bits, unless told not to.
 PEER_ON_GPU: dict[torch.dtype, Tolerance] = {
     torch.float32: (1e-3, 3e-3),

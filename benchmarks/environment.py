@@ -97,7 +97,7 @@ def describe(threads: int) -> dict:
             "python": platform.python_version(),
             "lightly": _installed("lightly"),
             "open_clip_torch": _installed("open_clip_torch"),
-            "pytorch-metric-learning": _installed("pytorch-metric-learning"),
+            "pytorch-metric-learning", "sentence-transformers", "info-nce-pytorch": _installed("pytorch-metric-learning"),
         },
         "commit": commit(),
     }

@@ -7,7 +7,8 @@ import torch
 
 import contrastive_kernels as ck
 from benchmarks import chunked, dense, gpu_peers, oracle, peers, whitening
-from benchmarks.cases import CASES, Case, Rival, half_tiles, two_sided
+from benchmarks.case import Case, Rival
+from benchmarks.cases import CASES, half_tiles, two_sided
 from benchmarks.inputs import Groups, Sizes, groups
 from benchmarks.peers import Loss, Peer
 

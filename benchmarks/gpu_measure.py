@@ -5,7 +5,7 @@ Caches are not flushed between calls: behind an encoder, too, small features lie
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.case import Case
 from benchmarks.check import PEER_ON_GPU, TOLERANCE, checked, checked_peers, first_line, reason
 from benchmarks.console import judged, line
 from benchmarks.gpu_cases import memory_limit_mb

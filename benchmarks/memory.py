@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import dense
-from benchmarks.cases import CASES, Case
+from benchmarks.case import Case
+from benchmarks.cases import CASES
 from benchmarks.measure import Step
-from benchmarks.peers import Loss, PeerUnavailable
+from benchmarks.peers import Lazy, Loss, PeerUnavailable
 
 OURS = "ours"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,7 +69,7 @@ def measure(case: Case, contender: str, dtype: str, quick: bool, threads: int) -
 
 def _loss(case: Case, contender: str) -> Loss:
     if contender == OURS:
-        return case.loss
+        return case.loss.load() if isinstance(case.loss, Lazy) else case.loss
     return next(r.peer for r in case.rivals if r.peer.name == contender).load()
 
 

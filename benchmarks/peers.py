@@ -4,6 +4,7 @@ peer that cannot run says why."""
 import importlib
 import importlib.metadata
 import importlib.util
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,30 @@ class Peer:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
             return "unknown"
+
+
+class Lazy:
+    """A loss that is imported when it is first called, or by `load`.
+
+    Raises:
+        PeerUnavailable: then, if it cannot be imported.
+    """
+
+    def __init__(self, module: str, build: Callable[[types.ModuleType], Loss]) -> None:
+        self._module, self._build = module, build
+        self._loss: Loss | None = None
+
+    def load(self) -> "Lazy":
+        if self._loss is None:
+            declare_torchvision()
+            try:
+                self._loss = self._build(importlib.import_module(self._module))
+            except ImportError as error:
+                raise PeerUnavailable(str(error)) from error
+        return self
+
+    def __call__(self, **tensors: Tensor) -> Tensor:
+        return self.load()._loss(**tensors)
 
 
 def dense(loss: Loss) -> Peer:

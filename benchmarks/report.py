@@ -1,10 +1,12 @@
-"""Writes the tables of README.md from benchmarks/results/*.json: python -m benchmarks.report
+"""Writes the tables of README.md, and the gains in docs/integrations.md, from
+benchmarks/results/*.json: python -m benchmarks.report
 
-With --check it writes nothing and exits with 1 when README.md and the results disagree.
+With --check it writes nothing and exits with 1 when they disagree with the results.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +16,7 @@ from benchmarks.markdown import milliseconds, share, table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+INTEGRATIONS = ROOT / "docs" / "integrations.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu-benchmarks:begin -->", "<!-- gpu-benchmarks:end -->"
@@ -88,6 +91,39 @@ def small_row(record: dict) -> list[str]:
     return [title(record), milliseconds(record["ours"]), milliseconds(peer), ratio]
 
 
+def swap_row(record: dict) -> list[str]:
+    if "failed" in record:
+        return [title(record), "FAILED: " + record["failed"], "", "", "", ""]
+    ours, peer = record["ours"], record["peers"][0]
+    memory = record.get("memory", {})
+    row = [title(record), milliseconds(ours)]
+    if "ratio" in peer:
+        row += [milliseconds(peer), share(peer["ratio"], peer["at_most"])]
+    else:
+        row += [peer["reason"], ""]
+    return [*row, megabytes(memory, "ours"), megabytes(memory, peer["name"])]
+
+
+def gain(record: dict) -> str:
+    """How much faster, and how much smaller, a drop-in is than its peer."""
+    peer, memory = record["peers"][0], record["memory"]
+    text = f"{1 / peer['ratio']:.1f} x as fast" if "ratio" in peer else "runs where theirs cannot"
+    ours, theirs = memory["ours"].get("mb"), memory[peer["name"]].get("mb")
+    return text + (f", {theirs:.0f} MB to {ours:.0f}" if ours and theirs else "")
+
+
+def with_gains(text: str) -> str:
+    """text with what the results say between <!-- gain: case --> and <!-- /gain -->."""
+    records = {r["name"]: r for result in results("cpu") for r in result["cases"]}
+
+    def replaced_gain(match: re.Match) -> str:
+        record = records.get(match[1])
+        measured = gain(record) if record and "memory" in record else "not measured"
+        return f"<!-- gain: {match[1]} -->{measured}<!-- /gain -->"
+
+    return re.sub(r"<!-- gain: (.+?) -->.*?<!-- /gain -->", replaced_gain, text)
+
+
 def scaling_row(record: dict) -> list[str]:
     if "failed" in record:
         return [title(record), "FAILED: " + record["failed"], "", ""]
@@ -136,7 +172,14 @@ def section(result: dict) -> list[str]:
         ]
         lines += ["in groups of n x D, K views, 4 iterations.", ""]
         lines += [*large_table(groups["whitening"]), ""]
-    with_memory = [record for record in result["cases"] if "memory" in record]
+    if "swap" in groups:
+        lines += [
+            "Drop-in losses of `contrastive_kernels.integrations` against the peers' own, forward"
+        ]
+        lines += ["and backward, float32, D = 128; peak memory beyond inputs and gradients.", ""]
+        head = ["case", "ours", "theirs", "ours / theirs", "our memory", "their memory"]
+        lines += [*table(head, map(swap_row, groups["swap"])), ""]
+    with_memory = [r for r in result["cases"] if "memory" in r and r["group"] != "swap"]
     if with_memory:
         limit = result["memory_limit_mb"]
         lines += [f"Peak memory beyond inputs and gradients (ours at most {limit} MB):", ""]
@@ -153,13 +196,16 @@ def section(result: dict) -> list[str]:
     return lines
 
 
+def results(device_type: str) -> list[dict]:
+    """The results of one type of device; those on a CPU did not always name it."""
+    every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return [result for result in every if result.get("device_type", "cpu") == device_type]
+
+
 def sections(device_type: str) -> str:
     """The text between the markers of one type of device, empty without results."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     render = gpu_report.section if device_type == "cuda" else section
-    # results on a CPU did not always name their type
-    chosen = [r for r in results if r.get("device_type", "cpu") == device_type]
-    lines = [line for result in chosen for line in render(result)]
+    lines = [line for result in results(device_type) for line in render(result)]
     return "\n".join(["", *lines]) if lines else ""
 
 
@@ -193,21 +239,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare; 1 when they disagree")
     options = parser.parse_args()
-    if not README.exists():
-        print("README.md is missing")
-        return 1
-    old = README.read_text()
     try:
-        new = updated(old)
-    except ValueError as error:
+        changed = {
+            path: new
+            for path, make in ((README, updated), (INTEGRATIONS, with_gains))
+            if (new := make(old := path.read_text())) != old
+        }
+    except (OSError, ValueError) as error:
         print(error)
         return 1
-    if options.check:
-        if old != new:
-            print("README.md and benchmarks/results disagree: run python -m benchmarks.report")
-        return int(old != new)
-    README.write_text(new)
-    return 0
+    for path, new in changed.items():
+        if options.check:
+            print(f"{path.name} and benchmarks/results disagree: run python -m benchmarks.report")
+        else:
+            path.write_text(new)
+    return int(options.check and bool(changed))
 
 
 if __name__ == "__main__":

@@ -10,21 +10,16 @@ import torch
 
 import contrastive_kernels as ck
 from benchmarks import gpu_instruments, gpu_measure, gpu_report, memory
-from benchmarks.cases import (
-    BFLOAT16_AT_MOST,
-    CASES,
-    MEMORY_CASES,
-    MEMORY_LIMIT_MB,
-    Case,
-)
-from benchmarks.check import TOLERANCE, checked, checked_peers
+from benchmarks.case import Case
+from benchmarks.cases import BFLOAT16_AT_MOST, CASES, MEMORY_CASES, MEMORY_LIMIT_MB
+from benchmarks.check import PEER_FLOAT32, TOLERANCE, checked, checked_peers
 from benchmarks.console import Progress, judged, line
 from benchmarks.environment import describe, describe_gpu, results_path, save
 from benchmarks.gpu_cases import GPU_CASES
 from benchmarks.inputs import Sizes
 from benchmarks.measure import Timing, gemm_flops, interleave
 
-FULL_BUDGET, QUICK_BUDGET = 40.0, 0.3
+FULL_BUDGET, QUICK_BUDGET = 15.0, 0.3
 # Seconds into a run on a GPU after which no peer is compiled, and no case begins.
 COMPILE_UNTIL, CASES_UNTIL = 110.0, 200.0
 OURS_BFLOAT16 = "ours, bfloat16"
@@ -40,14 +35,13 @@ def measure_speed(case: Case, quick: bool, gemm: dict[str, float]) -> dict:
     progress("float64 oracle")
     tensors = case.tensors(sizes)
     truth = case.oracle(tensors, case.options, case.backward)
-    tolerance = TOLERANCE[torch.float32]
-    step, wrong = checked(case, case.loss, tensors, truth, tolerance)
+    step, wrong = checked(case, case.loss, tensors, truth, TOLERANCE[torch.float32])
     if wrong:
         progress.close()
         print(f"  FAILED: {wrong}")
         return record | {"failed": wrong}
     record["peers"], steps = checked_peers(
-        case, tensors, truth, tolerance, progress, bounded=not quick
+        case, tensors, truth, PEER_FLOAT32, progress, bounded=not quick
     )
     steps = {memory.OURS: step} | steps
     if case.group == "large":

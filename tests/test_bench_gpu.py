@@ -22,7 +22,7 @@ from benchmarks import (
     run,
     whitening,
 )
-from benchmarks.cases import Case
+from benchmarks.case import Case
 from benchmarks.check import TOLERANCE, error
 from benchmarks.gpu_cases import GPU_CASES, MILLION, SAMPLED_ROWS, memory_limit_mb
 from benchmarks.gpu_instruments import gemm_flops
