@@ -15,6 +15,11 @@ import contrastive_kernels as ck
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+PEERS = (
+    "lightly", "open_clip_torch", "pytorch-metric-learning", "sentence-transformers",
+    "info-nce-pytorch",
+)  # fmt: skip
+
 
 def processor() -> str:
     """The name of the processor, as the system tells it."""
@@ -95,9 +100,7 @@ def describe(threads: int) -> dict:
             "contrastive_kernels": ck.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "lightly": _installed("lightly"),
-            "open_clip_torch": _installed("open_clip_torch"),
-            "pytorch-metric-learning", "sentence-transformers", "info-nce-pytorch": _installed("pytorch-metric-learning"),
+            **{name: _installed(name) for name in PEERS},
         },
         "commit": commit(),
     }
