@@ -91,6 +91,12 @@ def small_row(record: dict) -> list[str]:
     return [title(record), milliseconds(record["ours"]), milliseconds(peer), ratio]
 
 
+def brief(reason: str) -> str:
+    """Why a peer has no time; of torch's message that memory is out, what it asked for."""
+    asked = re.search(r"tried to allocate (\d+) bytes", reason)
+    return f"out of memory: asked for {int(asked[1]) / 1e9:.0f} GB" if asked else reason
+
+
 def swap_row(record: dict) -> list[str]:
     if "failed" in record:
         return [title(record), "FAILED: " + record["failed"], "", "", "", ""]
@@ -100,7 +106,7 @@ def swap_row(record: dict) -> list[str]:
     if "ratio" in peer:
         row += [milliseconds(peer), share(peer["ratio"], peer["at_most"])]
     else:
-        row += [peer["reason"], ""]
+        row += [brief(peer["reason"]), ""]
     return [*row, megabytes(memory, "ours"), megabytes(memory, peer["name"])]
 
 
