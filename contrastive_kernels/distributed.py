@@ -22,8 +22,7 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-    Group = ProcessGroup | DeviceMesh
+Group = "ProcessGroup | DeviceMesh"  # neither is there in a torch without torch.distributed
 
 EXCHANGES = ("auto", "gather", "ring")
 # "auto" gathers up to this many bytes of keys: every rank holds them from forward to backward
@@ -51,6 +50,10 @@ class Shards:
         """The same ranks with `count` rows for each row."""
         return self.of([count * size for size in self.sizes])
 
+    def alone(self) -> Shards:
+        """This rank's rows as all there are: nothing is exchanged."""
+        return Shards(self.group, 0, self.sizes[self.rank : self.rank + 1], "gather")
+
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (n_r, ...) of all ranks, in their order, (N, ...); no gradient."""
         if self.world == 1:
@@ -66,10 +69,10 @@ class Shards:
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
     def own_ids(self, device: torch.device, repeat: int = 1) -> Tensor:
-        """A number for each row of the whole batch, this rank's, `repeat` times over."""
+        """Ids of this rank's rows; `repeat`: rows come in so many runs, with equal ids."""
         starts = [sum(self.sizes[:rank]) for rank in range(self.world)]
         parts = [
-            torch.arange(start, start + size, dtype=torch.int32).repeat(repeat)
+            torch.arange(start, start + size // repeat, dtype=torch.int32).repeat(repeat)
             for start, size in zip(starts, self.sizes, strict=True)
         ]
         ids = parts[self.rank].to(device)
@@ -118,7 +121,7 @@ class Shards:
 
 
 def join(
-    group: Group | None,
+    group: ProcessGroup | DeviceMesh | None,
     exchange: str,
     loss: str,
     rows: int,
@@ -153,7 +156,7 @@ def join(
     return Shards(group, rank, sizes, exchange), Shards(group, rank, more, exchange)
 
 
-def resolve_group(group: Group) -> ProcessGroup:
+def resolve_group(group: ProcessGroup | DeviceMesh) -> ProcessGroup:
     """The process group of a group or of a DeviceMesh with one dimension."""
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh

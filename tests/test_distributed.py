@@ -1,0 +1,164 @@
+"""Losses over the ranks of a group, on gloo: every number beside one process on the whole batch."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import distributed_cases
+import distributed_faults
+import distributed_training
+import gloo
+import pytest
+import torch
+import torch.distributed as dist
+
+import contrastive_kernels as ck
+from contrastive_kernels.distributed import join
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()),
+    reason="this torch has no gloo",
+)
+WORLDS = (1, 2, 3, 4)
+TOLERANCE = 1e-10
+
+
+@cache
+def results(world: int) -> list[dict]:
+    """One start of the processes, which takes longer than most tests, serves many of them."""
+    return gloo.run(world, everything)
+
+
+def everything() -> dict:
+    report = distributed_cases.everything()
+    if dist.get_world_size() == 2:
+        report["trainings"] = distributed_training.everything()
+    if dist.get_world_size() == 3:
+        report["faults"] = distributed_faults.differences()
+    return report
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", distributed_cases.CASES)
+def test_loss_and_gradients_are_those_of_one_process(world, name):
+    checked = 0
+    for rank, report in enumerate(results(world)):
+        for setup, outcome in report["losses"].items():
+            if setup.name == name:
+                for what, (error, _, _) in outcome.items():
+                    assert error <= TOLERANCE, (rank, setup, what)
+                    checked += 1
+    assert checked >= 8 * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", distributed_cases.CASES)
+def test_statistics_are_those_of_one_process(world, name):
+    for rank, report in enumerate(results(world)):
+        found = {s: fields for s, fields in report["statistics"].items() if s.name == name}
+        assert len(found) == 2 and all(found.values())
+        for setup, fields in found.items():
+            for field, error in fields.items():
+                assert error <= TOLERANCE, (rank, setup, field)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_two_runs_give_equal_bits_and_ranks_one_value(world):
+    for report in results(world):
+        assert len(report["bits"]) == 2 * len(distributed_cases.FEW)
+        assert all(report["bits"].values())
+
+
+def test_table_of_ratios(capsys):
+    """<gradient, expected> / <expected, expected>, all ranks and sizes together."""
+    lines = [f"{'gradient over that of one process':40}" + "".join(f"W={w:<6}" for w in WORLDS)]
+    tables = [ratios(world) for world in WORLDS]
+    for (name, what), _ in tables[0].items():
+        row = [table[name, what] for table in tables]
+        lines.append(f"{name + ', ' + what:40}" + "".join(f"{ratio:<8.3f}" for ratio in row))
+        assert row == pytest.approx([1.0] * len(row), abs=1e-9), name
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+def ratios(world: int) -> dict[tuple[str, str], float]:
+    sums: dict[tuple[str, str], list[float]] = {}
+    for report in results(world):
+        for setup, outcome in report["losses"].items():
+            for what, (_, product, square) in outcome.items():
+                both = sums.setdefault((setup.name, what), [0.0, 0.0])
+                both[0] += product
+                both[1] += square
+    return {key: product / square for key, (product, square) in sums.items()}
+
+
+@pytest.mark.parametrize("name", ["ddp", "accumulated", "fsdp", "cached"])
+def test_training_steps_are_those_of_one_process(name):
+    for report in results(2):
+        assert len(report["trainings"][name]) == 6
+        for parameter, error in report["trainings"][name].items():
+            assert error <= TOLERANCE, parameter
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("dtype", "query must be the same on every rank of group, got float64 (*, 5) on cpu on "
+         "rank 0, float32 (*, 5) on cpu on rank 1, float64 (*, 5) on cpu on rank 2"),
+        ("features", "z1 must be the same on every rank of group, got float64 (*, 5) on cpu on "
+         "rank 0, float64 (*, 6) on cpu on rank 1"),
+        ("option", "scale must be the same on every rank of group, got 10.0 on rank 0, 5.0 on "
+         "rank 1"),
+        ("gradient", "query must be the same on every rank of group, got float64 (*, 5) on cpu "
+         "on rank 0, float64 (*, 5) on cpu with gradient on rank 1"),
+        ("negatives", "got 3 on rank 0, 2 on rank 1, 3 on rank 2"),
+        ("loss", "loss must be the same on every rank of group, got nt_xent on rank 0, dcl on "
+         "rank 1"),
+    ],
+)  # fmt: skip
+def test_what_differs_is_named_on_every_rank(what, text):
+    for seen in (report["faults"] for report in results(3)):
+        assert seen[what].startswith("ValueError: ") and text in seen[what], seen[what]
+        assert seen["after all"] == "no error"
+
+
+def test_a_rank_that_does_not_come_is_an_error_within_the_timeout(tmp_path):
+    (seen, seconds), _ = gloo.run(2, distributed_faults.never_comes, str(tmp_path), timeout=2)
+    assert seen.startswith("RuntimeError: ") and seconds < 10
+
+
+def test_a_rank_that_dies_is_an_error(tmp_path):
+    seen, seconds = gloo.run(2, distributed_faults.dies_before_backward, timeout=5)[0]
+    assert seen.startswith("RuntimeError: ") and seconds < 15
+
+
+def test_no_group_is_no_collective(monkeypatch):
+    def fail(*args, **options):
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr("contrastive_kernels.distributed.all_gather", fail)
+    x = torch.randn(4, 3)
+    ck.clip_loss(x, x, 2.0, group=None, exchange="ring")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"group": "world"}, TypeError, "group must be a torch.distributed process group"),
+        ({"exchange": "tree"}, ValueError, 'exchange must be "auto", "gather" or "ring"'),
+    ],
+)
+def test_bad_groups(options, error, text):
+    with pytest.raises(error, match=text):
+        ck.nt_xent(torch.randn(4, 3), torch.randn(4, 3), **options)
+
+
+def test_sharded_negatives_need_a_group():
+    x = torch.randn(4, 3)
+    for loss in (ck.info_nce, ck.eqco, ck.cacr):
+        with pytest.raises(ValueError, match="sharded_negatives needs a group"):
+            loss(x, x, negatives=x, sharded_negatives=True)
+
+
+def test_join_without_a_group():
+    assert join(None, "auto", "loss", 3) == (None, None)
