@@ -156,6 +156,12 @@ def join(
     return Shards(group, rank, sizes, exchange), Shards(group, rank, more, exchange)
 
 
+def gather_uneven(group: ProcessGroup, rows: Tensor) -> Tensor:
+    """The rows (n_r, ...) of all ranks, in their order, (N, ...); no gradient."""
+    shards, _ = join(group, "gather", "the queue", rows.shape[0], features=rows.detach())
+    return shards.gather(rows.detach())
+
+
 def resolve_group(group: ProcessGroup | DeviceMesh) -> ProcessGroup:
     """The process group of a group or of a DeviceMesh with one dimension."""
     from torch.distributed import ProcessGroup

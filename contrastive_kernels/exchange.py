@@ -68,7 +68,8 @@ class Exchange:
     ) -> Tensor | None:
         """Visit every block. What visits return for keys of this rank, merged, (keys, C).
 
-        `neutral` (C,) is a result without effect; None: there are no results.
+        `neutral` (C,) is a result without effect; None: there are no results. `merge` may write
+        into its first argument.
         """
         raise NotImplementedError
 
@@ -158,15 +159,17 @@ class Ring(Exchange):
             result = visit(block.rows, block.own, _part(cargo, block.keys))
             if neutral is not None:
                 results = _place(result, block.keys, neutral, shards.sizes[block.shard])
+                del result  # may be as large as a shard
                 if step == 0:
                     mine = results  # stays at home, those of other ranks join it at the end
                 else:
                     if transfer is not None:
-                        results = merge(transfer.wait()[0], results)
+                        results = merge(transfer.wait().pop(), results)
                     if step < last:
                         transfer = _Transfer(shards, [results], 1, size)
                     else:
                         transfer = _Transfer(shards, [results], -last, shards.sizes[shards.rank])
+                del results
             if keys is not None:
                 arrived = iter(keys.wait())
                 cargo = [None if t is None else next(arrived) for t in cargo]
@@ -193,6 +196,7 @@ class _Transfer:
     def wait(self) -> list[Tensor]:
         for work in self.works:
             work.wait()
+        self.sent.clear()
         return self.received
 
 

@@ -159,7 +159,7 @@ class _Softplus(torch.autograd.Function):
 
         loaded = _load(exchange, y, ids)
         to_send = bias if bias is not None and bias.dim() else None
-        exchange.run([loaded[0], exchange.load(to_send), None, *loaded[1:]], visit, None, torch.add)
+        exchange.run([loaded[0], exchange.load(to_send), None, *loaded[1:]], visit, None, _merge)
         ctx.options = options
         ctx.save_for_backward(x, scale, bias, *ids[::2], *loaded)
         ctx.set_materialize_grads(False)
@@ -212,7 +212,7 @@ def _backward(ctx, x, scale, bias, ids: Ids, loaded, of_keys: Tensor | None, gra
     to_send = exchange.load(bias) if by_key else None
     cargo = [loaded[0], to_send, exchange.load(of_keys), *loaded[1:]]
     neutral = x.new_zeros(width, dtype=dtype) if width else None
-    results = exchange.run(cargo, visit, neutral, torch.add)
+    results = exchange.run(cargo, visit, neutral, torch.Tensor.add_)
     grad_y = results[:, :dim] if need_y else None
     if options.symmetric:  # one tensor is both sides
         grad_x, grad_y = grad_x + grad_y, None

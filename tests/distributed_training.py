@@ -106,5 +106,43 @@ def cached(chunk: int = 2) -> dict[str, float]:
     return errors(model, one)
 
 
+def queues() -> dict[str, bool]:
+    """Queues over the ranks beside one queue that sees all features."""
+    rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    seed = torch.Generator().manual_seed
+    one = ck.FeatureQueue(12, 5, dtype=torch.float64, generator=seed(0))
+    copies = ck.FeatureQueue(12, 5, dtype=torch.float64, generator=seed(0), group=group)
+    parts = ck.FeatureQueue(
+        12, 5, dtype=torch.float64, generator=seed(0), group=group, sharded=True
+    )
+    report = {"copies": True, "parts": True, "losses": True}
+    for step, sizes in enumerate(((5, 2), (0, 3), (9, 8), (1, 0))):
+        rows = randn(sum(sizes), 5, seed=step)
+        own = rows[sum(sizes[:rank]) :][: sizes[rank]]
+        x, y = (randn(6, 5, seed=100 + step + i).requires_grad_() for i in (0, 50))
+        whole = ck.info_nce(x, y, negatives=one.negatives)
+        mine = [t.detach()[3 * rank : 3 * rank + 3].requires_grad_() for t in (x, y)]
+        for queue, sharded in ((copies, False), (parts, True)):
+            loss = ck.info_nce(
+                *mine, negatives=queue.negatives, group=group, sharded_negatives=sharded
+            )
+            got = torch.autograd.grad(loss, mine)
+            wanted = torch.autograd.grad(whole, (x, y), retain_graph=True)
+            for a, b in zip((loss, *got), (whole, *wanted), strict=True):
+                b = b[3 * rank : 3 * rank + 3] * world if b.dim() else b
+                report["losses"] &= (a - b).abs().max().item() < 1e-12
+        one.enqueue(rows)
+        copies.enqueue(own)
+        parts.enqueue(own)
+        report["copies"] &= torch.equal(copies.negatives, one.negatives)
+        report["parts"] &= torch.equal(parts.negatives, one.negatives[rank::world])
+        report["parts"] &= parts.filled == one.filled
+    drawn = ck.FeatureQueue(12, 5, group=group).negatives
+    everywhere = [torch.empty_like(drawn) for _ in range(world)]
+    dist.all_gather(everywhere, drawn)
+    report["start"] = all(torch.equal(t, drawn) for t in everywhere)
+    return report
+
+
 def everything() -> dict[str, dict[str, float]]:
     return {f.__name__: f() for f in (ddp, accumulated, fsdp, cached)}

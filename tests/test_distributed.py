@@ -6,6 +6,7 @@ from functools import cache
 
 import distributed_cases
 import distributed_faults
+import distributed_traffic
 import distributed_training
 import gloo
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import contrastive_kernels as ck
+from benchmarks.traffic import Step
 from contrastive_kernels.distributed import join
 
 pytestmark = pytest.mark.skipif(
@@ -33,8 +35,16 @@ def everything() -> dict:
     report = distributed_cases.everything()
     if dist.get_world_size() == 2:
         report["trainings"] = distributed_training.everything()
+        report["queues"] = distributed_training.queues()
     if dist.get_world_size() == 3:
         report["faults"] = distributed_faults.differences()
+    if dist.get_world_size() > 1:
+        report["traffic"] = distributed_traffic.everything()
+    if dist.get_world_size() in (3, 4):
+        report["peak"] = {
+            exchange: distributed_traffic.peak(1024, 1024, exchange)
+            for exchange in ("ring", "gather")
+        }
     return report
 
 
@@ -100,6 +110,16 @@ def test_training_steps_are_those_of_one_process(name):
             assert error <= TOLERANCE, parameter
 
 
+def test_queues_over_ranks_are_one_queue():
+    expected = {"copies": True, "parts": True, "losses": True, "start": True}
+    assert [report["queues"] for report in results(2)] == [expected, expected]
+
+
+def test_a_sharded_queue_needs_a_group():
+    with pytest.raises(ValueError, match="sharded needs a group"):
+        ck.FeatureQueue(8, 3, sharded=True)
+
+
 @pytest.mark.parametrize(
     ("what", "text"),
     [
@@ -130,6 +150,33 @@ def test_a_rank_that_does_not_come_is_an_error_within_the_timeout(tmp_path):
 def test_a_rank_that_dies_is_an_error(tmp_path):
     seen, seconds = gloo.run(2, distributed_faults.dies_before_backward, timeout=5)[0]
     assert seen.startswith("RuntimeError: ") and seconds < 15
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("loss", distributed_traffic.LOSSES)
+def test_bytes_and_collectives_are_those_on_paper(world, exchange, loss):
+    rows = distributed_traffic.ROWS * (2 if loss == "nt_xent" else 1)
+    kind = {"symmetric": loss == "nt_xent", "columns": loss == "clip_loss"}
+    for size in (8, 4, 2):
+        step = Step(world, rows, distributed_traffic.DIM, size, exchange, **kind)
+        for report in results(world):
+            counts = report["traffic"][loss, exchange, size]
+            assert counts == [step.sent(), step.collectives()]
+
+
+def test_memory_of_a_ring_does_not_grow_with_the_ranks():
+    """From W = 3 on, when there are always keys under way; a gather grows by 2 shards a rank."""
+    shard = 1024 * 1024 * 4
+    peaks = {
+        (world, exchange): max(report["peak"][exchange][1] for report in results(world))
+        for world in (3, 4)
+        for exchange in ("ring", "gather")
+    }
+    assert peaks[4, "ring"] < 13 * shard < peaks[4, "gather"], peaks
+    assert peaks[4, "ring"] - peaks[3, "ring"] < peaks[4, "gather"] - peaks[3, "gather"], peaks
+    values = {report["peak"][e][0] for report in results(4) for e in ("ring", "gather")}
+    assert max(values) - min(values) < 1e-5
 
 
 def test_no_group_is_no_collective(monkeypatch):
