@@ -18,7 +18,7 @@ class Step(NamedTuple):
     world: int
     n: int
     dim: int
-    itemsize: int = 4
+    itemsize: int = 4  # bytes of a feature
     exchange: str = "gather"
     symmetric: bool = False  # rows against themselves, as NT-Xent's 2N
     columns: bool = False  # both directions, as CLIP's
@@ -46,10 +46,10 @@ class Step(NamedTuple):
         return 2 * 4 * self.n
 
     def held(self) -> int:
-        """Bytes of others' keys and gradients a rank holds at once, in the backward."""
+        """Bytes of keys and of their gradients, sent and arriving, at the peak of the backward."""
         stat = STATISTIC[self.itemsize]
         if self.exchange == "gather":
-            return self.world * self.n * self.dim * (self.itemsize + stat)
+            return self.world * self.n * self.dim * (self.itemsize + 2 * stat)
         return 2 * self.n * self.dim * (self.itemsize + 2 * stat)
 
     def collectives(self) -> int:

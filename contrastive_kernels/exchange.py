@@ -106,14 +106,14 @@ class Gather(Exchange):
                 results[block.keys] = result
         if results is None or shards.world == 1:
             return results
-        met = {block.shard for block in self.blocks}
-        parts = results.split(shards.sizes)
-        sent = [size if shard in met else 0 for shard, size in enumerate(shards.sizes)]
-        own = shards.sizes[shards.rank]
-        received = [own if self._meets(other, shards.rank) else 0 for other in range(shards.world)]
-        results = torch.cat([part[:size] for part, size in zip(parts, sent, strict=True)])
+        own, others = shards.sizes[shards.rank], range(shards.world)
+        sent = [size if self._meets(shards.rank, s) else 0 for s, size in enumerate(shards.sizes)]
+        received = [own if self._meets(other, shards.rank) else 0 for other in others]
+        if sum(sent) < shards.total:
+            parts = zip(results.split(shards.sizes), sent, strict=True)
+            results = torch.cat([part[:size] for part, size in parts])
         arrived = all_to_all(results, received, sent, shards.group)
-        count = sum(self._meets(other, shards.rank) for other in range(shards.world))
+        count = sum(self._meets(other, shards.rank) for other in others)
         return reduce(merge, arrived.view(count, own, len(neutral)).unbind())
 
     def _meets(self, rank: int, shard: int) -> bool:
