@@ -105,19 +105,20 @@ def info_nce(
             raise TypeError(f"exclude must be a pair (row_ids, col_ids), got {type(exclude)}")
         check_ids("exclude: row_ids", exclude[0], (n,))
         check_ids("exclude: col_ids", exclude[1], (start + m,))
+    row_ids, col_ids = exclude or (None, None)
     shards, others = join(
         group, exchange, "info_nce", n, m, query=query, key=key, negatives=negatives, scale=scale,
-        alpha=alpha, in_batch=in_batch, symmetric=symmetric, exclude=exclude is None,
-        key_bias=key_bias, sharded_negatives=sharded_negatives or m, normalize=normalize,
-        reduction=reduction, return_stats=return_stats,
+        alpha=alpha, in_batch=in_batch, symmetric=symmetric, exclude_rows=row_ids,
+        exclude_columns=col_ids, key_bias=key_bias, sharded_negatives=sharded_negatives or m,
+        normalize=normalize, reduction=reduction, return_stats=return_stats,
     )  # fmt: skip
     if negatives is None:
         check_other_rows("query", total_rows(n, shards))
     elif not sharded_negatives:
         # every rank has them all; only a rank without rows needs to be told
         others = others.alone() if shards is not None and n == 0 else None
-    if n == 0 and negatives is not None and negatives.dim() == 3:
-        raise ValueError("negatives of shape (N, M, D) need at least one row on every rank")
+        if n == 0 and negatives.dim() == 3:
+            negatives = negatives.sum(0)  # any keys will do
 
     dot = row_dot(query, key, normalize=normalize, backend=backend, shards=shards)
     pos = scale * dot

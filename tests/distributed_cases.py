@@ -102,6 +102,11 @@ CASES = {
     "info_nce queue": Case(
         "info_nce", pair("query", "key", negatives=noise("m", "5", seed=3)), {}
     ),
+    "info_nce own": Case(
+        "info_nce",
+        pair("query", "key", negatives=noise("n", "3", "5", seed=3), key_bias=noise("3", seed=4)),
+        {},
+    ),
     "info_nce both": Case(
         "info_nce",
         pair("query", "key", negatives=noise("m", "5", seed=3), key_bias=noise("n+m", seed=4)),
@@ -162,7 +167,8 @@ class Part(NamedTuple):
     sizes: tuple[int, ...]
     negatives: tuple[int, ...]
     rank: int
-    sharded: bool
+    sharded: bool  # negatives are
+    own: bool  # each row has negatives of its own
 
     @property
     def rows(self) -> slice:
@@ -170,12 +176,12 @@ class Part(NamedTuple):
 
     def of(self, name: str, t: Tensor) -> Tensor:
         n, more = sum(self.sizes), _range(self.negatives, self.rank)
-        if name in WHOLE or (name == "negatives" and not self.sharded):
+        if name in WHOLE or (self.own and name == "key_bias"):
             return t
+        if name == "negatives" and not self.own:
+            return t[more] if self.sharded else t
         if name == "views":
             return t[:, self.rows]
-        if name == "negatives":
-            return t[more]
         if name == "weight":
             return t.view(2, n)[:, self.rows].flatten()
         if name in ("exclude_columns", "key_bias"):
@@ -207,7 +213,7 @@ class Setup(NamedTuple):
         case, world, rank = CASES[self.name], dist.get_world_size(), dist.get_rank()
         sizes = tuple(case.unit * size for size in SIZES[self.sizes][:world])
         sharded = case.options.get("sharded_negatives", False)
-        part = Part(sizes, NEGATIVES[:world], rank, sharded)
+        part = Part(sizes, NEGATIVES[:world], rank, sharded, self.name == "info_nce own")
         whole = case.tensors(sum(sizes), sum(part.negatives))
         whole = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in whole.items()}
         mine = {k: part.of(k, t).detach().requires_grad_(t.requires_grad) for k, t in whole.items()}
