@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 import contrastive_kernels as ck
 from benchmarks.traffic import Step
-from contrastive_kernels.distributed import join
+from contrastive_kernels.distributed import Shards, join
+from contrastive_kernels.exchange import Gather, Ring, choose, plan
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()),
@@ -176,6 +177,51 @@ def test_memory_of_a_ring_does_not_grow_with_the_ranks():
     assert peak(4, "ring") - peak(3, "ring") < 1.5
     values = {report["peak"][e][0] for report in results(4) for e in ("ring", "gather")}
     assert max(values) - min(values) < 1e-5
+
+
+def test_a_ring_computes_while_keys_are_under_way(monkeypatch):
+    events = []
+
+    class Transfer:
+        def __init__(self, shards, tensors, steps, rows):
+            events.append("send")
+            self.received = [t.new_zeros(rows, *t.shape[1:]) for t in tensors]
+
+        def wait(self):
+            events.append("wait")
+            return self.received
+
+    monkeypatch.setattr("contrastive_kernels.exchange._Transfer", Transfer)
+    shards = Shards(None, 0, [2, 2, 2], "ring")
+    ring = Ring(shards, 2, symmetric=False)
+    ring.run([torch.ones(2, 3)], lambda *_: events.append("compute"), None, torch.add)
+    assert events == ["send", "compute", "wait", "send", "compute", "wait", "compute"]
+
+
+@pytest.mark.parametrize("world", range(1, 8))
+def test_every_pair_is_computed_once(world):
+    """Counts the visits of each pair of rows, itself as its transpose where that is implied."""
+    sizes = [3, 0, 2, 5, 1, 4, 2][:world]
+    starts = [sum(sizes[:rank]) for rank in range(world)]
+    for symmetric in (False, True):
+        visits = torch.zeros(sum(sizes), sum(sizes))
+        for rank in range(world):
+            shards = Shards(None, rank, sizes, "gather")
+            for block in plan(shards, rank, sizes[rank], symmetric):
+                rows = torch.arange(sizes[rank])[block.rows] + starts[rank]
+                keys = torch.arange(sizes[block.shard])[block.keys] + starts[block.shard]
+                visits[rows[:, None], keys] += 1
+                if symmetric and not block.own:
+                    visits[keys[:, None], rows] += 1
+        assert torch.equal(visits, torch.ones_like(visits))
+
+
+def test_auto_gathers_small_batches_and_rings_large_ones():
+    def chosen(rows: int) -> type:
+        keys = torch.empty(1, 64)  # only its width and type count
+        return type(choose(Shards(None, 0, [rows, rows], "auto"), keys, rows, False))
+
+    assert chosen(2**19) is Gather and chosen(2**19 + 1) is Ring
 
 
 def test_no_group_is_no_collective(monkeypatch):
