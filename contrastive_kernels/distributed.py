@@ -13,6 +13,7 @@ scale and bias are those of one process. reduction="none" gives the rank's own r
 from __future__ import annotations
 
 import hashlib
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,15 +33,15 @@ GATHERED_BYTES = 2**28
 class Shards:
     """How many rows each rank of a group has, and the few collectives that losses need.
 
-    sizes[r] is the number of rows of rank r; `rank`, `world`, `start` (the number of rows of lower
-    ranks) and `total` follow from it.
+    sizes[r] is the number of rows of rank r, starts[r] that of all ranks below it.
     """
 
     def __init__(self, group: ProcessGroup, rank: int, sizes: list[int], exchange: str) -> None:
         self.group, self.rank, self.sizes, self.exchange = group, rank, sizes, exchange
         self.world = len(sizes)
-        self.start, self.total = sum(sizes[:rank]), sum(sizes)
+        *self.starts, self.total = accumulate(sizes, initial=0)
         self._gathered: dict[int, tuple[Tensor, Tensor]] = {}
+        self._repeats: dict[int, tuple[Tensor, int]] = {}
 
     def of(self, sizes: list[int]) -> Shards:
         """The same ranks with other sizes."""
@@ -70,20 +71,26 @@ class Shards:
 
     def own_ids(self, device: torch.device, repeat: int = 1) -> Tensor:
         """Ids of this rank's rows; `repeat`: rows come in so many runs, with equal ids."""
-        starts = [sum(self.sizes[:rank]) for rank in range(self.world)]
-        parts = [
-            torch.arange(start, start + size // repeat, dtype=torch.int32).repeat(repeat)
-            for start, size in zip(starts, self.sizes, strict=True)
-        ]
-        ids = parts[self.rank].to(device)
-        self._gathered[id(ids)] = (ids, torch.cat(parts).to(device))
+        ids = self._numbered(self.rank, repeat).to(device)
+        self._repeats[id(ids)] = (ids, repeat)
         return ids
 
     def all_ids(self, ids: Tensor) -> Tensor:
         """The ids of all ranks; of `own_ids` and of ids seen before without a collective."""
-        if id(ids) not in self._gathered:
-            self._gathered[id(ids)] = (ids, self.gather(ids.detach()))
-        return self._gathered[id(ids)][1]
+        key = id(ids)
+        if key not in self._gathered:
+            if key in self._repeats:
+                repeat = self._repeats[key][1]
+                parts = [self._numbered(rank, repeat) for rank in range(self.world)]
+                everything = torch.cat(parts).to(ids.device)
+            else:
+                everything = self.gather(ids.detach())
+            self._gathered[key] = (ids, everything)  # with the ids: another tensor may get their id
+        return self._gathered[key][1]
+
+    def _numbered(self, rank: int, repeat: int) -> Tensor:
+        start, size = self.starts[rank], self.sizes[rank]
+        return torch.arange(start, start + size // repeat, dtype=torch.int32).repeat(repeat)
 
     def total_of(self, value: Tensor) -> Tensor:
         """The sum of a tensor over the ranks, the same bits on every rank; no gradient."""

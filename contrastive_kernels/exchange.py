@@ -123,11 +123,8 @@ class Gather(Exchange):
     def _joined(self) -> list[Block]:
         """The blocks with keys counted over all ranks; neighbours of the same rows become one."""
         joined: list[Block] = []
-        starts = [0]
-        for size in self.shards.sizes:
-            starts.append(starts[-1] + size)
         for block in sorted(self.blocks):
-            start = starts[block.shard]
+            start = self.shards.starts[block.shard]
             keys = slice(start + block.keys.start, start + block.keys.stop)
             last = joined[-1] if joined else None
             if last and (last.rows, last.own, last.keys.stop) == (

@@ -288,6 +288,31 @@ def compare_statistics(setup: Setup) -> dict[str, float]:
     return report
 
 
+def compare_dtype(setup: Setup, dtype: torch.dtype) -> dict[str, float]:
+    """Largest error of the loss and of each gradient, relative to the largest entry, of features
+    in `dtype` against float64 of the same, already rounded numbers."""
+
+    def rounded(t: Tensor) -> Tensor:
+        features = t.is_floating_point() and t.dim() > 1
+        return t.detach().to(dtype).requires_grad_() if features else t
+
+    case, whole, _, part, one, each = setup.prepare()
+    whole = {name: rounded(t) for name, t in whole.items()}
+    exact = {k: t.detach().double().requires_grad_(t.requires_grad)
+             if t.is_floating_point() else t for k, t in whole.items()}  # fmt: skip
+    mine = {k: part.of(k, t).detach().requires_grad_(t.requires_grad) for k, t in whole.items()}
+    names = [k for k, t in mine.items() if t.requires_grad and t.dim() > 1]
+    wanted, got = case.run(reference, exact, **one), case.run(ck, mine, **each)
+    expected = torch.autograd.grad(wanted, [exact[name] for name in names])
+    found = torch.autograd.grad(got, [mine[name] for name in names])
+    report = {"loss": _compare(got, wanted)[0] / wanted.abs().item()}
+    for name, g, e in zip(names, found, expected, strict=True):
+        assert g.dtype == dtype
+        error = _compare(g.double() / dist.get_world_size(), part.of(name, e))[0]
+        report[name] = error / e.abs().max().item()
+    return report
+
+
 def same_bits(setup: Setup) -> bool:
     """Whether two runs agree to the last bit, and ranks about the value of the loss."""
 
@@ -314,7 +339,7 @@ def _compare(got: Tensor, wanted: Tensor) -> tuple[float, float, float]:
 
 def everything() -> dict:
     """All that one start of the processes computes."""
-    report: dict = {"losses": {}, "statistics": {}, "bits": {}}
+    report: dict = {"losses": {}, "statistics": {}, "bits": {}, "dtypes": {}}
     for name in CASES:
         for setup in setups(name):
             report["losses"][setup] = compare(setup)
@@ -325,4 +350,7 @@ def everything() -> dict:
             for exchange in ("gather", "ring"):
                 setup = Setup(name, "uneven", exchange, "mean")
                 report["bits"][setup] = same_bits(setup)
+                # where several terms are added in the type of the features, one process rounds too
+                for dtype in (torch.float32, torch.bfloat16)[: 1 if "sharded" in name else 2]:
+                    report["dtypes"][setup, dtype] = compare_dtype(setup, dtype)
     return report

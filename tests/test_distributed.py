@@ -81,6 +81,18 @@ def test_two_runs_give_equal_bits_and_ranks_one_value(world):
         assert all(report["bits"].values())
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 32), (torch.bfloat16, 2)])
+def test_shorter_types_lose_their_own_rounding_only(world, dtype, roundings):
+    """Gradients of ranks are added in float32, and rounded to the type of the features once."""
+    for report in results(world):
+        found = {setup: e for (setup, of), e in report["dtypes"].items() if of == dtype}
+        assert len(found) >= 2 * (len(distributed_cases.FEW) - 1)
+        for setup, errors in found.items():
+            for what, error in errors.items():
+                assert error <= roundings * torch.finfo(dtype).eps, (setup, what)
+
+
 def test_table_of_ratios(capsys):
     """<gradient, expected> / <expected, expected>, all ranks and sizes together."""
     lines = [f"{'gradient over that of one process':40}" + "".join(f"W={w:<6}" for w in WORLDS)]
