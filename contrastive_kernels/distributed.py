@@ -151,10 +151,15 @@ def join(
     if group is None:
         return None, None
     group = resolve_group(group)
-    described = {"loss": loss, **{name: _describe(value) for name, value in arguments.items()}}
     tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
+    device = tensors[0].device
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    described = {
+        "loss": loss, "exchange": exchange, "autocast": str(autocast),
+        **{name: _describe(value) for name, value in arguments.items()},
+    }  # fmt: skip
     digest = hashlib.blake2b(repr(described).encode(), digest_size=7).digest()
-    record = torch.tensor([[rows, more_rows, int.from_bytes(digest)]], device=tensors[0].device)
+    record = torch.tensor([[rows, more_rows, int.from_bytes(digest)]], device=device)
     records = all_gather(record, group).tolist()
     if len({digest for _, _, digest in records}) > 1:
         raise ValueError(_difference(described, group))

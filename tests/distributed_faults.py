@@ -34,6 +34,7 @@ def differences() -> dict[str, str]:
         "gradient": lambda: ck.clip_loss(leaf, y, 2.0, group=group),
         "negatives": lambda: ck.info_nce(x, y, negatives=x[: 2 if odd else 3], group=group),
         "loss": lambda: (ck.dcl if odd else ck.nt_xent)(x, y, group=group),
+        "exchange": lambda: ck.nt_xent(x, y, group=group, exchange="ring" if odd else "gather"),
         "after all": lambda: ck.nt_xent(x, y, group=group),
     }
     return {name: message(call) for name, call in calls.items()}

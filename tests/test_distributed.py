@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 WORLDS = (1, 2, 3, 4)
 TOLERANCE = 1e-10
+PEAK_ROWS, PEAK_DIM = 512, 1024
 
 
 @cache
@@ -43,11 +44,12 @@ def everything() -> dict:
     if dist.get_world_size() > 1:
         report["traffic"] = distributed_traffic.everything()
     if dist.get_world_size() in (3, 4):
-        report["peak"] = {
-            exchange: distributed_traffic.peak(1024, 1024, exchange)
-            for exchange in ("ring", "gather")
-        }
+        report["peak"] = peaks(("ring", "gather"))
     return report
+
+
+def peaks(exchanges: tuple[str, ...]) -> dict[str, tuple[float, int]]:
+    return {e: distributed_traffic.peak(PEAK_ROWS, PEAK_DIM, e) for e in exchanges}
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -145,6 +147,8 @@ def test_a_sharded_queue_needs_a_group():
          "rank 1"),
         ("gradient", "query must be the same on every rank of group, got float64 (*, 5) on cpu "
          "on rank 0, float64 (*, 5) on cpu with gradient on rank 1"),
+        ("exchange", "exchange must be the same on every rank of group, got gather on rank 0, ring "
+         "on rank 1"),
         ("negatives", "got 3 on rank 0, 2 on rank 1, 3 on rank 2"),
         ("loss", "loss must be the same on every rank of group, got nt_xent on rank 0, dcl on "
          "rank 1"),
@@ -180,14 +184,19 @@ def test_bytes_and_collectives_are_those_on_paper(world, exchange, loss):
 
 
 def test_memory_of_a_ring_does_not_grow_with_the_ranks():
-    """In shards of keys: a gather holds three more for each rank, a ring the same from W = 3 on."""
+    """In shards of keys: a gather holds three more for each rank, a ring the same from W = 4 on,
+    when there are always keys under way and gradients behind them."""
 
-    def peak(world: int, exchange: str) -> float:
-        return median_low(report["peak"][exchange][1] / 2**22 for report in results(world))
+    def peak(reports: list[dict], exchange: str) -> float:
+        shard = 4 * PEAK_ROWS * PEAK_DIM
+        return median_low(report[exchange][1] / shard for report in reports)
 
-    assert peak(4, "gather") - peak(3, "gather") > 2
-    assert peak(4, "ring") - peak(3, "ring") < 1.5
-    values = {report["peak"][e][0] for report in results(4) for e in ("ring", "gather")}
+    three, four = ([report["peak"] for report in results(world)] for world in (3, 4))
+    six = gloo.run(6, peaks, ("ring",))
+    assert abs(peak(four, "gather") - peak(three, "gather") - 3) < 0.7
+    assert abs(peak(six, "ring") - peak(four, "ring")) < 0.7
+    assert peak(four, "ring") < 9
+    values = {report[exchange][0] for report in four for exchange in ("ring", "gather")}
     assert max(values) - min(values) < 1e-5
 
 
