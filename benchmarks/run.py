@@ -128,6 +128,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu by default")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this")
+    parser.add_argument("--group", action="append", metavar="NAME", help="only cases of this group")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument(
         "--memory", action="store_true", help="measure peak memory as well; always done on a GPU"
@@ -138,6 +139,10 @@ def arguments() -> argparse.Namespace:
     )
     options = parser.parse_args()
     cases = GPU_CASES if options.device == "cuda" else CASES
+    groups = sorted({case.group for case in cases.values()})
+    for name in options.group or ():
+        if name not in groups:
+            parser.error(f"--group must be one of {', '.join(groups)}, got {name}")
     for name in options.case or ():
         if name not in cases:
             parser.error(f"--case must be one of {', '.join(cases)}, got {name}")
@@ -151,6 +156,7 @@ def command_line(options: argparse.Namespace) -> str:
     words += ["--device cuda"] if on_gpu else [f"--threads {options.threads}"]
     words += ["--quick"] if options.quick else []
     words += ["--memory"] if options.memory else []
+    words += [f"--group {name}" for name in options.group or ()]
     words += [f"--case {name}" for name in options.case or ()]
     return " ".join(words)
 
@@ -162,6 +168,7 @@ def main() -> int:
         print("\n".join(cases))
         return 0
     chosen = [cases[name] for name in options.case or cases]
+    chosen = [case for case in chosen if not options.group or case.group in options.group]
     return run_on_gpu(chosen, options) if options.device == "cuda" else run_on_cpu(chosen, options)
 
 
@@ -177,7 +184,7 @@ def head(options: argparse.Namespace, environment: dict) -> dict:
 
 def path_of(options: argparse.Namespace, environment: dict) -> Path | None:
     """Where the result goes; None: a part of a run, or a quick one, is not kept."""
-    if options.json is None and not options.quick and not options.case:
+    if options.json is None and not (options.quick or options.case or options.group):
         return results_path(environment)
     return options.json
 
