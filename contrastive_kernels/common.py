@@ -5,6 +5,11 @@ Options every loss has: `normalize` divides the features by their L2 norm (at le
 `(loss, LossStats)`. Features are float32, float64, bfloat16 or float16; losses and statistics are
 float32, or float64 for float64 features. Every loss raises a ValueError or TypeError that names the
 argument that does not fit.
+
+With `group`, a torch.distributed process group or a DeviceMesh of one dimension, features are this
+rank's part of a batch, which may have no rows, and negatives come from all ranks; what a loss takes
+or gives for each row is of this rank's rows. `exchange` is "gather", "ring" or "auto"; value and
+gradients are described in `distributed.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import Shards
 from .ops import IdPair, check_features, check_pair, check_positive, statistics_dtype
 from .reference import SoftplusSweep, Sweep
 
@@ -44,10 +50,13 @@ class LossStats(NamedTuple):
     mi_lower_bound: Tensor | None = None
 
 
-def check_views(x_name: str, x: Tensor, y_name: str, y: Tensor) -> int:
-    """Raise unless `x` and `y` are features of one shape (N, D) that fit; return N."""
-    check_features(x_name, x, (2,))
-    check_features(y_name, y, (2,))
+def check_views(x_name: str, x: Tensor, y_name: str, y: Tensor, *, rows: bool = True) -> int:
+    """Raise unless `x` and `y` are features of one shape (N, D) that fit; return N.
+
+    `rows=False`: there may be none.
+    """
+    check_features(x_name, x, (2,), rows=rows)
+    check_features(y_name, y, (2,), rows=rows)
     check_pair(x, y, x_name, y_name)
     if x.shape[0] != y.shape[0]:
         raise ValueError(
@@ -57,11 +66,16 @@ def check_views(x_name: str, x: Tensor, y_name: str, y: Tensor) -> int:
     return x.shape[0]
 
 
-def check_negatives(query: Tensor, negatives: Tensor, dims: tuple[int, ...] = (2, 3)) -> int:
-    """Raise unless `negatives` (M, D) or (N, M, D) fit `query` (N, D); return M."""
-    check_features("negatives", negatives, dims)
+def check_negatives(
+    query: Tensor, negatives: Tensor, dims: tuple[int, ...] = (2, 3), *, rows: bool = True
+) -> int:
+    """Raise unless `negatives` (M, D) or (N, M, D) fit `query` (N, D); return M.
+
+    `rows=False`: there may be none of M or N.
+    """
+    check_features("negatives", negatives, dims, rows=rows)
     check_pair(query, negatives, "query", "negatives")
-    if negatives.shape[-2] == 0:
+    if rows and negatives.shape[-2] == 0:
         raise ValueError(f"negatives must not be empty, got shape {tuple(negatives.shape)}")
     if negatives.dim() == 3 and negatives.shape[0] != query.shape[0]:
         raise ValueError(
@@ -126,32 +140,57 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)
 
 
-def own_ids(n: int, like: Tensor) -> IdPair:
-    """Ids that exclude the diagonal of an n x n matrix."""
-    ids = torch.arange(n, dtype=torch.int32, device=like.device)
+def own_ids(n: int, like: Tensor, shards: Shards | None = None) -> IdPair:
+    """Ids that exclude the diagonal of an n x n matrix, or of that of all ranks."""
+    if shards is None:
+        ids = torch.arange(n, dtype=torch.int32, device=like.device)
+    else:
+        ids = shards.own_ids(like.device)
     return ids, ids
 
 
-def count_equal_ids(row_ids: Tensor, col_ids: Tensor) -> Tensor:
+def total_rows(n: int, shards: Shards | None) -> int:
+    """The rows of the whole batch, of which this rank has n."""
+    return n if shards is None else shards.total
+
+
+def count_equal_ids(row_ids: Tensor, col_ids: Tensor, shards: Shards | None = None) -> Tensor:
     """For each row (N,), the number of columns whose id equals the row's."""
+    if shards is not None:
+        col_ids = shards.all_ids(col_ids)
     ordered = col_ids.long().sort().values
     row_ids = row_ids.long()
     return torch.searchsorted(ordered, row_ids, right=True) - torch.searchsorted(ordered, row_ids)
 
 
-def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
+def reduce_rows(rows: Tensor, reduction: str, shards: Shards | None = None) -> Tensor:
     """Apply `reduction` to the losses of the rows."""
-    if reduction == "mean":
-        return rows.mean()
-    return rows.sum() if reduction == "sum" else rows
+    if reduction == "none":
+        return rows
+    if shards is not None:
+        return shards.reduce(rows.sum(), reduction == "mean")
+    return rows.mean() if reduction == "mean" else rows.sum()
 
 
-def add_rows(value: Tensor, rows: Tensor, reduction: str) -> Tensor:
+def add_rows(value: Tensor, rows: Tensor, reduction: str, shards: Shards | None = None) -> Tensor:
     """The reduction of value + rows, where `value` is already the sum unless it is "none"."""
     if reduction == "none":
         return value + rows
     total = value + rows.sum()
+    if shards is not None:
+        return shards.reduce(total, reduction == "mean")
     return total / rows.shape[0] if reduction == "mean" else total
+
+
+def mean_of(values: Tensor, shards: Shards | None) -> Tensor:
+    """The mean of a statistic over the entries of all ranks, without gradient."""
+    return values.detach().mean() if shards is None else shards.mean(values)
+
+
+def sum_of(values: Tensor, shards: Shards | None) -> Tensor:
+    """The sum of a statistic likewise."""
+    total = values.detach().sum()
+    return total if shards is None else shards.total_of(total)
 
 
 def pair_stats(
@@ -162,6 +201,7 @@ def pair_stats(
     bias: float | Tensor = 0.0,
     lse: Tensor | None = None,
     extra: tuple[Tensor, Tensor] | None = None,
+    shards: Shards | None = None,
 ) -> LossStats:
     """Statistics of a loss with one positive for each row, of similarity `dot`.
 
@@ -174,10 +214,12 @@ def pair_stats(
     if extra is not None:
         total = total - (extra[0] * extra[1]).sum()
         count = count - extra[0].sum()
+    if shards is not None:
+        total, count = shards.total_of(torch.stack((total, count)))
     return LossStats(
-        accuracy=(rank == 0).to(dot.dtype).mean(),
+        accuracy=mean_of((rank == 0).to(dot.dtype), shards),
         rank=rank,
-        positive_similarity=dot.detach().mean(),
+        positive_similarity=mean_of(dot, shards),
         negative_similarity=((total / count - bias) / scale).detach(),
         lse=None if lse is None else lse.detach(),
     )

@@ -19,13 +19,16 @@ from .common import (
     check_views,
     count_equal_ids,
     log_count,
+    mean_of,
     own_ids,
     pair_stats,
     reduce_rows,
     resolve_scale,
     scalar,
     softplus,
+    total_rows,
 )
+from .distributed import Group, Shards, join
 from .ops import IdPair, check_ids, check_positive, row_dot, softplus_sweep, sweep
 
 
@@ -41,9 +44,12 @@ def info_nce(
     symmetric: bool = False,
     exclude: IdPair | None = None,
     key_bias: Tensor | None = None,
+    sharded_negatives: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """InfoNCE (van den Oord et al. 2018, eq. 4): the cross-entropy of picking the positive key.
@@ -68,23 +74,27 @@ def info_nce(
             the fastest and, near convergence, the most exact.
         key_bias: added to the logits of a key, one entry for each candidate as in `exclude`; the
             entries of the batch's keys hold for the positives too. Example: -log q(key).
+        sharded_negatives: with a `group`, whether `negatives` (M, D) are this rank's part of them;
+            else every rank has all of them, as those of a queue that is equal everywhere.
 
     Returns:
         0-d, or (N,) with reduction="none"; with return_stats=True also LossStats: rank, accuracy
         and lse are those of the queries, the bound is the mean of the directions if symmetric.
     """
-    n = check_views("query", query, "key", key)
+    n = check_views("query", query, "key", key, rows=group is None)
     check_reduction(reduction)
     scale = resolve_scale(temperature, scale)
     if alpha is not None:
         check_positive("alpha", alpha)
-    m = 0 if negatives is None else check_negatives(query, negatives)
+    m = 0
+    if negatives is not None:
+        m = check_negatives(query, negatives, rows=group is None)
+        if sharded_negatives and (group is None or negatives.dim() == 3):
+            raise ValueError("sharded_negatives needs a group, and negatives of shape (M, D)")
     if in_batch is None:
         in_batch = negatives is None
-    if negatives is None:
-        if not in_batch:
-            raise ValueError("negatives must be given with in_batch=False, got None")
-        check_other_rows("query", n)
+    if negatives is None and not in_batch:
+        raise ValueError("negatives must be given with in_batch=False, got None")
     if symmetric and not in_batch:
         raise ValueError("symmetric must be False without in-batch negatives, got True")
     start = n if in_batch else 0  # candidates: `start` keys of the batch, then `negatives`
@@ -95,40 +105,58 @@ def info_nce(
             raise TypeError(f"exclude must be a pair (row_ids, col_ids), got {type(exclude)}")
         check_ids("exclude: row_ids", exclude[0], (n,))
         check_ids("exclude: col_ids", exclude[1], (start + m,))
+    row_ids, col_ids = exclude or (None, None)
+    shards, others = join(
+        group, exchange, "info_nce", n, m, query=query, key=key, negatives=negatives, scale=scale,
+        alpha=alpha, in_batch=in_batch, symmetric=symmetric, exclude_rows=row_ids,
+        exclude_columns=col_ids, key_bias=key_bias, sharded_negatives=sharded_negatives or m,
+        normalize=normalize, reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
+    if negatives is None:
+        check_other_rows("query", total_rows(n, shards))
+    elif not sharded_negatives:
+        # every rank has them all; only a rank without rows needs to be told
+        others = others.alone() if shards is not None and n == 0 else None
+        if n == 0 and negatives.dim() == 3:
+            negatives = negatives.sum(0)  # any keys will do
 
-    dot = row_dot(query, key, normalize=normalize, backend=backend)
+    dot = row_dot(query, key, normalize=normalize, backend=backend, shards=shards)
     pos = scale * dot
     if in_batch and key_bias is not None:
         pos = pos + key_bias[:n].to(pos.dtype)
     threshold = pos.detach() if return_stats else None
     options = {"scale": scale, "normalize": normalize, "backend": backend}
-    # rows that still see their positive: the ids of the user do not drop it, and one sweep can
-    # drop pairs by one pair of ids only
-    unmasked = None
-    if in_batch and exclude is not None and exclude[0] is not exclude[1]:
-        unmasked = exclude[0] != exclude[1][:n]
+    # ids of the batch's keys, and of the negatives
+    batch_ids = more_ids = unmasked = None
+    if exclude is not None:
+        batch_ids = exclude if negatives is None else (exclude[0], exclude[1][:n])
+        more_ids = (exclude[0], exclude[1][start:])
+        # rows that still see their positive: the ids of the user do not drop it, and one sweep
+        # can drop pairs by one pair of ids only
+        if in_batch and exclude[0] is not exclude[1]:
+            unmasked = exclude[0] != exclude[1][:n]
     count = None
     if alpha is not None or return_stats:
-        count = _count_negatives(start + m, exclude, in_batch, unmasked)
+        seen = [(batch_ids, n, shards)] if in_batch else []
+        if negatives is not None:
+            seen.append((more_ids, m, others))
+        count = _count_negatives(seen, in_batch, unmasked)
     margin = _log_margin(alpha, count, pos)
 
     sweeps = []
     if in_batch:
-        if exclude is None:
-            ids = own_ids(n, query)
-        else:
-            ids = exclude if negatives is None else (exclude[0], exclude[1][:n])
         out = sweep(
-            query, key, exclude=ids, bias=None if key_bias is None else key_bias[:n],
-            columns=symmetric, threshold=_above(threshold, unmasked, scale), **options,
+            query, key, exclude=batch_ids if exclude is not None else own_ids(n, query, shards),
+            bias=None if key_bias is None else key_bias[:n], columns=symmetric,
+            threshold=_above(threshold, unmasked, scale), shards=shards, **options,
         )  # fmt: skip
         rows = _rows(out.lse, pos, margin, unmasked)
         sweeps.append(out)
     if negatives is not None:
         out = sweep(
-            query, negatives,
-            exclude=None if exclude is None else (exclude[0], exclude[1][start:]),
-            bias=None if key_bias is None else key_bias[start:], threshold=threshold, **options,
+            query, negatives, exclude=more_ids,
+            bias=None if key_bias is None else key_bias[start:], threshold=threshold,
+            shards=others, **options,
         )  # fmt: skip
         logit = out.lse - pos if margin is None else out.lse - pos + margin
         # log(1 + a + b) from log(1 + a) and log b: finite also where both have no pair
@@ -137,22 +165,22 @@ def info_nce(
     losses = rows
     if symmetric:
         if count is not None:
-            flipped = None if exclude is None else (exclude[1][:n], exclude[0])
-            column_count = _count_negatives(n, flipped, True, unmasked)
+            flipped = None if exclude is None else batch_ids[::-1]
+            column_count = _count_negatives([(flipped, n, shards)], True, unmasked)
             margin = _log_margin(alpha, column_count, pos)
         columns = _rows(sweeps[0].col_lse, pos, margin, unmasked)
         losses = 0.5 * (rows + columns)
-    loss = reduce_rows(losses, reduction)
+    loss = reduce_rows(losses, reduction, shards)
     if not return_stats:
         return loss
     extra = None if unmasked is None else (unmasked, pos)
-    stats = pair_stats(dot, sweeps, scale, lse=rows + pos, extra=extra)
+    stats = pair_stats(dot, sweeps, scale, lse=rows + pos, extra=extra, shards=shards)
     if key_bias is not None:
         stats = stats._replace(negative_similarity=None)
     if alpha is None:
-        bound = mi_lower_bound(rows, count).mean()
+        bound = mean_of(mi_lower_bound(rows, count), shards)
         if symmetric:
-            bound = 0.5 * (bound + mi_lower_bound(columns, column_count).mean())
+            bound = 0.5 * (bound + mean_of(mi_lower_bound(columns, column_count), shards))
         stats = stats._replace(mi_lower_bound=bound)
     return loss, stats
 
@@ -169,9 +197,12 @@ def eqco(
     symmetric: bool = False,
     exclude: IdPair | None = None,
     key_bias: Tensor | None = None,
+    sharded_negatives: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """EqCo (Zhu et al. 2020): `info_nce` with the margin log(alpha / K) on the negatives' logits.
@@ -181,7 +212,8 @@ def eqco(
     return info_nce(
         query, key, negatives=negatives, alpha=alpha, temperature=temperature, scale=scale,
         in_batch=in_batch, symmetric=symmetric, exclude=exclude, key_bias=key_bias,
-        normalize=normalize, reduction=reduction, backend=backend, return_stats=return_stats,
+        sharded_negatives=sharded_negatives, normalize=normalize, reduction=reduction,
+        backend=backend, group=group, exchange=exchange, return_stats=return_stats,
     )  # fmt: skip
 
 
@@ -193,6 +225,8 @@ def clip_loss(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """CLIP (Radford et al. 2021, fig. 3): InfoNCE from images to texts and back, averaged.
@@ -204,11 +238,14 @@ def clip_loss(
     Returns:
         0-d, or (N,): the average of the two directions of each pair.
     """
-    n = check_views("image_features", image_features, "text_features", text_features)
-    check_other_rows("image_features", n)
+    rows = group is None  # else the rank's part may be empty
+    n = check_views("image_features", image_features, "text_features", text_features, rows=rows)
+    if rows:
+        check_other_rows("image_features", n)
     return info_nce(
         image_features, text_features, scale=scalar("logit_scale", logit_scale), symmetric=True,
-        normalize=normalize, reduction=reduction, backend=backend, return_stats=return_stats,
+        normalize=normalize, reduction=reduction, backend=backend, group=group, exchange=exchange,
+        return_stats=return_stats,
     )  # fmt: skip
 
 
@@ -221,6 +258,8 @@ def siglip_loss(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """SigLIP (Zhai et al. 2023, eq. 2): every pair is a binary classification.
@@ -236,18 +275,28 @@ def siglip_loss(
     Returns:
         0-d: the sum over all pairs divided by N for reduction="mean"; or (N,), by image.
     """
-    n = check_views("image_features", image_features, "text_features", text_features)
+    rows = group is None  # else the rank's part may be empty
+    n = check_views("image_features", image_features, "text_features", text_features, rows=rows)
     check_reduction(reduction)
     scale, bias = scalar("logit_scale", logit_scale), scalar("logit_bias", logit_bias)
-    dot = row_dot(image_features, text_features, normalize=normalize, backend=backend)
+    shards, _ = join(
+        group, exchange, "siglip_loss", n, image_features=image_features,
+        text_features=text_features, logit_scale=scale, logit_bias=bias, normalize=normalize,
+        reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
+    dot = row_dot(
+        image_features, text_features, normalize=normalize, backend=backend, shards=shards
+    )
     pos = scale * dot + bias
     out = softplus_sweep(
         image_features, text_features, scale=scale, bias=bias, normalize=normalize,
-        exclude=own_ids(n, dot), threshold=pos.detach() if return_stats else None,
-        summed=reduction != "none", backend=backend,
+        exclude=own_ids(n, dot, shards), threshold=pos.detach() if return_stats else None,
+        summed=reduction != "none", backend=backend, shards=shards,
     )  # fmt: skip
-    loss = add_rows(out.value, softplus(-pos), reduction)
-    return (loss, pair_stats(dot, [out], scale, bias=bias)) if return_stats else loss
+    loss = add_rows(out.value, softplus(-pos), reduction, shards)
+    if not return_stats:
+        return loss
+    return loss, pair_stats(dot, [out], scale, bias=bias, shards=shards)
 
 
 def nce(
@@ -346,12 +395,16 @@ def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:
 
 
 def _count_negatives(
-    candidates: int, exclude: IdPair | None, in_batch: bool, unmasked: Tensor | None
+    seen: list[tuple[IdPair | None, int, Shards | None]], in_batch: bool, unmasked: Tensor | None
 ) -> int | Tensor:
-    """Number of negatives of each row, a tensor (N,) when ids are excluded."""
-    if exclude is None:
+    """Number of negatives of each row, a tensor (N,) when ids are excluded.
+
+    `seen`: for each set of candidates the excluded ids, its size here and on which ranks it is.
+    """
+    candidates = sum(total_rows(size, shards) for _, size, shards in seen)
+    if any(ids is None for ids, _, _ in seen):
         return candidates - 1 if in_batch else candidates
-    kept = candidates - count_equal_ids(*exclude)
+    kept = candidates - sum(count_equal_ids(*ids, shards) for ids, _, shards in seen)
     return kept if unmasked is None else kept - unmasked.long()
 
 

@@ -10,7 +10,7 @@ dense functions of `reference.py`, which autograd differentiates, twice if need 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from . import reference, registration
 from .backends import unusable_reason
 from .reference import SoftplusSweep, Sweep
 from .registration import statistics_dtype
+
+if TYPE_CHECKING:
+    from .distributed import Shards
 
 IdPair = tuple[Tensor, Tensor]
 
@@ -75,8 +78,11 @@ def resolve_backend(
     return backend
 
 
-def check_features(name: str, x: Tensor, dims: tuple[int, ...]) -> None:
-    """Raise unless `x` is a non-empty floating tensor with one of the given numbers of dims."""
+def check_features(name: str, x: Tensor, dims: tuple[int, ...], *, rows: bool = True) -> None:
+    """Raise unless `x` is a non-empty floating tensor with one of the given numbers of dims.
+
+    `rows=False`: it may have no rows, as a rank's part of a batch.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS:
@@ -87,7 +93,7 @@ def check_features(name: str, x: Tensor, dims: tuple[int, ...]) -> None:
         shapes = {1: "(N,)", 2: "(N, D)", 3: "(N, M, D)"}
         wanted = " or ".join(shapes[d] for d in dims)
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
-    if x.shape[0] == 0 or x.shape[-1] == 0:
+    if (rows and x.shape[0] == 0) or x.shape[-1] == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
 
 
@@ -139,6 +145,7 @@ def sweep(
     columns: bool = False,
     threshold: Tensor | None = None,
     backend: str = "auto",
+    shards: Shards | None = None,
 ) -> Sweep:
     """Softmax statistics of z_ij = scale <x_i, y_j> + bias_j in one sweep; see `row_stats`.
 
@@ -146,12 +153,18 @@ def sweep(
     its own for each query, (N, M, D); `normalize` divides rows by their norm (at least 1e-12);
     `mean=False` leaves the mean out; `threshold` (N,) asks for rank_i = #{j: z_ij > threshold_i},
     total_i = sum_j z_ij and count_i, the number of kept pairs, all without gradient. Fields not
-    asked for are None.
+    asked for are None. `shards`: y, bias and col_ids are this rank's part of those of a group,
+    of `shards.sizes` rows; statistics of rows are over the keys of all ranks, and those of this
+    rank's columns over the rows of all.
     """
-    scale, bias = _check_sweep(x, y, scale, bias, exclude, keep, threshold)
+    scale, bias = _check_sweep(x, y, scale, bias, exclude, keep, threshold, shards)
     if columns and y is not None and y.dim() == 3:
         raise ValueError("columns=True needs keys of shape (M, D), got a y of shape (N, M, D)")
     chosen = resolve_backend(backend, x.device)
+    if shards is not None:
+        return shards.sweep(
+            x, y, scale, bias, exclude, keep, threshold, normalize, mean, columns, chosen
+        )
     if chosen == "reference":
         with full_precision(x):
             return reference.sweep(
@@ -192,6 +205,7 @@ def softplus_sweep(
     threshold: Tensor | None = None,
     summed: bool = False,
     backend: str = "auto",
+    shards: Shards | None = None,
 ) -> SoftplusSweep:
     """Row sums of softplus, with the further options of `sweep`; see `row_softplus`.
 
@@ -202,11 +216,15 @@ def softplus_sweep(
         bias = None if bias == 0 else torch.full(
             (), _finite("bias", bias), dtype=statistics_dtype(x), device=x.device
         )  # fmt: skip
-    if bias is not None and bias.dim() == 0:
+    if bias is not None and bias.dim() == 0 and shards is None:
         bias = bias.expand(keys.shape[-2])
-    scale, bias = _check_sweep(x, keys, scale, bias, exclude, keep, threshold)
+    scale, bias = _check_sweep(x, keys, scale, bias, exclude, keep, threshold, shards)
     chosen = resolve_backend(backend, x.device)
-    if chosen == "reference":
+    if shards is not None:
+        out = shards.softplus_sweep(
+            x, keys, scale, bias, exclude, keep, threshold, normalize, chosen
+        )
+    elif chosen == "reference":
         bias = 0.0 if bias is None else bias
         with full_precision(x):
             out = reference.softplus_sweep(
@@ -235,20 +253,29 @@ def keeps_frozen_keys(x: Tensor, y: Tensor, backend: str = "auto") -> bool:
     return chosen == "reference" or not registration.can_attend(chosen, x, y, frozen=True)
 
 
-def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False, backend: str = "auto") -> Tensor:
+def row_dot(
+    x: Tensor,
+    y: Tensor,
+    *,
+    normalize: bool = False,
+    backend: str = "auto",
+    shards: Shards | None = None,
+) -> Tensor:
     """<x_i, y_i> for y (N, D), giving (N,), or <x_i, y_ik> for y (N, K, D), giving (N, K).
 
     With `normalize` every row is first divided by its norm (at least 1e-12). The result is
-    float32, or float64 for float64 features.
+    float32, or float64 for float64 features. With `shards` a rank may have no rows.
     """
-    check_features("x", x, (2,))
-    check_features("y", y, (2, 3))
+    check_features("x", x, (2,), rows=shards is None)
+    check_features("y", y, (2, 3), rows=shards is None)
     check_pair(x, y)
     if x.shape[0] != y.shape[0]:
         raise ValueError(
             f"x and y must have the same number of rows, got {x.shape[0]} and {y.shape[0]}"
         )
     chosen = resolve_backend(backend, x.device)
+    if x.shape[0] == 0:  # the graph of the other ranks, with no rows
+        return (x.view(0, *(y.dim() - 2) * (1,), x.shape[1]) * y).sum(-1, dtype=statistics_dtype(x))
     if chosen == "reference":
         with full_precision(x):
             return reference.row_dot(x, y, normalize=normalize)
@@ -334,17 +361,18 @@ def _check_sweep(
     exclude: IdPair | None,
     keep: IdPair | None,
     threshold: Tensor | None,
+    shards: Shards | None,
 ) -> tuple[Tensor, Tensor | None]:
-    check_features("x", x, (2,))
+    check_features("x", x, (2,), rows=shards is None)
     if y is not None:
-        check_features("y", y, (2, 3))
+        check_features("y", y, (2, 3), rows=shards is None)
         check_pair(x, y)
         if y.dim() == 3 and y.shape[0] != x.shape[0]:
             raise ValueError(
                 f"y of shape (N, M, D) must have one set of keys for each of the {x.shape[0]} "
                 f"rows of x, got {tuple(y.shape)}"
             )
-        if y.shape[-2] == 0:
+        if y.shape[-2] == 0 and shards is None:
             raise ValueError(f"y must not be empty, got shape {tuple(y.shape)}")
     rows, keys = x.shape[0], (x if y is None else y).shape[-2]
     dtype = statistics_dtype(x)
@@ -357,7 +385,7 @@ def _check_sweep(
     else:
         scale = torch.full((), _finite("scale", scale), dtype=dtype, device=x.device)
     if bias is not None:
-        if bias.shape != (keys,):
+        if bias.shape != (keys,) and (shards is None or bias.dim() > 0):
             raise ValueError(f"bias must have shape ({keys},), got {tuple(bias.shape)}")
         bias = bias.to(device=x.device, dtype=dtype)
     for name, pair in (("exclude", exclude), ("keep", keep)):

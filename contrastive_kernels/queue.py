@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed import Group, gather_uneven, resolve_group
 from .ops import check_features, check_ids
 
 
@@ -20,10 +21,19 @@ class FeatureQueue(nn.Module):
     after `loss.backward()`. When a loss still needs the old rows, its backward raises PyTorch's
     error of a tensor "modified by an inplace operation".
 
+    With a `group` every rank calls `enqueue` with its own features, of any number, and the features
+    of all ranks, in the order of the ranks, enter the queue. It stays equal on every rank; or with
+    `sharded=True` each rank keeps only its part, of size / W rows, for losses with a `group` and
+    `sharded_negatives=True`. Features of one step go to the ranks in turn, so that all parts hold
+    what one queue of `size` rows would.
+
     Args:
-        size, dim: shape of the queue.
+        size, dim: shape of the queue, of all ranks together if it is sharded.
         dtype, device: of the random start; later the queue follows the enqueued features.
-        generator: source of the random start.
+        generator: source of the random start; each rank draws as much as the whole queue, so that
+            equal seeds give equal queues.
+        group: a torch.distributed process group or a DeviceMesh of one dimension.
+        sharded: each rank keeps 1 / W of the queue; W divides `size`.
     """
 
     def __init__(
@@ -34,44 +44,70 @@ class FeatureQueue(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
+        group: Group | None = None,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
-        self.register_buffer("features", _random_unit(size, dim, dtype, device, generator))
+        self.group = None if group is None else resolve_group(group)
+        if sharded and self.group is None:
+            raise ValueError("sharded needs a group")
+        self.rank, self.world = 0, 1  # of those that share the rows
+        if sharded:
+            self.rank, self.world = self.group.rank(), self.group.size()
+            if size % self.world != 0:
+                raise ValueError(f"size must be a multiple of the {self.world} ranks, got {size}")
+        features = _random_unit(size, dim, dtype, device, generator)
+        if self.group is not None and generator is None:
+            from torch.distributed import broadcast
+
+            broadcast(features, group=self.group, group_src=0)
+        # row i of the queue is row i // W of rank i % W
+        self.register_buffer("features", features[self.rank :: self.world].clone())
         counter = torch.zeros((), dtype=torch.long, device=device)
         self.register_buffer("position", counter)
         self.register_buffer("seen", counter.clone())
 
     @property
     def negatives(self) -> Tensor:
-        """(size, dim), without gradient, in no particular order."""
+        """(size, dim), or this rank's (size / W, dim); without gradient, in no particular order."""
         return self.features
 
     @property
     def filled(self) -> int:
-        """How many rows are features rather than random (reads one number from the device)."""
+        """How many rows are features rather than random (reads one number from the device), of all
+        ranks together if the queue is sharded."""
         return int(self.seen)
 
     @torch.no_grad()
     def enqueue(self, features: Tensor) -> None:
-        """Overwrite the oldest rows by `features` (N, dim), of any N; stored as they are."""
-        check_features("features", features, (2,))
-        size, dim = self.features.shape
+        """Overwrite the oldest rows by `features` (N, dim), of any N; stored as they are.
+
+        With a group: the features of all ranks, of which some may have none.
+        """
+        check_features("features", features, (2,), rows=self.group is None)
+        rows, dim = self.features.shape
         if features.shape[1] != dim:
             raise ValueError(f"features must have shape (N, {dim}), got {tuple(features.shape)}")
+        if self.group is not None:
+            features = gather_uneven(self.group, features)
         if (self.features.dtype, self.features.device) != (features.dtype, features.device):
             self.features = self.features.to(features)
             self.position = self.position.to(features.device)
             self.seen = self.seen.to(features.device)
-        count = features.shape[0]
+        size, count = rows * self.world, features.shape[0]
         kept = features[-size:]
         first = self.position + (count - kept.shape[0])
-        rows = torch.arange(kept.shape[0], device=features.device) + first
-        self.features.index_copy_(0, rows % size, kept)
+        places = (torch.arange(kept.shape[0], device=features.device) + first) % size
+        if self.world > 1:
+            mine = places % self.world == self.rank
+            kept, places = kept[mine], places[mine] // self.world
+        self.features.index_copy_(0, places, kept)
         self.position.add_(count).remainder_(size)
         self.seen.add_(count).clamp_(max=size)
 
     def extra_repr(self) -> str:
-        return f"size={self.features.shape[0]}, dim={self.features.shape[1]}"
+        size, dim = self.world * self.features.shape[0], self.features.shape[1]
+        return f"size={size}, dim={dim}" + ", sharded=True" * (self.world > 1)
 
 
 class MemoryBank(nn.Module):

@@ -235,6 +235,11 @@ def row_softplus(backend: str) -> Callable:
     return _ops["row_softplus", backend]
 
 
+def backward(name: str, backend: str) -> Callable:
+    """The operator `<name>_backward_<backend>`, for who does the work of autograd by hand."""
+    return _ops[f"{name}_backward", backend]
+
+
 def row_dot(backend: str) -> Callable:
     """The operator `row_dot_<backend>`."""
     return _ops["row_dot", backend]

@@ -21,11 +21,15 @@ from .common import (
     check_views,
     count_equal_ids,
     log_count,
+    mean_of,
     pair_stats,
     reduce_rows,
     resolve_scale,
     softplus,
+    sum_of,
+    total_rows,
 )
+from .distributed import Group, Shards, join
 from .losses import mi_lower_bound
 from .ops import Sweep, check_features, check_ids, check_positive, row_dot, statistics_dtype, sweep
 
@@ -39,6 +43,8 @@ def nt_xent(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """NT-Xent (SimCLR; Chen et al. 2020, eq. 1): InfoNCE of 2N anchors with 2N - 2 negatives each.
@@ -54,13 +60,21 @@ def nt_xent(
     """
     scale = resolve_scale(temperature, scale)
     check_reduction(reduction)
-    dot, pos, out = _positives_and_negatives(z1, z2, scale, normalize, backend, return_stats)
+    shards = _join_views(
+        group, exchange, "nt_xent", z1, z2, scale=scale, normalize=normalize,
+        reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
+    dot, pos, out = _positives_and_negatives(
+        z1, z2, scale, normalize, backend, return_stats, shards
+    )
     rows = softplus(out.lse - pos)
-    loss = reduce_rows(rows, reduction)
+    loss = reduce_rows(rows, reduction, _twice(shards))
     if not return_stats:
         return loss
-    stats = pair_stats(dot, [out], scale, lse=rows + pos)
-    return loss, stats._replace(mi_lower_bound=mi_lower_bound(rows.mean(), rows.shape[0] - 2))
+    stats = pair_stats(dot, [out], scale, lse=rows + pos, shards=shards)
+    negatives = 2 * total_rows(dot.shape[0], shards) - 2
+    bound = mi_lower_bound(mean_of(rows, shards), negatives)
+    return loss, stats._replace(mi_lower_bound=bound)
 
 
 def dcl(
@@ -74,6 +88,8 @@ def dcl(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """Decoupled contrastive learning (Yeh et al. 2022): the positive leaves the denominator.
@@ -95,17 +111,30 @@ def dcl(
         check_positive("sigma", sigma)
         if weight is not None:
             raise ValueError("weight and sigma must not both be given")
-    dot, pos, out = _positives_and_negatives(z1, z2, scale, normalize, backend, return_stats)
+    shards = _join_views(
+        group, exchange, "dcl", z1, z2, scale=scale, sigma=sigma, weight=weight,
+        normalize=normalize, reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
+    dot, pos, out = _positives_and_negatives(
+        z1, z2, scale, normalize, backend, return_stats, shards
+    )
     if sigma is not None:
-        weight = (2 - dot.shape[0] * torch.softmax(dot / sigma, 0)).repeat(2)
+        logits = dot / sigma
+        if shards is None:
+            share = torch.softmax(logits, 0)
+        else:
+            share = torch.exp(logits - shards.logsumexp(logits))
+        weight = (2 - total_rows(dot.shape[0], shards) * share).repeat(2)
     if weight is not None:
         if weight.shape != pos.shape:
             raise ValueError(
                 f"weight must have shape {tuple(pos.shape)}, got {tuple(weight.shape)}"
             )
         pos = weight * pos
-    loss = reduce_rows(out.lse - pos, reduction)
-    return (loss, pair_stats(dot, [out], scale, lse=out.lse)) if return_stats else loss
+    loss = reduce_rows(out.lse - pos, reduction, _twice(shards))
+    if not return_stats:
+        return loss
+    return loss, pair_stats(dot, [out], scale, lse=out.lse, shards=shards)
 
 
 def debiased(
@@ -117,12 +146,15 @@ def debiased(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """Debiased contrastive loss (Chuang et al. 2020): `hcl` with beta = 0."""
     return hcl(
         z1, z2, temperature=temperature, tau_plus=tau_plus, beta=0.0, normalize=normalize,
-        reduction=reduction, backend=backend, return_stats=return_stats,
+        reduction=reduction, backend=backend, group=group, exchange=exchange,
+        return_stats=return_stats,
     )  # fmt: skip
 
 
@@ -136,6 +168,8 @@ def hcl(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """Hard negative sampling (Robinson et al. 2021), debiased; no weight is detached.
@@ -156,17 +190,23 @@ def hcl(
     check_reduction(reduction)
     check_range("tau_plus", tau_plus, 0.0, 1.0)
     check_range("beta", beta, 0.0)
+    shards = _join_views(
+        group, exchange, "hcl", z1, z2, scale=scale, tau_plus=tau_plus, beta=beta,
+        normalize=normalize, reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
     sharp = (1 + beta) * scale
-    dot, pos, out = _positives_and_negatives(z1, z2, sharp, normalize, backend, return_stats)
+    dot, pos, out = _positives_and_negatives(
+        z1, z2, sharp, normalize, backend, return_stats, shards
+    )
     pos = pos / (1 + beta)
-    log_n = log_count(pos.shape[0] - 2, pos.dtype)
+    log_n = log_count(2 * total_rows(dot.shape[0], shards) - 2, pos.dtype)
     log_r = out.lse
     if beta > 0:
-        weights = _sweep_negatives(z1, z2, beta * scale, normalize, backend)
+        weights = _sweep_negatives(z1, z2, beta * scale, normalize, backend, shards=shards)
         log_r = out.lse - weights.lse + log_n
     log_g = _log_debiased(log_r, pos + log_n, tau_plus).clamp(min=log_n - scale)
-    loss = reduce_rows(softplus(log_g - pos), reduction)
-    return (loss, pair_stats(dot, [out], sharp)) if return_stats else loss
+    loss = reduce_rows(softplus(log_g - pos), reduction, _twice(shards))
+    return (loss, pair_stats(dot, [out], sharp, shards=shards)) if return_stats else loss
 
 
 def sup_con(
@@ -178,6 +218,8 @@ def sup_con(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """Supervised contrastive loss (Khosla et al. 2020, eq. 2, L_out).
@@ -193,7 +235,7 @@ def sup_con(
     Returns:
         0-d, or with reduction="none" one loss for each anchor: (N,), or (N, V).
     """
-    check_features("features", features, (2, 3))
+    check_features("features", features, (2, 3), rows=group is None)
     check_reduction(reduction)
     scale = resolve_scale(temperature)
     if base_temperature is not None:
@@ -203,30 +245,37 @@ def sup_con(
         raise ValueError(
             f"labels and features must be on one device, got {labels.device} and {features.device}"
         )
+    shards, _ = join(
+        group, exchange, "sup_con", features.shape[0], features=features, labels=labels,
+        temperature=temperature, base_temperature=base_temperature, normalize=normalize,
+        reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
     shape = features.shape[:-1]
     if features.dim() == 3:
+        shards = None if shards is None else shards.times(features.shape[1])
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
     n = features.shape[0]
-    check_other_rows("features", n)
+    check_other_rows("features", total_rows(n, shards))
 
     out = sup_con_rows(
-        features, labels, scale=scale, normalize=normalize,
+        features, labels, scale=scale, normalize=normalize, shards=shards,
         threshold=features.new_zeros(n) if return_stats else None, backend=backend,
     )  # fmt: skip
     rows = out.loss
     if base_temperature is not None:
         rows = rows * (temperature / base_temperature)
-    loss = reduce_rows(rows.view(shape), reduction)
+    loss = reduce_rows(rows.view(shape), reduction, shards)
     if not return_stats:
         return loss
     # an only positive is not in the sweep
     lone, pos = out.count == 1, out.positive.detach()
     lse = out.sweep.lse.detach()
-    negatives = (out.sweep.count - torch.where(lone, 0, out.count)).sum()
-    total = (out.sweep.total - torch.where(lone, 0.0, pos)).sum()
+    positives = sum_of(out.count, shards)
+    negatives = sum_of(out.sweep.count - torch.where(lone, 0, out.count), shards)
+    total = sum_of(out.sweep.total - torch.where(lone, 0.0, pos), shards)
     stats = LossStats(
-        positive_similarity=pos.sum() / (scale * out.count.sum()),
+        positive_similarity=sum_of(pos, shards) / (scale * positives),
         negative_similarity=total / (scale * negatives),
         lse=torch.where(lone, torch.logaddexp(lse, pos), lse),
     )
@@ -256,6 +305,7 @@ def sup_con_rows(
     normalize: bool = True,
     threshold: Tensor | None = None,
     backend: str = "auto",
+    shards: Shards | None = None,
 ) -> SupConRows:
     """The rows of `sup_con`, for candidates that may be other features.
 
@@ -266,10 +316,11 @@ def sup_con_rows(
         features, labels: anchors (N, D) and their integers (N,).
         ref, ref_labels: candidates (M, D) and (M,); None: the other features.
         own: (N,), where each anchor is in ref itself, which is no candidate then.
+        shards: without ref, the features of other ranks are candidates too.
     """
     n, m = features.shape[0], (features if ref is None else ref).shape[0]
     # a class has the place of its first anchor in the order of the labels, or n without an anchor
-    ordered = labels.sort().values
+    ordered = (labels if shards is None else shards.all_ids(labels)).sort().values
     place = ref_place = torch.searchsorted(ordered, labels)
     if ref is None:
         count = torch.searchsorted(ordered, labels, right=True) - place - 1
@@ -282,14 +333,15 @@ def sup_con_rows(
         only = count == 1
         ref_only = count_equal_ids(ref_labels, ref_labels) == 1 + itself
     # ids drop the anchor itself, and with it the only positive
-    ref_ids = torch.arange(n + 1, n + 1 + m, device=labels.device)
+    first = 1 + (n if shards is None else shards.total + shards.starts[shards.rank])
+    ref_ids = torch.arange(first, first + m, device=labels.device)
     ref_ids = torch.where(ref_only, ref_place, ref_ids)
     ids = ref_ids
     if ref is not None:
         ids = torch.where(only, place, -1 if own is None else n + 1 + own)
     out = sweep(
         features, ref, scale=scale, exclude=(ids, ref_ids), normalize=normalize,
-        threshold=threshold, backend=backend,
+        threshold=threshold, backend=backend, shards=shards,
     )  # fmt: skip
 
     z = features.to(statistics_dtype(features))
@@ -298,15 +350,36 @@ def sup_con_rows(
         z_ref = ref.to(z.dtype)
         z_ref = F.normalize(z_ref, dim=-1) if normalize else z_ref
     # the sum over the positives of a row is one dot product, with the sum of its class
-    class_sum = z.new_zeros(n + 1, z.shape[1]).index_add(0, ref_place, z_ref)
-    class_sum = class_sum.index_select(0, place)
+    if shards is None:
+        class_sum = z.new_zeros(n + 1, z.shape[1]).index_add(0, ref_place, z_ref)
+        class_sum = class_sum.index_select(0, place)
+    else:  # a table of the classes that there are, which every rank needs
+        classes = ordered.unique()
+        which = torch.searchsorted(classes, labels)
+        table = z.new_zeros(len(classes), z.shape[1]).index_add(0, which, z)
+        class_sum = shards.sum(table).index_select(0, which)
     if ref is None:
         class_sum = class_sum - z
     elif own is not None:
         class_sum = class_sum - z_ref.index_select(0, own)
-    pos = scale * row_dot(z, class_sum, backend=backend)
+    pos = scale * row_dot(z, class_sum, backend=backend, shards=shards)
     several = torch.where(count > 1, out.lse - pos / count.clamp(min=1), 0.0)
     return SupConRows(torch.where(only, softplus(out.lse - pos), several), pos, count, out)
+
+
+def _join_views(
+    group: Group | None, exchange: str, loss: str, z1: Tensor, z2: Tensor, **arguments
+) -> Shards | None:
+    """Check the views; what `join` says of the N samples that they are of."""
+    n = check_views("z1", z1, "z2", z2, rows=group is None)
+    shards, _ = join(group, exchange, loss, n, z1=z1, z2=z2, **arguments)
+    check_other_rows("z1", total_rows(n, shards))
+    return shards
+
+
+def _twice(shards: Shards | None) -> Shards | None:
+    """The 2N anchors of N samples."""
+    return None if shards is None else shards.times(2)
 
 
 def _sweep_negatives(
@@ -316,24 +389,34 @@ def _sweep_negatives(
     normalize: bool,
     backend: str,
     threshold: Tensor | None = None,
+    shards: Shards | None = None,
 ) -> Sweep:
     """Statistics of each of the 2N features against all but itself and its positive."""
-    ids = torch.arange(z1.shape[0], dtype=torch.int32, device=z1.device).repeat(2)
+    anchors = _twice(shards)
+    if shards is None:
+        ids = torch.arange(z1.shape[0], dtype=torch.int32, device=z1.device).repeat(2)
+    else:
+        ids = anchors.own_ids(z1.device, repeat=2)
     return sweep(
         torch.cat((z1, z2)), None, scale=scale, exclude=(ids, ids), normalize=normalize,
-        threshold=threshold, backend=backend,
+        threshold=threshold, backend=backend, shards=anchors,
     )  # fmt: skip
 
 
 def _positives_and_negatives(
-    z1: Tensor, z2: Tensor, scale: float, normalize: bool, backend: str, ranks: bool
+    z1: Tensor,
+    z2: Tensor,
+    scale: float,
+    normalize: bool,
+    backend: str,
+    ranks: bool,
+    shards: Shards | None,
 ) -> tuple[Tensor, Tensor, Sweep]:
     """(similarity of the positives (N,), their logits (2N,), the sweep over the negatives)."""
-    check_other_rows("z1", check_views("z1", z1, "z2", z2))
-    dot = row_dot(z1, z2, normalize=normalize, backend=backend)
+    dot = row_dot(z1, z2, normalize=normalize, backend=backend, shards=shards)
     pos = (scale * dot).repeat(2)
     threshold = pos.detach() if ranks else None
-    return dot, pos, _sweep_negatives(z1, z2, scale, normalize, backend, threshold)
+    return dot, pos, _sweep_negatives(z1, z2, scale, normalize, backend, threshold, shards)
 
 
 def _log_debiased(log_r: Tensor, log_nu: Tensor, tau_plus: float) -> Tensor:

@@ -21,9 +21,13 @@ from .common import (
     check_range,
     check_reduction,
     log_count,
+    mean_of,
     own_ids,
     reduce_rows,
+    sum_of,
+    total_rows,
 )
+from .distributed import Group, Shards, join
 from .ops import (
     IdPair,
     Sweep,
@@ -48,9 +52,12 @@ def cacr(
     cost: str = "euclidean",
     rbf_t: float = 2.0,
     detach_weights: bool = False,
+    sharded_negatives: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """CACR (Zheng et al. 2023) of one set of queries.
@@ -69,46 +76,64 @@ def cacr(
         cost: "euclidean" or "rbf"; "rbf" has reduction="mean" only.
         rbf_t: width of the "rbf" cost, > 0.
         detach_weights: treat w+ and w- as constants; else the gradient flows through them too.
+        sharded_negatives: with a `group`, whether `negatives` are this rank's part of them; else
+            every rank has all of them.
 
     Returns:
         0-d, or (N,) with reduction="none". LossStats has rank and accuracy for one positive only,
         and no negative_similarity with normalize=False.
     """
-    check_features("query", query, (2,))
-    check_features("positives", positives, (2, 3))
+    whole = group is None  # else the rank's part may be empty
+    check_features("query", query, (2,), rows=whole)
+    check_features("positives", positives, (2, 3), rows=whole)
     check_pair(query, positives, "query", "positives")
     n = query.shape[0]
-    if positives.shape[0] != n or positives.shape[-2] == 0:
+    if positives.shape[0] != n or (positives.dim() == 3 and positives.shape[1] == 0):
         raise ValueError(
             f"positives must have shape (N, D) or (N, K, D) with N = {n} as query has and K > 0, "
             f"got {tuple(positives.shape)}"
         )
     _check_options(t_pos, t_neg, cost, rbf_t, reduction)
     k = positives.shape[1] if positives.dim() == 3 else 1
+    m = 0 if negatives is None else check_negatives(query, negatives, (2,), rows=whole)
+    if sharded_negatives and (whole or negatives is None):
+        raise ValueError("sharded_negatives needs a group and negatives")
+    shards, others = join(
+        group, exchange, "cacr", n, m, query=query, positives=positives, negatives=negatives,
+        t_pos=t_pos, t_neg=t_neg, alpha=alpha, beta=beta, cost=cost, rbf_t=rbf_t,
+        detach_weights=detach_weights, sharded_negatives=sharded_negatives or m,
+        normalize=normalize, reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
     ids = None
     if negatives is None:
-        check_other_rows("query", n)
-        rows = torch.arange(n, dtype=torch.int32, device=query.device)
-        ids = (rows, rows if k == 1 else rows.repeat_interleave(k))
+        check_other_rows("query", total_rows(n, shards))
+        rows, cols = own_ids(n, query, shards)
+        ids = (rows, cols if k == 1 else cols.repeat_interleave(k))
         candidates = positives.flatten(0, 1) if positives.dim() == 3 else positives
+        others = None if shards is None else shards.times(k)
+        if others is not None and k == 1:
+            ids = own_ids(n, query, others)
     else:
-        check_negatives(query, negatives, dims=(2,))
         candidates = negatives
+        if not sharded_negatives:
+            # every rank has them all; only a rank without rows needs to be told
+            others = others.alone() if shards is not None and n == 0 else None
 
     distance = _distances(query, positives, normalize)
     loss, out = _repulsion(
         query, candidates, ids, t_neg, cost, rbf_t, detach_weights, normalize, backend,
-        distance.detach().mean(1) if return_stats else None,
+        distance.detach().mean(1) if return_stats else None, shards, others,
     )  # fmt: skip
     loss = alpha * _attraction(distance, t_pos, detach_weights) + beta * loss
-    loss = reduce_rows(loss, reduction)
+    loss = reduce_rows(loss, reduction, shards)
     if not return_stats:
         return loss
     with torch.no_grad():
-        similarity = row_dot(query, positives, normalize=normalize, backend=backend).mean()
-    stats = _stats(similarity, [out], t_neg, normalize)
+        similarity = row_dot(query, positives, normalize=normalize, backend=backend, shards=shards)
+    stats = _stats(mean_of(similarity, shards), [out], t_neg, normalize, shards)
     if k == 1:
-        stats = stats._replace(accuracy=(out.rank == 0).to(loss.dtype).mean(), rank=out.rank)
+        accuracy = mean_of((out.rank == 0).to(loss.dtype), shards)
+        stats = stats._replace(accuracy=accuracy, rank=out.rank)
     return loss, stats
 
 
@@ -125,6 +150,8 @@ def cacr_views(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """CACR of V views (the official small-scale code of Zheng et al. 2023).
@@ -141,7 +168,12 @@ def cacr_views(
     check_features("views", views, (3,))
     _check_options(t_pos, t_neg, cost, rbf_t, reduction)
     v, n, _ = views.shape
-    if v < 2 or n < 2:
+    shards, _ = join(
+        group, exchange, "cacr_views", n, views=views.transpose(0, 1), t_pos=t_pos, t_neg=t_neg,
+        alpha=alpha, beta=beta, cost=cost, rbf_t=rbf_t, detach_weights=detach_weights,
+        normalize=normalize, reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
+    if v < 2 or total_rows(n, shards) < 2:
         raise ValueError(
             f"views must have shape (V, N, D) with V >= 2 and N >= 2, got {tuple(views.shape)}"
         )
@@ -156,25 +188,25 @@ def cacr_views(
         )
         for i in range(v)
     )
-    ids = own_ids(n, views)
+    ids = own_ids(n, views, shards)
     repulsions, sweeps = zip(
         *(
             _repulsion(
                 views[i], views[j], ids, t_neg, cost, rbf_t, detach_weights, normalize, backend,
-                distance[i, j].detach() if return_stats else None,
+                distance[i, j].detach() if return_stats else None, shards, shards,
             )
             for i, j in pairs
         ),
         strict=True,
     )  # fmt: skip
     loss = (alpha / v) * attraction + (beta / len(pairs)) * sum(repulsions)
-    loss = reduce_rows(loss, reduction)
+    loss = reduce_rows(loss, reduction, shards)
     if not return_stats:
         return loss
-    similarity = torch.stack([(z[i] * z[j]).sum(-1).mean() for i, j in pairs]).mean().detach()
-    stats = _stats(similarity, sweeps, t_neg, normalize)
+    similarity = mean_of(torch.stack([(z[i] * z[j]).sum(-1) for i, j in pairs]), shards)
+    stats = _stats(similarity, sweeps, t_neg, normalize, shards)
     correct = torch.stack([out.rank == 0 for out in sweeps])
-    return loss, stats._replace(accuracy=correct.to(loss.dtype).mean())
+    return loss, stats._replace(accuracy=mean_of(correct.to(loss.dtype), shards))
 
 
 def cct(
@@ -187,16 +219,20 @@ def cct(
     alpha: float = 1.0,
     beta: float = 1.0,
     detach_weights: bool = False,
+    sharded_negatives: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """Contrastive conditional transport: the Euclidean form of `cacr` under its first name
     (arXiv 2105.03746, version 1)."""
     return cacr(
         query, positives, negatives=negatives, t_pos=t_pos, t_neg=t_neg, alpha=alpha, beta=beta,
-        detach_weights=detach_weights, normalize=normalize, reduction=reduction, backend=backend,
+        detach_weights=detach_weights, sharded_negatives=sharded_negatives, normalize=normalize,
+        reduction=reduction, backend=backend, group=group, exchange=exchange,
         return_stats=return_stats,
     )  # fmt: skip
 
@@ -221,7 +257,7 @@ def _unit(x: Tensor, normalize: bool) -> Tensor:
 
 def _distances(query: Tensor, positives: Tensor, normalize: bool) -> Tensor:
     """|query_i - positive_ik|^2 (N, K), by difference: 2 - 2 cos would lose all of a small one."""
-    positives = positives.view(query.shape[0], -1, query.shape[1])
+    positives = positives.unsqueeze(1) if positives.dim() == 2 else positives
     if normalize:
         return _UnitDistance.apply(query, positives)
     return (_unit(query, False).unsqueeze(1) - _unit(positives, False)).square().sum(-1)
@@ -286,8 +322,12 @@ def _repulsion(
     normalize: bool,
     backend: str,
     distance: Tensor | None,
+    shards: Shards | None,
+    key_shards: Shards | None,
 ) -> tuple[Tensor, Sweep]:
     """The repulsion, (N,) or 0-d for "rbf", and its sweep, ranked against `distance` if given.
+
+    With `shards` queries, with `key_shards` keys too are this rank's part of all.
 
     With logits z = 2 t <q, k> - t |k|^2, d = |q|^2 - z / t; on the unit sphere z = 2 t <q, k> and
     d = 2 - z / t do without the bias.
@@ -298,7 +338,7 @@ def _repulsion(
     def at(t: float, **options) -> Sweep:
         return sweep(
             query, keys, scale=2 * t, bias=None if bias is None else t * bias, exclude=ids,
-            normalize=normalize, backend=backend, **options,
+            normalize=normalize, backend=backend, shards=key_shards, **options,
         )  # fmt: skip
 
     threshold = None if distance is None else (t_neg * (shift - distance)).detach()
@@ -312,7 +352,8 @@ def _repulsion(
     log_cost = near - (out.lse - t_neg * shift)
     if detach:
         log_cost = _with_gradient(log_cost, (rbf_t / t) * near)
-    return log_cost.logsumexp(0) - log_count(query.shape[0], log_cost.dtype), out
+    total = log_cost.logsumexp(0) if shards is None else shards.logsumexp(log_cost)
+    return total - log_count(total_rows(query.shape[0], shards), log_cost.dtype), out
 
 
 def _with_gradient(value: Tensor, source: Tensor) -> Tensor:
@@ -320,9 +361,12 @@ def _with_gradient(value: Tensor, source: Tensor) -> Tensor:
     return value.detach() + (source - source.detach())
 
 
-def _stats(similarity: Tensor, sweeps, t_neg: float, normalize: bool) -> LossStats:
+def _stats(
+    similarity: Tensor, sweeps, t_neg: float, normalize: bool, shards: Shards | None
+) -> LossStats:
     negative = None
     if normalize:
-        total = sum(out.total.sum() for out in sweeps)
-        negative = (total / sum(out.count.sum() for out in sweeps) / (2 * t_neg)).detach()
+        total = sum_of(sum(out.total.sum() for out in sweeps), shards)
+        count = sum_of(sum(out.count.sum() for out in sweeps), shards)
+        negative = total / count / (2 * t_neg)
     return LossStats(positive_similarity=similarity, negative_similarity=negative)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, whitening_flags
-from .common import Loss, LossStats, check_range, check_reduction, reduce_rows
+from .common import Loss, LossStats, check_range, check_reduction, mean_of, reduce_rows
+from .distributed import Group, join
 from .ops import check_features, check_ids, full_precision, resolve_backend, statistics_dtype
 from .whitening import check_method, whiten, whiten_newton_schulz
 from .whitening_ops import dense_view_distance, permute_rows, view_distance
@@ -27,6 +28,7 @@ def w_mse(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
     return_stats: bool = False,
 ) -> Loss:
     """W-MSE (Ermolov et al. 2021, eqs. 4, 5): distance of whitened views.
@@ -45,6 +47,9 @@ def w_mse(
         permutations: (iterations, N) integers to use instead; each row a permutation of 0..N-1,
             which is not checked.
         generator: source of the drawn permutations.
+        group: a torch.distributed process group or DeviceMesh. Every rank permutes and whitens its
+            own samples, whose number group_size divides; the mean is over all ranks, with the
+            gradients that `distributed.py` describes.
 
     Returns:
         0-d, or (N,) with reduction="none", by sample. LossStats has the positive_similarity only:
@@ -63,6 +68,11 @@ def w_mse(
     else:
         check_ids("permutations", permutations, (permutations.shape[0], n))
     permutations = permutations.long()
+    shards, _ = join(
+        group, "auto", "w_mse", n, views=views.transpose(0, 1), group_size=group_size,
+        iterations=permutations.shape[0], eps=eps, method=method, normalize=normalize,
+        reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
     views = views.to(statistics_dtype(views))
     distance = view_distance
     if backend == "reference":
@@ -71,21 +81,26 @@ def w_mse(
     else:
         permuted = permute_rows(views, permutations)
     groups = permuted.reshape(-1, group_size, dim)
-    z = whiten(groups, method=method, eps=eps, backend=backend).view(v, -1, dim)
-    pairs = distance(z, normalize)
+    if n == 0:  # a rank without samples
+        z = groups.view(v, 0, dim)
+        pairs = z.flatten()
+    else:
+        z = whiten(groups, method=method, eps=eps, backend=backend).view(v, -1, dim)
+        pairs = distance(z, normalize)
     if not normalize:
         pairs = pairs / dim
     if reduction == "none":
         index = permutations.flatten()
         loss = torch.zeros_like(pairs[:n]).index_add(0, index, pairs) / permutations.shape[0]
     else:
-        loss = reduce_rows(pairs, reduction)
+        every = None if shards is None else shards.times(permutations.shape[0])
+        loss = reduce_rows(pairs, reduction, every)
         if reduction == "sum":
             loss = loss / permutations.shape[0]
     if not return_stats:
         return loss
-    squared = pairs.detach() if normalize else distance(z.detach(), True)
-    return loss, LossStats(positive_similarity=1 - 0.5 * squared.mean())
+    squared = pairs if normalize or n == 0 else distance(z.detach(), True)
+    return loss, LossStats(positive_similarity=1 - 0.5 * mean_of(squared, shards))
 
 
 def intl(

@@ -1,0 +1,148 @@
+"""Small trainings on several ranks beside one process: DDP, FSDP2, gradient accumulation."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed as dist
+from oracles import randn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import contrastive_kernels as ck
+
+SIZES = (5, 2, 4, 3)  # rows of each rank
+
+
+class Encoder(nn.Module):
+    """Features, and the loss with learned scale and bias, so that DDP sees all parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.texts = nn.Linear(6, 5).double(), nn.Linear(7, 5).double()
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.copy_(randn(*parameter.shape, seed=i))
+        self.scale = nn.Parameter(torch.tensor([1.3], dtype=torch.float64))
+        self.bias = nn.Parameter(torch.tensor([-2.0], dtype=torch.float64))
+
+    def forward(self, images: Tensor, texts: Tensor, **options) -> Tensor:
+        x, y = self.images(images), self.texts(texts)
+        sigmoid = ck.siglip_loss(x, y, self.scale.exp(), self.bias, **options)
+        return sigmoid + ck.clip_loss(x, y, self.scale.exp(), **options)
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    rows = sum(SIZES[: dist.get_world_size()])
+    return randn(rows, 6, seed=seed), randn(rows, 7, seed=seed + 1)
+
+
+def mine(*tensors: Tensor) -> list[Tensor]:
+    rank = dist.get_rank()
+    start = sum(SIZES[:rank])
+    return [t[start : start + SIZES[rank]] for t in tensors]
+
+
+def errors(model: nn.Module, expected: nn.Module) -> dict[str, float]:
+    def whole(t: Tensor) -> Tensor:
+        return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+    pairs = zip(model.named_parameters(), expected.parameters(), strict=True)
+    return {name: (whole(a.grad) - b.grad).abs().max().item() for (name, a), b in pairs}
+
+
+def ddp() -> dict[str, float]:
+    one = Encoder()
+    model = DistributedDataParallel(copy.deepcopy(one))
+    one(*batch(10)).backward()
+    model(*mine(*batch(10)), group=dist.group.WORLD).backward()
+    return errors(model, one)
+
+
+def accumulated() -> dict[str, float]:
+    one = Encoder()
+    model = DistributedDataParallel(copy.deepcopy(one))
+    for seed in (10, 20):
+        one(*batch(seed)).div(2).backward()
+    with model.no_sync():
+        model(*mine(*batch(10)), group=dist.group.WORLD, exchange="ring").div(2).backward()
+    model(*mine(*batch(20)), group=dist.group.WORLD, exchange="ring").div(2).backward()
+    return errors(model, one)
+
+
+def fsdp() -> dict[str, float]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    one, model = Encoder(), Encoder()
+    for layer in (model.images, model.texts):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    one(*batch(10)).backward()
+    model(*mine(*batch(10)), group=mesh).backward()
+    return errors(model, one)
+
+
+def cached(chunk: int = 2) -> dict[str, float]:
+    """Gradient caching: features first, the loss on leaves, then the encoder chunk by chunk."""
+    one = Encoder()
+    model = copy.deepcopy(one)
+    one(*batch(10)).backward()
+    images, texts = mine(*batch(10))
+    with torch.no_grad():
+        leaves = [model.images(images), model.texts(texts)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    x, y, scale = *leaves, model.scale.exp()
+    loss = ck.siglip_loss(x, y, scale, model.bias, group=dist.group.WORLD)
+    (loss + ck.clip_loss(x, y, scale, group=dist.group.WORLD)).backward()
+    for encoder, inputs, leaf in ((model.images, images, x), (model.texts, texts, y)):
+        for part, grad in zip(inputs.split(chunk), leaf.grad.split(chunk), strict=True):
+            encoder(part).backward(grad)
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+    return errors(model, one)
+
+
+def queues() -> dict[str, bool]:
+    """Queues over the ranks beside one queue that sees all features."""
+    rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    seed = torch.Generator().manual_seed
+    one = ck.FeatureQueue(12, 5, dtype=torch.float64, generator=seed(0))
+    copies = ck.FeatureQueue(12, 5, dtype=torch.float64, generator=seed(0), group=group)
+    parts = ck.FeatureQueue(
+        12, 5, dtype=torch.float64, generator=seed(0), group=group, sharded=True
+    )
+    report = {"copies": True, "parts": True, "losses": True}
+    for step, sizes in enumerate(((5, 2), (0, 3), (9, 8), (1, 0))):
+        rows = randn(sum(sizes), 5, seed=step)
+        own = rows[sum(sizes[:rank]) :][: sizes[rank]]
+        x, y = (randn(6, 5, seed=100 + step + i).requires_grad_() for i in (0, 50))
+        whole = ck.info_nce(x, y, negatives=one.negatives)
+        mine = [t.detach()[3 * rank : 3 * rank + 3].requires_grad_() for t in (x, y)]
+        for queue, sharded in ((copies, False), (parts, True)):
+            loss = ck.info_nce(
+                *mine, negatives=queue.negatives, group=group, sharded_negatives=sharded
+            )
+            got = torch.autograd.grad(loss, mine)
+            wanted = torch.autograd.grad(whole, (x, y), retain_graph=True)
+            for a, b in zip((loss, *got), (whole, *wanted), strict=True):
+                b = b[3 * rank : 3 * rank + 3] * world if b.dim() else b
+                report["losses"] &= (a - b).abs().max().item() < 1e-12
+        one.enqueue(rows)
+        copies.enqueue(own)
+        parts.enqueue(own)
+        report["copies"] &= torch.equal(copies.negatives, one.negatives)
+        report["parts"] &= torch.equal(parts.negatives, one.negatives[rank::world])
+        report["parts"] &= parts.filled == one.filled
+    drawn = ck.FeatureQueue(12, 5, group=group).negatives
+    everywhere = [torch.empty_like(drawn) for _ in range(world)]
+    dist.all_gather(everywhere, drawn)
+    report["start"] = all(torch.equal(t, drawn) for t in everywhere)
+    return report
+
+
+def everything() -> dict[str, dict[str, float]]:
+    return {f.__name__: f() for f in (ddp, accumulated, fsdp, cached)}

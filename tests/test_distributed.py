@@ -1,0 +1,277 @@
+"""Losses over the ranks of a group, on gloo: every number beside one process on the whole batch."""
+
+from __future__ import annotations
+
+from functools import cache
+from statistics import median_low
+
+import distributed_cases
+import distributed_faults
+import distributed_traffic
+import distributed_training
+import gloo
+import pytest
+import torch
+import torch.distributed as dist
+
+import contrastive_kernels as ck
+from benchmarks.traffic import Step
+from contrastive_kernels.distributed import Shards, join
+from contrastive_kernels.exchange import Gather, Ring, choose, plan
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()),
+    reason="this torch has no gloo",
+)
+WORLDS = (1, 2, 3, 4)
+TOLERANCE = 1e-10
+PEAK_ROWS, PEAK_DIM = 512, 1024
+
+
+@cache
+def results(world: int) -> list[dict]:
+    """One start of the processes, which takes longer than most tests, serves many of them."""
+    return gloo.run(world, everything)
+
+
+def everything() -> dict:
+    report = distributed_cases.everything()
+    if dist.get_world_size() == 2:
+        report["trainings"] = distributed_training.everything()
+        report["queues"] = distributed_training.queues()
+    if dist.get_world_size() == 3:
+        report["faults"] = distributed_faults.differences()
+    if dist.get_world_size() > 1:
+        report["traffic"] = distributed_traffic.everything()
+    if dist.get_world_size() in (3, 4):
+        report["peak"] = peaks(("ring", "gather"))
+    return report
+
+
+def peaks(exchanges: tuple[str, ...]) -> dict[str, tuple[float, int]]:
+    return {e: distributed_traffic.peak(PEAK_ROWS, PEAK_DIM, e) for e in exchanges}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", distributed_cases.CASES)
+def test_loss_and_gradients_are_those_of_one_process(world, name):
+    checked = 0
+    for rank, report in enumerate(results(world)):
+        for setup, outcome in report["losses"].items():
+            if setup.name == name:
+                for what, (error, _, _) in outcome.items():
+                    assert error <= TOLERANCE, (rank, setup, what)
+                    checked += 1
+    assert checked >= 8 * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", distributed_cases.CASES)
+def test_statistics_are_those_of_one_process(world, name):
+    for rank, report in enumerate(results(world)):
+        found = {s: fields for s, fields in report["statistics"].items() if s.name == name}
+        assert len(found) == 2 and all(found.values())
+        for setup, fields in found.items():
+            for field, error in fields.items():
+                assert error <= TOLERANCE, (rank, setup, field)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_two_runs_give_equal_bits_and_ranks_one_value(world):
+    for report in results(world):
+        assert len(report["bits"]) == 2 * len(distributed_cases.FEW)
+        assert all(report["bits"].values())
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 32), (torch.bfloat16, 2)])
+def test_shorter_types_lose_their_own_rounding_only(world, dtype, roundings):
+    """Gradients of ranks are added in float32, and rounded to the type of the features once."""
+    for report in results(world):
+        found = {setup: e for (setup, of), e in report["dtypes"].items() if of == dtype}
+        assert len(found) >= 2 * (len(distributed_cases.FEW) - 1)
+        for setup, errors in found.items():
+            for what, error in errors.items():
+                assert error <= roundings * torch.finfo(dtype).eps, (setup, what)
+
+
+def test_table_of_ratios(capsys):
+    """<gradient, expected> / <expected, expected>, all ranks and sizes together."""
+    lines = [f"{'gradient over that of one process':40}" + "".join(f"W={w:<6}" for w in WORLDS)]
+    tables = [ratios(world) for world in WORLDS]
+    for (name, what), _ in tables[0].items():
+        row = [table[name, what] for table in tables]
+        lines.append(f"{name + ', ' + what:40}" + "".join(f"{ratio:<8.3f}" for ratio in row))
+        assert row == pytest.approx([1.0] * len(row), abs=1e-9), name
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+def ratios(world: int) -> dict[tuple[str, str], float]:
+    sums: dict[tuple[str, str], list[float]] = {}
+    for report in results(world):
+        for setup, outcome in report["losses"].items():
+            for what, (_, product, square) in outcome.items():
+                both = sums.setdefault((setup.name, what), [0.0, 0.0])
+                both[0] += product
+                both[1] += square
+    return {key: product / square for key, (product, square) in sums.items()}
+
+
+@pytest.mark.parametrize("name", ["ddp", "accumulated", "fsdp", "cached"])
+def test_training_steps_are_those_of_one_process(name):
+    for report in results(2):
+        assert len(report["trainings"][name]) == 6
+        for parameter, error in report["trainings"][name].items():
+            assert error <= TOLERANCE, parameter
+
+
+def test_queues_over_ranks_are_one_queue():
+    expected = {"copies": True, "parts": True, "losses": True, "start": True}
+    assert [report["queues"] for report in results(2)] == [expected, expected]
+
+
+def test_a_sharded_queue_needs_a_group():
+    with pytest.raises(ValueError, match="sharded needs a group"):
+        ck.FeatureQueue(8, 3, sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("dtype", "query must be the same on every rank of group, got float64 (*, 5) on cpu on "
+         "rank 0, float32 (*, 5) on cpu on rank 1, float64 (*, 5) on cpu on rank 2"),
+        ("features", "z1 must be the same on every rank of group, got float64 (*, 5) on cpu on "
+         "rank 0, float64 (*, 6) on cpu on rank 1"),
+        ("option", "scale must be the same on every rank of group, got 10.0 on rank 0, 5.0 on "
+         "rank 1"),
+        ("gradient", "query must be the same on every rank of group, got float64 (*, 5) on cpu "
+         "on rank 0, float64 (*, 5) on cpu with gradient on rank 1"),
+        ("exchange", "exchange must be the same on every rank of group, got gather on rank 0, ring "
+         "on rank 1"),
+        ("negatives", "got 3 on rank 0, 2 on rank 1, 3 on rank 2"),
+        ("loss", "loss must be the same on every rank of group, got nt_xent on rank 0, dcl on "
+         "rank 1"),
+    ],
+)  # fmt: skip
+def test_what_differs_is_named_on_every_rank(what, text):
+    for seen in (report["faults"] for report in results(3)):
+        assert seen[what].startswith("ValueError: ") and text in seen[what], seen[what]
+        assert seen["after all"] == "no error"
+
+
+def test_a_rank_that_does_not_come_is_an_error_within_the_timeout(tmp_path):
+    (seen, seconds), _ = gloo.run(2, distributed_faults.never_comes, str(tmp_path), timeout=2)
+    assert seen.startswith("RuntimeError: ") and seconds < 10
+
+
+def test_a_rank_that_dies_is_an_error(tmp_path):
+    seen, seconds = gloo.run(2, distributed_faults.dies_before_backward, timeout=5)[0]
+    assert seen.startswith("RuntimeError: ") and seconds < 15
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("loss", distributed_traffic.LOSSES)
+def test_bytes_and_collectives_are_those_on_paper(world, exchange, loss):
+    rows = distributed_traffic.ROWS * (2 if loss == "nt_xent" else 1)
+    kind = {"symmetric": loss == "nt_xent", "columns": loss == "clip_loss"}
+    for size in (8, 4, 2):
+        step = Step(world, rows, distributed_traffic.DIM, size, exchange, **kind)
+        for report in results(world):
+            counts = report["traffic"][loss, exchange, size]
+            assert counts == [step.sent(), step.collectives()]
+
+
+def test_memory_of_a_ring_does_not_grow_with_the_ranks():
+    """In shards of keys: a gather holds three more for each rank, a ring the same from W = 4 on,
+    when there are always keys under way and gradients behind them."""
+
+    def peak(reports: list[dict], exchange: str) -> float:
+        shard = 4 * PEAK_ROWS * PEAK_DIM
+        return median_low(report[exchange][1] / shard for report in reports)
+
+    three, four = ([report["peak"] for report in results(world)] for world in (3, 4))
+    six = gloo.run(6, peaks, ("ring",))
+    assert abs(peak(four, "gather") - peak(three, "gather") - 3) < 0.7
+    assert abs(peak(six, "ring") - peak(four, "ring")) < 0.7
+    assert peak(four, "ring") < 9
+    values = {report[exchange][0] for report in four for exchange in ("ring", "gather")}
+    assert max(values) - min(values) < 1e-5
+
+
+def test_a_ring_computes_while_keys_are_under_way(monkeypatch):
+    events = []
+
+    class Transfer:
+        def __init__(self, shards, tensors, steps, rows):
+            events.append("send")
+            self.received = [t.new_zeros(rows, *t.shape[1:]) for t in tensors]
+
+        def wait(self):
+            events.append("wait")
+            return self.received
+
+    monkeypatch.setattr("contrastive_kernels.exchange._Transfer", Transfer)
+    shards = Shards(None, 0, [2, 2, 2], "ring")
+    ring = Ring(shards, 2, symmetric=False)
+    ring.run([torch.ones(2, 3)], lambda *_: events.append("compute"), None, torch.add)
+    assert events == ["send", "compute", "wait", "send", "compute", "wait", "compute"]
+
+
+@pytest.mark.parametrize("world", range(1, 8))
+def test_every_pair_is_computed_once(world):
+    """Counts the visits of each pair of rows, itself as its transpose where that is implied."""
+    sizes = [3, 0, 2, 5, 1, 4, 2][:world]
+    starts = [sum(sizes[:rank]) for rank in range(world)]
+    for symmetric in (False, True):
+        visits = torch.zeros(sum(sizes), sum(sizes))
+        for rank in range(world):
+            shards = Shards(None, rank, sizes, "gather")
+            for block in plan(shards, rank, sizes[rank], symmetric):
+                rows = torch.arange(sizes[rank])[block.rows] + starts[rank]
+                keys = torch.arange(sizes[block.shard])[block.keys] + starts[block.shard]
+                visits[rows[:, None], keys] += 1
+                if symmetric and not block.own:
+                    visits[keys[:, None], rows] += 1
+        assert torch.equal(visits, torch.ones_like(visits))
+
+
+def test_auto_gathers_small_batches_and_rings_large_ones():
+    def chosen(rows: int) -> type:
+        keys = torch.empty(1, 64)  # only its width and type count
+        return type(choose(Shards(None, 0, [rows, rows], "auto"), keys, rows, False))
+
+    assert chosen(2**19) is Gather and chosen(2**19 + 1) is Ring
+
+
+def test_no_group_is_no_collective(monkeypatch):
+    def fail(*args, **options):
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr("contrastive_kernels.distributed.all_gather", fail)
+    x = torch.randn(4, 3)
+    ck.clip_loss(x, x, 2.0, group=None, exchange="ring")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"group": "world"}, TypeError, "group must be a torch.distributed process group"),
+        ({"exchange": "tree"}, ValueError, 'exchange must be "auto", "gather" or "ring"'),
+    ],
+)
+def test_bad_groups(options, error, text):
+    with pytest.raises(error, match=text):
+        ck.nt_xent(torch.randn(4, 3), torch.randn(4, 3), **options)
+
+
+def test_sharded_negatives_need_a_group():
+    x = torch.randn(4, 3)
+    for loss in (ck.info_nce, ck.eqco, ck.cacr):
+        with pytest.raises(ValueError, match="sharded_negatives needs a group"):
+            loss(x, x, negatives=x, sharded_negatives=True)
+
+
+def test_join_without_a_group():
+    assert join(None, "auto", "loss", 3) == (None, None)
