@@ -9,7 +9,8 @@ from torch import Tensor
 
 from contrastive_kernels.ops import available_backends
 
-BACKENDS = available_backends(torch.get_default_device().type)
+DEVICE = torch.get_default_device().type
+BACKENDS = available_backends(DEVICE)
 DOUBLE = torch.float64
 
 
@@ -24,7 +25,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
 
 def sample(backend: str, combinations: list, seed: int, every: int = 5) -> list:
     """All combinations; of interpreted kernels, which are slow, a fifth, by the seed."""
-    interpreted = backend == "triton" and torch.get_default_device().type == "cpu"
+    interpreted = backend == "triton" and DEVICE == "cpu"
     return combinations[seed % every :: every] if interpreted else combinations
 
 

@@ -7,9 +7,9 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import DEVICE
 from oracles import (
     BACKENDS,
+    DEVICE,
     DOUBLE,
     assert_equal_in_double,
     assert_within_budget,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
-from oracles import randn
+from oracles import DEVICE, randn
 
 import contrastive_kernels as ck
 from contrastive_kernels import whitening_flags
