@@ -321,9 +321,10 @@ def sup_con_rows(
     n, m = features.shape[0], (features if ref is None else ref).shape[0]
     # a class has the place of its first anchor in the order of the labels, or n without an anchor
     ordered = (labels if shards is None else shards.all_ids(labels)).sort().values
-    place = ref_place = torch.searchsorted(ordered, labels)
+    # 32 bits: kernels take such ids as they are
+    place = ref_place = torch.searchsorted(ordered, labels, out_int32=True)
     if ref is None:
-        count = torch.searchsorted(ordered, labels, right=True) - place - 1
+        count = torch.searchsorted(ordered, labels, right=True, out_int32=True) - place - 1
         only = ref_only = count == 1
     else:
         itself = 0 if own is None else 1
@@ -334,7 +335,7 @@ def sup_con_rows(
         ref_only = count_equal_ids(ref_labels, ref_labels) == 1 + itself
     # ids drop the anchor itself, and with it the only positive
     first = 1 + (n if shards is None else shards.total + shards.starts[shards.rank])
-    ref_ids = torch.arange(first, first + m, device=labels.device)
+    ref_ids = torch.arange(first, first + m, dtype=torch.int32, device=labels.device)
     ref_ids = torch.where(ref_only, ref_place, ref_ids)
     ids = ref_ids
     if ref is not None:
@@ -362,9 +363,10 @@ def sup_con_rows(
         class_sum = class_sum - z
     elif own is not None:
         class_sum = class_sum - z_ref.index_select(0, own)
-    pos = scale * row_dot(z, class_sum, backend=backend, shards=shards)
-    several = torch.where(count > 1, out.lse - pos / count.clamp(min=1), 0.0)
-    return SupConRows(torch.where(only, softplus(out.lse - pos), several), pos, count, out)
+    pos = scale * (z * class_sum).sum(-1)
+    gap = out.lse - pos / count.clamp(min=1)
+    loss = torch.where(count > 1, gap, softplus(gap.masked_fill(count == 0, -torch.inf)))
+    return SupConRows(loss, pos, count, out)
 
 
 def _join_views(
