@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..common import scalar
 from ..distillation import clip_distill
 from ..losses import clip_loss, siglip_loss
-from ..ops import statistics_dtype
 from .swap import Peer, Unfused
 
 PEER = Peer("open_clip", "open_clip_torch", ("3.0", "3.4"))
@@ -30,12 +30,10 @@ def _clip(
     output_dict: bool = False,
 ) -> LossOrDict:
     reason = _reason(self, peer.ClipLoss, _CLIP, logit_scale=logit_scale, logit_bias=logit_bias)
-    if reason is None and len(image_features) == 1:
-        reason = "a batch of one pair has no negatives"
+    reason = reason or _no_negatives(image_features)
     if reason is not None:
         return Unfused(reason)
-    scale = _wide(logit_scale, image_features)
-    loss = clip_loss(image_features, text_features, scale, normalize=False)
+    loss = clip_loss(image_features, text_features, logit_scale, normalize=False)
     if isinstance(logit_bias, Tensor):
         # it cancels in the softmax; a parameter must still get its gradient, of 0
         loss = loss + 0.0 * logit_bias.reshape(()).to(loss)
@@ -58,11 +56,10 @@ def _distill(
         self, peer.DistillClipLoss, (*_CLIP, "dist_loss"),
         logit_scale=logit_scale, dist_logit_scale=dist_logit_scale,
     )  # fmt: skip
-    if reason is None and len(image_features) == 1:
-        reason = "a batch of one pair has no negatives"
+    reason = reason or _no_negatives(image_features)
     if reason is not None:
         return Unfused(reason)
-    scale = _wide(logit_scale, image_features)
+    scale = scalar("logit_scale", logit_scale)  # for both losses, so that its gradient rounds once
     contrastive = clip_loss(image_features, text_features, scale, normalize=False)
     distill = clip_distill(
         image_features, text_features, scale,
@@ -87,9 +84,8 @@ def _siglip(
     reason = _reason(self, peer.SigLipLoss, methods, logit_scale=logit_scale, logit_bias=logit_bias)
     if reason is not None:
         return Unfused(reason)
-    scale = _wide(logit_scale, image_features)
-    bias = 0.0 if logit_bias is None else _wide(logit_bias, image_features)
-    loss = siglip_loss(image_features, text_features, scale, bias, normalize=False)
+    bias = 0.0 if logit_bias is None else logit_bias
+    loss = siglip_loss(image_features, text_features, logit_scale, bias, normalize=False)
     return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -129,10 +125,8 @@ def _reason(loss: nn.Module, owner: type, methods: tuple[str, ...], **scalars) -
     return None
 
 
-def _wide(value: float | Tensor, features: Tensor) -> float | Tensor:
-    """`value` in the precision of the loss: the parts of its gradient, which cancel, are then added
-    before a half parameter's type rounds them."""
-    return value.to(statistics_dtype(features)) if isinstance(value, Tensor) else value
+def _no_negatives(image_features: Tensor) -> str | None:
+    return "a batch of one pair has no negatives" if len(image_features) == 1 else None
 
 
 def _cache_labels(loss: nn.Module, image_features: Tensor) -> None:
