@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.inputs import Inputs, Sizes
-from benchmarks.oracle import Oracle, Tensors
-from benchmarks.peers import Loss, Peer
+from .inputs import Inputs, Sizes
+from .oracle import Oracle, Tensors
+from .peers import Loss, Peer
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ and so does every peer, with the gradient through the normalisation.
 from dataclasses import replace
 
 import contrastive_kernels as ck
-from benchmarks import dense, oracle, peers, whitening
-from benchmarks.case import Case, Rival
-from benchmarks.inputs import (
+
+from . import dense, oracle, peers, whitening
+from .case import Case, Rival
+from .inputs import (
     Groups,
     Inputs,
     Sizes,
@@ -24,8 +25,8 @@ from benchmarks.inputs import (
     related_views,
     views_and_permutations,
 )
-from benchmarks.peers import Loss
-from benchmarks.swap_cases import SWAPS
+from .peers import Loss
+from .swap_cases import SWAPS
 
 TEMPERATURE = {"temperature": 0.1}
 MEMORY_LIMIT_MB = 64

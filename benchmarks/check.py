@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case
-from benchmarks.measure import Step
-from benchmarks.oracle import Tensors, Truth
-from benchmarks.peers import Loss, PeerUnavailable
+from .case import Case
+from .measure import Step
+from .oracle import Tensors, Truth
+from .peers import Loss, PeerUnavailable
 
 # Largest relative error of the value, and in the Frobenius norm of each gradient, or of a result
 # that is a tensor.

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from benchmarks.measure import Timing
+from .measure import Timing
 
 
 class Progress:

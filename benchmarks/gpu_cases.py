@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 
 import contrastive_kernels as ck
-from benchmarks import chunked, dense, gpu_peers, oracle, peers, whitening
-from benchmarks.case import Case, Rival
-from benchmarks.cases import CASES, half_tiles, two_sided
-from benchmarks.inputs import Groups, Sizes, groups
-from benchmarks.peers import Loss, Peer
+
+from . import chunked, dense, gpu_peers, oracle, peers, whitening
+from .case import Case, Rival
+from .cases import CASES, half_tiles, two_sided
+from .inputs import Groups, Sizes, groups
+from .peers import Loss, Peer
 
 GRAPH_AT_MOST = 0.5
 MILLION = 2**20

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Sample, Step, host_sample
-from benchmarks.oracle import Tensors
+from .measure import Sample, Step, host_sample
+from .oracle import Tensors
 
 GEMM_SIZE, GEMM_CALLS, GEMM_SAMPLES = 8192, 10, 7
 GRAPH_WARM_UP = 3

@@ -5,15 +5,15 @@ Caches are not flushed between calls: behind an encoder, too, small features lie
 
 import torch
 
-from benchmarks.case import Case
-from benchmarks.check import PEER_ON_GPU, TOLERANCE, checked, checked_peers, first_line, reason
-from benchmarks.console import judged, line
-from benchmarks.gpu_cases import memory_limit_mb
-from benchmarks.gpu_instruments import GraphStep, peak_mb, sampler
-from benchmarks.inputs import Sizes
-from benchmarks.measure import Step, Timing, interleave
-from benchmarks.memory import OURS
-from benchmarks.oracle import Truth
+from .case import Case
+from .check import PEER_ON_GPU, TOLERANCE, checked, checked_peers, first_line, reason
+from .console import judged, line
+from .gpu_cases import memory_limit_mb
+from .gpu_instruments import GraphStep, peak_mb, sampler
+from .inputs import Sizes
+from .measure import Step, Timing, interleave
+from .memory import OURS
+from .oracle import Truth
 
 # Seconds for the rounds of one case, and their least number.
 FULL_BUDGET, QUICK_BUDGET, MIN_ROUNDS = 3.0, 0.2, 3

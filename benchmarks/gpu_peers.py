@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peers import Loss, Peer, PeerUnavailable, missing
+from .peers import Loss, Peer, PeerUnavailable, missing
 
 # The narrowest values that attention takes; only its log-sum-exp is wanted.
 VALUE_WIDTH = 16

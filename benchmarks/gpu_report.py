@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from benchmarks.markdown import milliseconds, share, table
+from .markdown import milliseconds, share, table
 
 
 def title(record: dict) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.oracle import Tensors
+from .oracle import Tensors
 
 
 @dataclass(frozen=True)

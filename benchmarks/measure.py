@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.oracle import Tensors
-from benchmarks.peers import Loss
+from .oracle import Tensors
+from .peers import Loss
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
 MIN_SAMPLE_SECONDS = 0.01

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import dense
-from benchmarks.case import Case
-from benchmarks.cases import CASES
-from benchmarks.measure import Step
-from benchmarks.peers import Lazy, Loss, PeerUnavailable
+from . import dense
+from .case import Case
+from .cases import CASES
+from .measure import Step
+from .peers import Lazy, Loss, PeerUnavailable
 
 OURS = "ours"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,7 +58,7 @@ def peak_of(step: Step) -> float:
 
 def measure(case: Case, contender: str, dtype: str, quick: bool, threads: int) -> dict:
     """`peak_of` in a fresh process: {"mb": ...} or {"reason": ...}."""
-    command = [sys.executable, "-m", "benchmarks.memory", case.name, contender, dtype]
+    command = [sys.executable, "-m", f"{__package__}.memory", case.name, contender, dtype]
     command += ["--threads", str(threads)] + (["--quick"] if quick else [])
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

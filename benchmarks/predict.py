@@ -8,11 +8,12 @@ import math
 import sys
 from typing import NamedTuple
 
-from benchmarks import resources
-from benchmarks.markdown import table
 from contrastive_kernels.triton.compile import Compiled
 from contrastive_kernels.triton.configs import TILES, Tile, width_of
 from contrastive_kernels.triton.tune import Entry
+
+from . import resources
+from .markdown import table
 
 NAME = "predict"
 ARCHITECTURE, PROCESSORS = 90, 132

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import gpu_report
-from benchmarks.markdown import milliseconds, share, table
+from . import gpu_report
+from .markdown import milliseconds, share, table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.markdown import table
 from contrastive_kernels.triton.compile import Compiled, compiling
 from contrastive_kernels.triton.configs import TILES
 from contrastive_kernels.triton.tune import Entry, workload
+
+from .markdown import table
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
 NAME = "resources"

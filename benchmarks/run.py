@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 import contrastive_kernels as ck
-from benchmarks import gpu_instruments, gpu_measure, gpu_report, memory
-from benchmarks.case import Case
-from benchmarks.cases import BFLOAT16_AT_MOST, CASES, MEMORY_CASES, MEMORY_LIMIT_MB
-from benchmarks.check import PEER_FLOAT32, TOLERANCE, checked, checked_peers
-from benchmarks.console import Progress, judged, line
-from benchmarks.environment import describe, describe_gpu, results_path, save
-from benchmarks.gpu_cases import GPU_CASES
-from benchmarks.inputs import Sizes
-from benchmarks.measure import Timing, gemm_flops, interleave
+
+from . import gpu_instruments, gpu_measure, gpu_report, memory
+from .case import Case
+from .cases import BFLOAT16_AT_MOST, CASES, MEMORY_CASES, MEMORY_LIMIT_MB
+from .check import PEER_FLOAT32, TOLERANCE, checked, checked_peers
+from .console import Progress, judged, line
+from .environment import describe, describe_gpu, results_path, save
+from .gpu_cases import GPU_CASES
+from .inputs import Sizes
+from .measure import Timing, gemm_flops, interleave
 
 FULL_BUDGET, QUICK_BUDGET = 15.0, 0.3
 # Seconds into a run on a GPU after which no peer is compiled, and no case begins.

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import dense, oracle
-from benchmarks.case import Case, Rival
-from benchmarks.inputs import Inputs, Sizes, image_text, image_text_bias, labelled, pairs, queue
-from benchmarks.oracle import Tensors
-from benchmarks.peers import Lazy, Loss, Peer
+from . import dense, oracle
+from .case import Case, Rival
+from .inputs import Inputs, Sizes, image_text, image_text_bias, labelled, pairs, queue
+from .oracle import Tensors
+from .peers import Lazy, Loss, Peer
 
 # build(module with the classes): a loss of them, called with the tensors by name
 Build = Callable[[ModuleType], Loss]
