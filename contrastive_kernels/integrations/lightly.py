@@ -1,4 +1,8 @@
-"""lightly's losses: NTXentLoss with its memory bank, DCLLoss and DCLWLoss."""
+"""lightly's losses: NTXentLoss with its memory bank, DCLLoss and DCLWLoss.
+
+With `gather_distributed` negatives come from all processes of the default group; the value is the
+mean over the rank's own rows, and the gradient, after DDP's mean, that of one process.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,24 @@ from torch import Tensor
 from ..losses import info_nce
 from ..ops import keeps_frozen_keys, statistics_dtype
 from ..self_similarity import dcl, nt_xent
-from .swap import Peer, Unfused, world_size
+from ._ranks import group_if, own_mean
+from .swap import Peer, Unfused
 
 PEER = Peer("lightly", "lightly", ("1.5.26", "1.7"))
 peer = PEER.load("lightly.loss")
 
+ALONE = Unfused("a batch of one pair has no negatives")
+
 
 @PEER.fused(peer.NTXentLoss)
 def _nt_xent(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
-    if self.gather_distributed and world_size() > 1:
-        return Unfused("features are gathered from several processes")
     scale = 1 / self.temperature
     bank = self.memory_bank
     if bank.size[0] == 0:
-        if len(out0) == 1:
-            return Unfused("a batch of one pair has no negatives")
-        return nt_xent(out0, out1, scale=scale)
+        group = group_if(self.gather_distributed)
+        if len(out0) == 1 and group is None:
+            return ALONE
+        return own_mean(nt_xent(out0, out1, scale=scale, reduction="none", group=group))
     # features of the bank are taken as they are
     dtype = statistics_dtype(out0)
     out0, out1 = F.normalize(out0.to(dtype), dim=1), F.normalize(out1.to(dtype), dim=1)
@@ -40,15 +46,18 @@ def _nt_xent(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
 
 @PEER.fused(peer.DCLLoss)
 def _dcl(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
-    if self.gather_distributed and world_size() > 1:
-        return Unfused("features are gathered from several processes")
-    if len(out0) == 1:
-        return Unfused("a batch of one pair has no negatives")
+    group = group_if(self.gather_distributed)
+    if len(out0) == 1 and group is None:
+        return ALONE
     weight = None
     if self.weight_fn:
         views = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         weight = torch.cat((self.weight_fn(*views), self.weight_fn(*reversed(views))))
-    return dcl(out0, out1, scale=1 / self.temperature, weight=weight)
+    return own_mean(
+        dcl(
+            out0, out1, scale=1 / self.temperature, weight=weight, reduction="none", group=group
+        )
+    )  # fmt: skip
 
 
 class NTXentLoss(peer.NTXentLoss):

@@ -1,26 +1,35 @@
 """open_clip's losses: ClipLoss, CoCaLoss, DistillClipLoss and SigLipLoss.
 
 `patch("open_clip", "ClipLoss")` serves CoCaLoss too, whose contrastive part is ClipLoss.forward.
+Over several processes each loss has the value and gradients of open_clip's switches, or with
+`grad_scale="exact"`, an option of ours, those of one process with the whole batch, whatever the
+switches say (gradients after DDP's mean). docs/integrations.md has the table.
+
 The version range is that of the sources compared; their losses are the same line by line.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..common import scalar
 from ..distillation import clip_distill
 from ..losses import clip_loss, siglip_loss
-from .swap import Peer, Unfused
+from ._ranks import clip_over_ranks, group_if, own_mean, world_size
+from .swap import Peer, Unfused, check_option
 
 PEER = Peer("open_clip", "open_clip_torch", ("3.0", "3.4"))
 peer = PEER.load("open_clip.loss")
 
 LossOrDict = Tensor | dict[str, Tensor] | Unfused
 _CLIP = ("get_logits", "get_ground_truth")
+GRAD_SCALES = ("peer", "exact")
 
 
-@PEER.fused(peer.ClipLoss)
+@PEER.fused(peer.ClipLoss, grad_scale=GRAD_SCALES)
 def _clip(
     self,
     image_features: Tensor,
@@ -30,10 +39,17 @@ def _clip(
     output_dict: bool = False,
 ) -> LossOrDict:
     reason = _reason(self, peer.ClipLoss, _CLIP, logit_scale=logit_scale, logit_bias=logit_bias)
-    reason = reason or _no_negatives(image_features)
+    reason = reason or _no_negatives(self, image_features)
     if reason is not None:
-        return Unfused(reason)
-    loss = clip_loss(image_features, text_features, logit_scale, normalize=False)
+        return _unfused(self, reason)
+    features, group = (image_features, text_features), group_if(self.world_size > 1)
+    if group is None or _exact(self):
+        loss = clip_loss(*features, logit_scale, normalize=False, group=group)
+    else:
+        loss = clip_over_ranks(
+            *features, logit_scale, group,
+            local_loss=self.local_loss, gather_with_grad=self.gather_with_grad,
+        )  # fmt: skip
     if isinstance(logit_bias, Tensor):
         # it cancels in the softmax; a parameter must still get its gradient, of 0
         loss = loss + 0.0 * logit_bias.reshape(()).to(loss)
@@ -56,9 +72,11 @@ def _distill(
         self, peer.DistillClipLoss, (*_CLIP, "dist_loss"),
         logit_scale=logit_scale, dist_logit_scale=dist_logit_scale,
     )  # fmt: skip
-    reason = reason or _no_negatives(image_features)
+    reason = reason or _no_negatives(self, image_features)
+    if self.world_size > 1:
+        reason = reason or "distillation over several processes is not fused"
     if reason is not None:
-        return Unfused(reason)
+        return _unfused(self, reason)
     scale = scalar("logit_scale", logit_scale)  # for both losses, so that its gradient rounds once
     contrastive = clip_loss(image_features, text_features, scale, normalize=False)
     distill = clip_distill(
@@ -71,7 +89,7 @@ def _distill(
     return contrastive, distill
 
 
-@PEER.fused(peer.SigLipLoss)
+@PEER.fused(peer.SigLipLoss, grad_scale=GRAD_SCALES)
 def _siglip(
     self,
     image_features: Tensor,
@@ -83,30 +101,62 @@ def _siglip(
     methods = ("get_logits", "get_ground_truth", "_loss")
     reason = _reason(self, peer.SigLipLoss, methods, logit_scale=logit_scale, logit_bias=logit_bias)
     if reason is not None:
-        return Unfused(reason)
+        return _unfused(self, reason)
     bias = 0.0 if logit_bias is None else logit_bias
-    loss = siglip_loss(image_features, text_features, logit_scale, bias, normalize=False)
+    inputs, group = (
+        (image_features, text_features, logit_scale, bias),
+        group_if(self.world_size > 1),
+    )
+    if group is None or _exact(self):
+        loss = siglip_loss(*inputs, normalize=False, group=group)
+    else:  # exact too, but the value is that of own images
+        rows = siglip_loss(*inputs, normalize=False, reduction="none", group=group)
+        loss = own_mean(rows)
     return {"contrastive_loss": loss} if output_dict else loss
 
 
+def _with_grad_scale(cls: type) -> type:
+    """Gives the constructor of `cls` the option grad_scale."""
+    init = cls.__init__
+
+    def __init__(self, *args: Any, grad_scale: str = "peer", **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.grad_scale = check_option("grad_scale", grad_scale, GRAD_SCALES)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_with_grad_scale
 class ClipLoss(peer.ClipLoss):
-    """open_clip's `ClipLoss`, fused: `clip_loss`."""
+    """open_clip's `ClipLoss`, fused: `clip_loss`.
+
+    grad_scale: "peer" or "exact", see the module.
+    """
 
     forward = _clip
 
 
+@_with_grad_scale
 class CoCaLoss(peer.CoCaLoss, ClipLoss):
-    """open_clip's `CoCaLoss`, its contrastive part fused: `clip_loss`."""
+    """open_clip's `CoCaLoss`, its contrastive part fused: `clip_loss`.
+
+    grad_scale: "peer" or "exact", of the contrastive part, see the module.
+    """
 
 
 class DistillClipLoss(peer.DistillClipLoss):
-    """open_clip's `DistillClipLoss`, fused: `clip_loss` and `clip_distill`."""
+    """open_clip's `DistillClipLoss`, fused in one process: `clip_loss` and `clip_distill`."""
 
     forward = _distill
 
 
+@_with_grad_scale
 class SigLipLoss(peer.SigLipLoss):
-    """open_clip's `SigLipLoss`, fused: `siglip_loss`."""
+    """open_clip's `SigLipLoss`, fused: `siglip_loss`.
+
+    grad_scale: "peer" or "exact", see the module. The gradients are the same with both.
+    """
 
     forward = _siglip
 
@@ -115,7 +165,10 @@ def _reason(loss: nn.Module, owner: type, methods: tuple[str, ...], **scalars) -
     """Why `loss` has to run its own code, or None. `methods`: those that the fused form replaces
     as they are in the peer's class `owner`."""
     if loss.world_size > 1:
-        return "features are gathered from several processes"
+        if getattr(loss, "use_horovod", False):
+            return "features are gathered by horovod"
+        if loss.world_size != world_size() or loss.rank != dist.get_rank():
+            return "rank and world_size are not those of the default process group"
     for name in methods:
         if getattr(type(loss), name) is not getattr(owner, name):
             return f"{name} is overridden"
@@ -125,11 +178,25 @@ def _reason(loss: nn.Module, owner: type, methods: tuple[str, ...], **scalars) -
     return None
 
 
-def _no_negatives(image_features: Tensor) -> str | None:
-    return "a batch of one pair has no negatives" if len(image_features) == 1 else None
+def _unfused(loss: nn.Module, reason: str) -> Unfused:
+    """The peer's own code for this reason, if it can give the gradients that are asked for."""
+    if loss.world_size > 1 and _exact(loss):
+        raise RuntimeError(f'grad_scale="exact" must run fused over processes, but {reason}')
+    return Unfused(reason)
+
+
+def _exact(loss: nn.Module) -> bool:
+    """Whether `grad_scale`, of the drop-in or of a patch, is "exact"."""
+    return getattr(loss, "grad_scale", "peer") == "exact"
+
+
+def _no_negatives(loss: nn.Module, image_features: Tensor) -> str | None:
+    alone = len(image_features) == 1 and loss.world_size == 1
+    return "a batch of one pair has no negatives" if alone else None
 
 
 def _cache_labels(loss: nn.Module, image_features: Tensor) -> None:
     """Leaves in the loss the labels that its readers may ask it to cache."""
     if loss.cache_labels:
-        loss.get_ground_truth(image_features.device, len(image_features))
+        ranks = 1 if loss.local_loss else loss.world_size
+        loss.get_ground_truth(image_features.device, ranks * len(image_features))

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..guided import gist
 from ..ranking import mnrl
 from ..registration import statistics_dtype
-from .swap import Peer, Unfused, world_size
+from ._ranks import world_size
+from .swap import Peer, Unfused
 
 PEER = Peer("sentence_transformers", "sentence-transformers", ("6.2", "6.3"))
 peer = PEER.load("sentence_transformers.sentence_transformer.losses")

@@ -14,7 +14,7 @@ from ..losses import info_nce
 from ..ops import sweep
 from ..whitening import whiten
 from ..whitening_ops import view_distance
-from .swap import world_size
+from ._ranks import world_size
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:

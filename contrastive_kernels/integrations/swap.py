@@ -19,7 +19,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 PEERS = (
     "info_nce",
@@ -58,10 +57,20 @@ class SwapStatus(NamedTuple):
 
 
 class Swap:
-    """A method of a peer's class, or a function of its module, and the fused one for it."""
+    """A method of a peer's class, or a function of its module, and the fused one for it.
 
-    def __init__(self, owner: type | ModuleType, name: str, function: Callable) -> None:
-        self.owner, self.name = owner, name
+    choices: the values of each option that a patch may set as an attribute of the class.
+    """
+
+    def __init__(
+        self,
+        owner: type | ModuleType,
+        name: str,
+        function: Callable,
+        choices: dict[str, tuple[str, ...]],
+    ) -> None:
+        self.owner, self.name, self.choices = owner, name, choices
+        self.options: dict[str, str] = {}
         self.original = getattr(owner, name)
         self.inherited = name not in vars(owner)
         self.fused_calls = 0
@@ -91,7 +100,13 @@ class Swap:
     def patched(self) -> bool:
         return vars(self.owner).get(self.name) is self.method
 
-    def set(self, patched: bool) -> None:
+    def set(self, patched: bool, options: dict[str, str]) -> None:
+        """Set or take back the fused method, with those of the options that the class has."""
+        for option in self.options:
+            delattr(self.owner, option)
+        self.options = {name: value for name, value in options.items() if name in self.choices}
+        for option, value in self.options.items():
+            setattr(self.owner, option, value)
         if patched:
             setattr(self.owner, self.name, self.method)
         elif self.patched:
@@ -137,11 +152,16 @@ class Peer:
         """A module of the peer."""
         return importlib.import_module(module)
 
-    def fused(self, owner: type | ModuleType, name: str = "forward") -> Callable:
-        """Decorates the fused form of `owner.name`: same arguments; it may return Unfused."""
+    def fused(
+        self, owner: type | ModuleType, name: str = "forward", **choices: tuple[str, ...]
+    ) -> Callable:
+        """Decorates the fused form of `owner.name`: same arguments; it may return Unfused.
+
+        `choices`: options of ours for this class, with their values; it reads them as attributes.
+        """
 
         def decorate(function: Callable) -> Callable:
-            swap = Swap(owner, name, function)
+            swap = Swap(owner, name, function, choices)
             self.swaps.append(swap)
             return swap.method
 
@@ -152,43 +172,41 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version)[0].split("."))
 
 
-def world_size() -> int:
-    """Processes of the default group, 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def patch(peer: str, *names: str) -> None:
+def patch(peer: str, *names: str, **options: str) -> None:
     """Run the losses of an installed package fused, those of instances made before too.
 
     Args:
         peer: one of `integrations.PEERS`, e.g. "lightly".
         names: classes or functions of it; none: all that its integration has.
+        options: of the integration, for those of the classes that have them; left out: their
+            defaults. open_clip's ClipLoss and SigLipLoss: grad_scale="peer" or "exact".
 
     Raises:
-        ValueError: an unknown peer or name.
+        ValueError: an unknown peer, name or value of an option.
+        TypeError: an unknown option.
         ImportError: the peer is not installed in a version that its integration knows.
     """
-    for swap in _select(peer, names):
-        swap.set(True)
+    for swap in _select(peer, names, options):
+        swap.set(True, options)
 
 
 def unpatch(peer: str | None = None) -> None:
     """Give a peer its own methods back; None: every peer."""
     for swap in [s for swaps in _loaded(peer).values() for s in swaps]:
-        swap.set(False)
+        swap.set(False, {})
 
 
 @contextmanager
-def patched(peer: str, *names: str) -> Iterator[None]:
-    """`patch` within a with block; what was patched before it stays so."""
-    changed = [swap for swap in _select(peer, names) if not swap.patched]
-    for swap in changed:
-        swap.set(True)
+def patched(peer: str, *names: str, **options: str) -> Iterator[None]:
+    """`patch` within a with block; what was patched before it stays so, with its options."""
+    before = [(swap, swap.patched, swap.options) for swap in _select(peer, names, options)]
+    for swap, _, _ in before:
+        swap.set(True, options)
     try:
         yield
     finally:
-        for swap in changed:
-            swap.set(False)
+        for swap, was_patched, old_options in before:
+            swap.set(was_patched, old_options)
 
 
 def patch_status() -> dict[str, dict[str, SwapStatus]]:
@@ -215,10 +233,24 @@ def _loaded(peer: str | None) -> dict[str, list[Swap]]:
     return dict(_imported) if peer is None else {peer: _swaps(peer)}
 
 
-def _select(peer: str, names: tuple[str, ...]) -> list[Swap]:
+def _select(peer: str, names: tuple[str, ...], options: dict[str, str]) -> list[Swap]:
     swaps = _swaps(peer)
     known = {swap.title for swap in swaps}
     for name in names:
         if name not in known:
             raise ValueError(f"{peer} has {', '.join(sorted(known))} to patch, got {name!r}")
-    return [swap for swap in swaps if not names or swap.title in names]
+    selected = [swap for swap in swaps if not names or swap.title in names]
+    choices = {name: values for swap in selected for name, values in swap.choices.items()}
+    for name, value in options.items():
+        if name not in choices:
+            of = ", ".join(names) or peer
+            raise TypeError(f"options must be those of {of}: {sorted(choices)}, got {name!r}")
+        check_option(name, value, choices[name])
+    return selected
+
+
+def check_option(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """`value`, if it is one of the choices for the option `name`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    return value

@@ -269,17 +269,47 @@ def test_falls_back(loss, label, inputs, reason):
 
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss", "DistillClipLoss"])
 @pytest.mark.filterwarnings("ignore:.*runs unfused")
-def test_several_processes_fall_back(name, monkeypatch):
-    """The peer's own forward is reached, which gathers or exchanges."""
-    reached = []
-    for function in ("gather_features", "neighbour_exchange_with_grad"):
-        monkeypatch.setattr(peer, function, lambda *args, **kwargs: reached.append(1) or 1 / 0)
+def test_without_a_process_group_the_peers_code_and_its_error(name):
     inputs = TEACHER if name == "DistillClipLoss" else (-10.0,)
-    with pytest.raises(ZeroDivisionError):
+    reason = "rank and world_size are not those of the default process group"
+    before = swap(f"{name}.forward").fallbacks[reason]
+    with pytest.raises(ValueError, match="Default process group has not been initialized"):
         getattr(fused, name)(rank=0, world_size=2)(*features(5, 4), 14.3, *inputs)
-    assert reached and "features are gathered from several processes" in (
-        swap(f"{name}.forward").fallbacks
-    )
+    assert swap(f"{name}.forward").fallbacks[reason] == before + 1
+
+
+def test_exact_gradients_must_run_fused():
+    """The peer's code cannot give them."""
+    loss = fused.ClipLoss(rank=0, world_size=2, grad_scale="exact")
+    with pytest.raises(RuntimeError, match='"exact" must run fused over processes, but rank and'):
+        loss(*features(5, 4), 14.3)
+
+
+def test_horovod_is_the_peers():
+    loss = fused.ClipLoss(rank=0, world_size=2, use_horovod=True)
+    with (
+        pytest.warns(UserWarning, match="features are gathered by horovod"),
+        pytest.raises(AssertionError, match="horovod"),
+    ):
+        loss(*features(5, 4), 14.3)
+
+
+def test_grad_scale():
+    options = {"caption_loss_weight": 1.0, "clip_loss_weight": 1.0}
+    for name, more in (("ClipLoss", {}), ("SigLipLoss", {}), ("CoCaLoss", options)):
+        cls = getattr(fused, name)
+        assert cls(**more).grad_scale == "peer"
+        assert cls(**more, grad_scale="exact").grad_scale == "exact"
+        with pytest.raises(ValueError, match="grad_scale must be 'peer' or 'exact', got 'mean'"):
+            cls(**more, grad_scale="mean")
+
+
+def test_a_patch_sets_grad_scale():
+    with patched("open_clip", grad_scale="exact"):
+        with pytest.raises(RuntimeError, match="must run fused"):
+            peer.ClipLoss(rank=0, world_size=2)(*features(5, 4), 14.3)
+        assert fused.ClipLoss().grad_scale == "peer"  # the drop-in has its own
+    assert not hasattr(peer.ClipLoss, "grad_scale") and not hasattr(peer.SigLipLoss, "grad_scale")
 
 
 def test_patch_serves_coca():

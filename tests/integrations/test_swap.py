@@ -35,10 +35,12 @@ def toy(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.4.2rc1")
     peer = swap.Peer("toy", "toy-package", ("1.2", "2"))
 
-    @peer.fused(cls)
+    @peer.fused(cls, mode=("plain", "loud"))
     def forward(self, x):
         if x < 0:
             return swap.Unfused("nothing to do", expected=True)
+        if getattr(self, "mode", "plain") == "loud":
+            return ("FUSED", x)
         return swap.Unfused("x is odd") if x % 2 else ("fused", x)
 
     @peer.fused(cls, "rows")
@@ -95,6 +97,29 @@ def test_patched_gives_back_what_it_found(toy):
         raise KeyError
     assert toy.Loss().forward(2) == ("peer", 2) and toy.double(2) == ("fused", 4)
     ck.unpatch()
+
+
+def test_options_of_a_patch(toy):
+    ck.patch("toy", mode="loud")
+    assert toy.Loss().forward(2) == ("FUSED", 2) and toy.double(2) == ("fused", 4)
+    with ck.patched("toy", "Loss", mode="plain"):
+        assert toy.Loss().forward(2) == ("fused", 2)
+    assert toy.Loss().forward(2) == ("FUSED", 2)
+    ck.patch("toy")  # an option that is left out has its default
+    assert toy.Loss().forward(2) == ("fused", 2)
+    ck.patch("toy", mode="loud")
+    ck.unpatch()
+    assert toy.Loss().forward(2) == ("peer", 2) and not hasattr(toy.Loss, "mode")
+
+
+def test_unknown_options(toy):
+    with pytest.raises(ValueError, match="mode must be 'plain' or 'loud', got 'soft'"):
+        ck.patch("toy", mode="soft")
+    with pytest.raises(TypeError, match=r"options must be those of toy: \['mode'\], got 'modes'"):
+        ck.patch("toy", modes="loud")
+    with pytest.raises(TypeError, match=r"options must be those of double: \[\], got 'mode'"):
+        ck.patch("toy", "double", mode="loud")
+    assert toy.Loss().forward(2) == ("peer", 2)
 
 
 def test_calls_that_do_not_fit_run_the_peers_code_and_warn_once(toy):

@@ -1,0 +1,101 @@
+"""Losses over the processes of the default group, with the gradients that peers give there.
+
+A peer reports on each rank the mean over the rank's own rows, or that over all; and the features
+that a rank gathers carry a gradient home, or they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..common import check_views, own_ids, scalar, softplus
+from ..distributed import Group, all_gather, join
+from ..losses import clip_loss, info_nce
+from ..ops import row_dot, sweep
+
+
+def world_size() -> int:
+    """Processes of the default group, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def group_if(gathers: bool) -> Group | None:
+    """The default group for a loss that gathers, if it has several processes."""
+    return dist.group.WORLD if gathers and world_size() > 1 else None
+
+
+def own_mean(rows: Tensor) -> Tensor:
+    """The mean of the losses (n,) of this rank's rows; 0 without one."""
+    return rows.sum() / max(len(rows), 1)
+
+
+def clip_over_ranks(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    group: Group,
+    *,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> Tensor:
+    """`clip_loss` of unit features with the values and gradients of open_clip's switches."""
+    pair = image_features, text_features
+    check_views("image_features", pair[0], "text_features", pair[1], rows=False)
+    scale = scalar("logit_scale", logit_scale)
+    if local_loss:
+        loss = _own_pairs if gather_with_grad else _own_queries
+        return loss(*pair, scale, group)
+    # every rank computes the whole loss, and has the whole gradient of the scale
+    if isinstance(scale, Tensor):
+        scale = _Backward.apply(scale, lambda grad: all_gather(grad.unsqueeze(0), group).mean(0))
+    if not gather_with_grad:  # to own features from this rank's loss, not from that of all
+        pair = (_Backward.apply(t, lambda grad: grad / group.size()) for t in pair)
+    return clip_loss(*pair, scale, normalize=False, group=group)
+
+
+def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: Group) -> Tensor:
+    """The mean loss of own pairs, both directions from one sweep; gradients to features of all."""
+    shards, _ = join(group, "auto", "ClipLoss", len(x), images=x, texts=y, logit_scale=scale)
+    value = scale.detach() if isinstance(scale, Tensor) else scale
+    dot = row_dot(x, y, shards=shards)
+    out = sweep(
+        x, y, scale=value, exclude=own_ids(len(x), x, shards), mean=True, columns=True,
+        shards=shards,
+    )  # fmt: skip
+
+    def direction(lse: Tensor, mean: Tensor) -> Tensor:
+        # d lse / d scale = mean / scale. The sweep itself would give this rank the gradient of its
+        # rows of the matrix, columns of other ranks' pairs among them. A scale is never 0: exp()
+        if isinstance(scale, Tensor):
+            lse = lse + mean.detach() / value * (scale - value)
+        return softplus(lse - scale * dot)
+
+    return own_mean(direction(out.lse, out.mean) + direction(out.col_lse, out.col_mean)) / 2
+
+
+def _own_queries(x: Tensor, y: Tensor, scale: float | Tensor, group: Group) -> Tensor:
+    """The mean loss of own pairs, as queries against keys without gradient."""
+    directions = [
+        info_nce(
+            query, key.detach(), scale=scale, normalize=False, reduction="none", group=group
+        )
+        for query, key in ((x, y), (y, x))
+    ]  # fmt: skip
+    return own_mean(sum(directions)) / 2
+
+
+class _Backward(torch.autograd.Function):
+    """The tensor itself, with `change` applied to its gradient."""
+
+    @staticmethod
+    def forward(ctx, t: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.change(grad), None
