@@ -103,10 +103,8 @@ def _siglip(
     if reason is not None:
         return _unfused(self, reason)
     bias = 0.0 if logit_bias is None else logit_bias
-    inputs, group = (
-        (image_features, text_features, logit_scale, bias),
-        group_if(self.world_size > 1),
-    )
+    inputs = image_features, text_features, logit_scale, bias
+    group = group_if(self.world_size > 1)
     if group is None or _exact(self):
         loss = siglip_loss(*inputs, normalize=False, group=group)
     else:  # exact too, but the value is that of own images
