@@ -176,10 +176,38 @@ def add_rows(value: Tensor, rows: Tensor, reduction: str, shards: Shards | None 
     """The reduction of value + rows, where `value` is already the sum unless it is "none"."""
     if reduction == "none":
         return value + rows
-    total = value + rows.sum()
+    return reduce_total(value + rows.sum(), rows.shape[0], reduction == "mean", shards)
+
+
+def reduce_total(total: Tensor, n: int, mean: bool, shards: Shards | None = None) -> Tensor:
+    """The sum or mean over all rows of a sum over n of them."""
     if shards is not None:
-        return shards.reduce(total, reduction == "mean")
-    return total / rows.shape[0] if reduction == "mean" else total
+        return shards.reduce(total, mean)
+    return total / n if mean else total
+
+
+def replicated(negatives: Tensor, n: int, others: Shards | None) -> tuple[Tensor, Shards | None]:
+    """Negatives (M, D) or (N, M, D) that every rank has for its n rows, and what a sweep takes as
+    their shards: only without rows it needs to be told."""
+    if others is None or n > 0:
+        return negatives, None
+    return negatives.sum(0) if negatives.dim() == 3 else negatives, others.alone()
+
+
+def gather_only(loss: str, exchange: str) -> None:
+    """Raise for an exchange that a loss without a sweep over its keys does not have."""
+    if exchange == "ring":
+        raise ValueError(f'exchange must be "auto" or "gather" for {loss}, got "ring"')
+
+
+def sum_with_gradient(value: Tensor, shards: Shards | None) -> Tensor:
+    """The sum of a tensor over the ranks, with the gradient of all ranks' losses."""
+    return value if shards is None else shards.sum(value)
+
+
+def all_keys(keys: Tensor, shards: Shards | None) -> Tensor:
+    """The keys (n_r, D) of all ranks, each with the gradient of all ranks' losses."""
+    return keys if shards is None else shards.gather_keys(keys)
 
 
 def mean_of(values: Tensor, shards: Shards | None) -> Tensor:

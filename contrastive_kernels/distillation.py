@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import check_other_rows, check_reduction, check_views, scalar
+from .common import (
+    all_keys,
+    check_other_rows,
+    check_reduction,
+    check_views,
+    gather_only,
+    reduce_total,
+    scalar,
+    total_rows,
+)
+from .distributed import Group, join
 from .ops import full_precision, resolve_backend, statistics_dtype
 
 PAIRS = 2**20  # of a block: 12 MB of float32 for its three matrices
@@ -26,6 +36,8 @@ def clip_distill(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
 ) -> Tensor:
     """Knowledge distillation (Hinton et al. 2015) between CLIP models, as open_clip has it.
 
@@ -36,6 +48,8 @@ def clip_distill(
     Neither matrix is stored: blocks of 2**20 pairs are made, their gradient in the same pass (in a
     second one for reduction="none"). A log-sum-exp from a sweep would spare some products, but
     could be rounded otherwise than the logits, which shows in the gradient p - q near convergence.
+    With a `group` each rank holds the features of all ranks, O(N (D + D')): there is no
+    exchange="ring".
 
     Args:
         image_features, text_features: the student's, (N, D), row i of one belongs to row i of the
@@ -49,12 +63,12 @@ def clip_distill(
     Returns:
         0-d, or (N,): the average of the two directions of each pair.
     """
-    n = check_views("image_features", image_features, "text_features", text_features)
+    rows = group is None  # else the rank's part may be empty
+    n = check_views("image_features", image_features, "text_features", text_features, rows=rows)
     teachers = check_views(
         "teacher_image_features", teacher_image_features,
-        "teacher_text_features", teacher_text_features,
+        "teacher_text_features", teacher_text_features, rows=rows,
     )  # fmt: skip
-    check_other_rows("image_features", n)
     if teachers != n:
         raise ValueError(
             f"teacher_image_features must have the {n} rows of image_features, got {teachers}"
@@ -69,6 +83,16 @@ def clip_distill(
     scale = scalar("logit_scale", logit_scale)
     teacher_scale = scalar("teacher_logit_scale", teacher_logit_scale)
 
+    gather_only("clip_distill", exchange)
+    shards, _ = join(
+        group, exchange, "clip_distill", n, image_features=image_features,
+        text_features=text_features, logit_scale=scale,
+        teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features,
+        teacher_logit_scale=teacher_scale, normalize=normalize, reduction=reduction,
+        backend=backend,
+    )  # fmt: skip
+    check_other_rows("image_features", total_rows(n, shards))
+
     summed = reduction != "none"
     dtype = statistics_dtype(image_features)
     image, text, teacher_image, teacher_text = (
@@ -80,10 +104,13 @@ def clip_distill(
         loss = functools.partial(_dense, summed)
     else:
         loss = functools.partial(_SoftCrossEntropy.apply, summed, torch.is_grad_enabled())
-    rows = loss(image, text, teacher_image, teacher_text)
-    columns = loss(text, image, teacher_text, teacher_image)
+    all_images, all_texts, all_teacher_images, all_teacher_texts = (
+        all_keys(x, shards) for x in (image, text, teacher_image, teacher_text)
+    )
+    rows = loss(image, all_texts, teacher_image, all_teacher_texts)
+    columns = loss(text, all_images, teacher_text, all_teacher_images)
     total = 0.5 * (rows + columns)
-    return total / n if reduction == "mean" else total
+    return reduce_total(total, n, reduction == "mean", shards) if summed else total
 
 
 def _dense(summed: bool, x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor) -> Tensor:

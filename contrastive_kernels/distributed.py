@@ -43,6 +43,11 @@ class Shards:
         self._gathered: dict[int, tuple[Tensor, Tensor]] = {}
         self._repeats: dict[int, tuple[Tensor, int]] = {}
 
+    @property
+    def own(self) -> slice:
+        """This rank's rows among those of all."""
+        return slice(self.starts[self.rank], self.starts[self.rank] + self.sizes[self.rank])
+
     def of(self, sizes: list[int]) -> Shards:
         """The same ranks with other sizes."""
         return Shards(self.group, self.rank, sizes, self.exchange)
@@ -68,6 +73,10 @@ class Shards:
             return everything
         parts = everything.view(self.world, largest, *rows.shape[1:])
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+    def gather_keys(self, rows: Tensor) -> Tensor:
+        """`gather` with a gradient, that of all ranks' losses."""
+        return rows if self.world == 1 else _GatherKeys.apply(rows, self)
 
     def own_ids(self, device: torch.device, repeat: int = 1) -> Tensor:
         """Ids of this rank's rows; `repeat`: rows come in so many runs, with equal ids."""
@@ -142,7 +151,8 @@ def join(
     sizes may differ between ranks, and options; all else must not.
 
     Raises:
-        ValueError, on every rank: another loss, dtype, number of features or option somewhere.
+        ValueError, on every rank: another loss, dtype, number of features or option somewhere; no
+            rows anywhere.
         TypeError: `group` is no process group.
         The backend's error, at its timeout: a rank that does not come.
     """
@@ -165,6 +175,8 @@ def join(
         raise ValueError(_difference(described, group))
     rank = group.rank()
     sizes, more = [row[0] for row in records], [row[1] for row in records]
+    if not any(sizes):
+        raise ValueError("a rank of group must have rows, got none on any")
     return Shards(group, rank, sizes, exchange), Shards(group, rank, more, exchange)
 
 
@@ -229,6 +241,21 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad * ctx.factor, None, None
+
+
+class _GatherKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, shards: Shards) -> Tensor:
+        ctx.shards = shards
+        return shards.gather(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        shards = ctx.shards
+        own = shards.sizes[shards.rank]
+        parts = all_to_all(grad, [own] * shards.world, shards.sizes, shards.group)
+        return parts.view(shards.world, own, *grad.shape[1:]).sum(0), None
 
 
 class _Sum(torch.autograd.Function):

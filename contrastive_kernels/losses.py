@@ -6,6 +6,7 @@ The options all losses share are described in `common.py`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .common import (
     own_ids,
     pair_stats,
     reduce_rows,
+    replicated,
     resolve_scale,
     scalar,
     softplus,
@@ -115,10 +117,7 @@ def info_nce(
     if negatives is None:
         check_other_rows("query", total_rows(n, shards))
     elif not sharded_negatives:
-        # every rank has them all; only a rank without rows needs to be told
-        others = others.alone() if shards is not None and n == 0 else None
-        if n == 0 and negatives.dim() == 3:
-            negatives = negatives.sum(0)  # any keys will do
+        negatives, others = replicated(negatives, n, others)
 
     dot = row_dot(query, key, normalize=normalize, backend=backend, shards=shards)
     pos = scale * dot
@@ -311,6 +310,7 @@ def nce(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
     return_stats: bool = False,
 ) -> Loss:
     """Noise-contrastive estimation (InstDis, Wu et al. 2018, eq. 7; CMC, PIRL).
@@ -322,7 +322,8 @@ def nce(
     Args:
         query: (N, D).
         key: (N, D), row i is the positive of query i.
-        negatives: (m, D) shared or (N, m, D) for each query.
+        negatives: (m, D) shared or (N, m, D) for each query; with a `group` every rank has the
+            shared ones, and mean and Z are over the rows of all ranks.
         num_data: size of the data set.
         Z: the normalisation constant, > 0; None: the estimate of this batch (`estimate_log_z`).
             The module `NCE` keeps its first estimate, as InstDis does.
@@ -331,32 +332,36 @@ def nce(
     Returns:
         0-d, or (N,) with reduction="none".
     """
-    check_views("query", query, "key", key)
     check_reduction(reduction)
-    check_positive("num_data", num_data)
-    m = check_negatives(query, negatives)
     scale = resolve_scale(temperature)
-    if log_z is None:
-        if Z is None:
-            log_z = estimate_log_z(
-                query, key, negatives, temperature=temperature, num_data=num_data,
-                normalize=normalize, backend=backend,
-            )  # fmt: skip
-        elif isinstance(Z, Tensor):
-            log_z = scalar("Z", Z).detach().log()
-        else:
-            check_positive("Z", Z)
-            log_z = math.log(Z)
-    dot = row_dot(query, key, normalize=normalize, backend=backend)
-    bias = math.log(num_data) - log_count(m, dot.dtype) - scalar("log_z", log_z)
+    if log_z is not None:
+        log_z = scalar("log_z", log_z)
+    elif isinstance(Z, Tensor):
+        log_z = scalar("Z", Z).detach().log()
+    elif Z is not None:
+        check_positive("Z", Z)
+        log_z = math.log(Z)
+    else:
+        log_z = estimate_log_z(
+            query, key, negatives, temperature=temperature, num_data=num_data,
+            normalize=normalize, backend=backend, group=group,
+        )  # fmt: skip
+    negatives, shards, others = _join_nce(
+        group, "nce", query, key, negatives, num_data, temperature=temperature, log_z=log_z,
+        normalize=normalize, reduction=reduction, backend=backend, return_stats=return_stats,
+    )  # fmt: skip
+    dot = row_dot(query, key, normalize=normalize, backend=backend, shards=shards)
+    bias = math.log(num_data) - log_count(negatives.shape[-2], dot.dtype) - log_z
     pos = scale * dot + bias
     out = softplus_sweep(
         query, negatives, scale=scale, bias=bias, normalize=normalize,
         threshold=pos.detach() if return_stats else None, summed=reduction != "none",
-        backend=backend,
+        backend=backend, shards=others,
     )  # fmt: skip
-    loss = add_rows(out.value, softplus(-pos), reduction)
-    return (loss, pair_stats(dot, [out], scale, bias=bias)) if return_stats else loss
+    loss = add_rows(out.value, softplus(-pos), reduction, shards)
+    if not return_stats:
+        return loss
+    return loss, pair_stats(dot, [out], scale, bias=bias, shards=shards)
 
 
 @torch.no_grad()
@@ -369,14 +374,42 @@ def estimate_log_z(
     num_data: int,
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     """log Z of `nce`: log(num_data * mean(exp(s / temperature))) over positives and negatives."""
-    options = {"normalize": normalize, "backend": backend}
     scale = resolve_scale(temperature)
-    pos = scale * row_dot(query, key, **options)
-    lse = sweep(query, negatives, scale=scale, **options).lse
-    pairs = query.shape[0] * (negatives.shape[-2] + 1)
-    return torch.cat((lse, pos)).logsumexp(0) - log_count(pairs, pos.dtype) + math.log(num_data)
+    negatives, shards, others = _join_nce(
+        group, "estimate_log_z", query, key, negatives, num_data, temperature=temperature,
+        normalize=normalize, backend=backend,
+    )  # fmt: skip
+    options = {"normalize": normalize, "backend": backend}
+    pos = scale * row_dot(query, key, shards=shards, **options)
+    lse = sweep(query, negatives, scale=scale, shards=others, **options).lse
+    sums = torch.cat((lse, pos))
+    total = sums.logsumexp(0) if shards is None else shards.logsumexp(sums)
+    pairs = total_rows(query.shape[0], shards) * (negatives.shape[-2] + 1)
+    return total - log_count(pairs, pos.dtype) + math.log(num_data)
+
+
+def _join_nce(
+    group: Group | None,
+    loss: str,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    num_data: int,
+    **arguments: Any,
+) -> tuple[Tensor, Shards | None, Shards | None]:
+    """Check the features; the negatives, and what `join` says of the rows and of them."""
+    n = check_views("query", query, "key", key, rows=group is None)
+    m = check_negatives(query, negatives, rows=group is None or n > 0)
+    check_positive("num_data", num_data)
+    shards, others = join(
+        group, "auto", loss, n, m, query=query, key=key, negatives=negatives, num_negatives=m,
+        num_data=num_data, **arguments,
+    )  # fmt: skip
+    negatives, others = replicated(negatives, n, others)
+    return negatives, shards, others
 
 
 def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:

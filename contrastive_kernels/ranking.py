@@ -19,11 +19,14 @@ from .common import (
     check_range,
     check_reduction,
     check_views,
+    mean_of,
     own_ids,
     pair_stats,
     reduce_rows,
     scalar,
+    total_rows,
 )
+from .distributed import Group, Shards, join
 from .losses import mi_lower_bound
 from .ops import Sweep, check_features, check_pair, check_positive, row_dot, sweep
 
@@ -44,6 +47,8 @@ def mnrl(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
     """Multiple negatives ranking, the loss of text retrieval (Henderson et al. 2017, sec. 4.4).
@@ -59,7 +64,8 @@ def mnrl(
     Args:
         query: (N, D).
         documents: (N (1 + K), D): the positive of every query, then a first hard negative of every
-            query, and so on; or these 1 + K blocks (N, D) as a sequence.
+            query, and so on; or these 1 + K blocks (N, D) as a sequence. With a `group` the hard
+            negatives of all ranks are candidates.
         scale: 1 / temperature: number or tensor of one element (may be learned).
         directions: which of the four; "query_to_doc" has to be among them.
         partition_mode: "joint": one sum over all directions; "per_direction": the mean of one loss
@@ -74,7 +80,7 @@ def mnrl(
         0-d, or (N,) with reduction="none"; with return_stats=True also LossStats: rank, accuracy
         and similarities of (a), the bound for (a) alone without hardness.
     """
-    documents, n = _check_documents(query, documents)
+    documents = _check_documents(query, documents, rows=group is None)
     check_reduction(reduction)
     _check_modes(directions, partition_mode, hardness_mode)
     check_range("hardness_strength", hardness_strength, 0.0)
@@ -85,17 +91,31 @@ def mnrl(
     in_batch = hardness_strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0
     own_negatives = hardness_strength if hardness_mode in ("hard_negatives", "all_negatives") else 0
 
-    own = documents.unflatten(0, (-1, n)).transpose(0, 1)  # (N, 1 + K, D): those of each query
-    positive, pairs = documents[:n], own.shape[1] == 1
-    ids = own_ids(n, query)
-    same_query = ids if pairs else (ids[0], ids[1].repeat(own.shape[1]))
+    n, m = query.shape[0], documents.shape[0]
+    shards, of_documents = join(
+        group, exchange, "mnrl", n, m, query=query, documents=documents, scale=scale,
+        directions=sorted(directions), partition_mode=partition_mode, hardness_mode=hardness_mode,
+        hardness_strength=hardness_strength, normalize=normalize, reduction=reduction,
+        backend=backend, return_stats=return_stats,
+    )  # fmt: skip
+    blocks = _count_blocks(n, m, shards, of_documents)
+    own = documents.unflatten(0, (blocks, n)).transpose(0, 1)  # (N, 1 + K, D): those of each query
+    positive, pairs = documents[:n], blocks == 1
+    ids = own_ids(n, query, shards)
+    if pairs:
+        same_query, of_documents = ids, shards
+    elif shards is None:
+        same_query = (ids[0], ids[1].repeat(blocks))
+    else:
+        document_ids = of_documents.own_ids(query.device, repeat=blocks)
+        same_query = (document_ids[:n], document_ids)
     options = {"normalize": normalize, "backend": backend}
-    dots = row_dot(query, own, **options)
+    dots = row_dot(query, own, shards=shards, **options)
     dot, pos = dots[:, 0], scale * dots[:, 0]
     backward = "doc_to_query" in directions
     out, sharp = _sweep_harder(
         query, documents, scale, in_batch, exclude=same_query, columns=backward and not in_batch,
-        threshold=dot.detach() if return_stats else None, **options,
+        threshold=dot.detach() if return_stats else None, shards=of_documents, **options,
     )  # fmt: skip
     logits = {"query_to_doc": [out.lse]}
     if not pairs:
@@ -104,47 +124,62 @@ def mnrl(
     options["scale"] = scale
     if backward:
         # the columns of the same sweep, unless its logits are not those of this direction
-        lse = sweep(positive, query, exclude=ids, **options).lse if in_batch else out.col_lse[:n]
+        if in_batch:
+            lse = sweep(positive, query, exclude=ids, shards=shards, **options).lse
+        else:
+            lse = out.col_lse[:n]
         logits["doc_to_query"] = [lse]
     if "query_to_query" in directions:
-        logits["query_to_query"] = [sweep(query, None, exclude=ids, **options).lse]
+        lse = sweep(query, None, exclude=ids, shards=shards, **options).lse
+        logits["query_to_query"] = [lse]
     if "doc_to_doc" in directions:
         others = None if pairs else documents
-        logits["doc_to_doc"] = [sweep(positive, others, exclude=same_query, **options).lse]
+        lse = sweep(positive, others, exclude=same_query, shards=of_documents, **options).lse
+        logits["doc_to_doc"] = [lse]
 
     if partition_mode == "joint":
         rows = _excess(chain(*logits.values()), pos, 2 if backward else 1)
     else:
         rows = sum(_excess(part, pos) for part in logits.values()) / len(logits)
-    loss = reduce_rows(rows, reduction)
+    loss = reduce_rows(rows, reduction, shards)
     if not return_stats:
         return loss
     sweeps = [out] if pairs else [out, _monitors(sharp * dots.detach())]
-    stats = pair_stats(dot, sweeps, sharp, lse=rows + pos)
+    stats = pair_stats(dot, sweeps, sharp, lse=rows + pos, shards=shards)
     if len(logits) == 1 and not (in_batch or own_negatives):
-        bound = mi_lower_bound(rows.mean(), documents.shape[0] - 1)
+        candidates = blocks * total_rows(n, shards)
+        bound = mi_lower_bound(mean_of(rows, shards), candidates - 1)
         stats = stats._replace(mi_lower_bound=bound)
     return loss, stats
 
 
-def _check_documents(query: Tensor, documents: Tensor | Sequence[Tensor]) -> tuple[Tensor, int]:
-    """(documents (N (1 + K), D), N), or raise."""
+def _check_documents(query: Tensor, documents: Tensor | Sequence[Tensor], rows: bool) -> Tensor:
+    """Documents (N (1 + K), D), or raise. `rows=False`: N may be 0."""
     if not isinstance(documents, Tensor):
         documents = list(documents)
         if not documents:
             raise ValueError("documents must have at least one tensor, got an empty sequence")
         for index, block in enumerate(documents):
-            check_views("query", query, f"documents[{index}]", block)
-        return torch.cat(documents), query.shape[0]
-    check_features("query", query, (2,))
-    check_features("documents", documents, (2,))
+            check_views("query", query, f"documents[{index}]", block, rows=rows)
+        return torch.cat(documents)
+    check_features("query", query, (2,), rows=rows)
+    check_features("documents", documents, (2,), rows=rows)
     check_pair(query, documents, "query", "documents")
-    n = query.shape[0]
-    if documents.shape[0] % n:
+    n, m = query.shape[0], documents.shape[0]
+    if m % n if n else m:
+        raise ValueError(f"documents must have a multiple of the {n} rows of query, got {m}")
+    return documents
+
+
+def _count_blocks(n: int, m: int, shards: Shards | None, of_documents: Shards | None) -> int:
+    """1 + K, the number of documents of each query; a rank without rows learns it from others."""
+    blocks = total_rows(m, of_documents) // total_rows(n, shards)
+    if shards is not None and of_documents.sizes != shards.times(blocks).sizes:
         raise ValueError(
-            f"documents must have a multiple of the {n} rows of query, got {documents.shape[0]}"
+            "documents must be as many for each query on every rank of group, got "
+            f"{of_documents.sizes} for {shards.sizes} rows of query"
         )
-    return documents, n
+    return blocks
 
 
 def _check_modes(directions: Sequence[str], partition_mode: str, hardness_mode: str | None) -> None:

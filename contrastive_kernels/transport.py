@@ -24,6 +24,7 @@ from .common import (
     mean_of,
     own_ids,
     reduce_rows,
+    replicated,
     sum_of,
     total_rows,
 )
@@ -116,8 +117,7 @@ def cacr(
     else:
         candidates = negatives
         if not sharded_negatives:
-            # every rank has them all; only a rank without rows needs to be told
-            others = others.alone() if shards is not None and n == 0 else None
+            candidates, others = replicated(negatives, n, others)
 
     distance = _distances(query, positives, normalize)
     loss, out = _repulsion(

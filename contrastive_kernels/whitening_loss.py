@@ -9,11 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, whitening_flags
-from .common import Loss, LossStats, check_range, check_reduction, mean_of, reduce_rows
-from .distributed import Group, join
+from .common import (
+    Loss,
+    LossStats,
+    check_range,
+    check_reduction,
+    mean_of,
+    reduce_rows,
+    sum_with_gradient,
+    total_rows,
+)
+from .distributed import Group, Shards, join
 from .ops import check_features, check_ids, full_precision, resolve_backend, statistics_dtype
 from .whitening import check_method, whiten, whiten_newton_schulz
-from .whitening_ops import dense_view_distance, permute_rows, view_distance
+from .whitening_ops import approximate_root, dense_view_distance, permute_rows, view_distance
 
 
 def w_mse(
@@ -111,6 +120,7 @@ def intl(
     iterations: int = 4,
     reduction: str = "mean",
     backend: str = "auto",
+    group: Group | None = None,
     return_stats: bool = False,
 ) -> Loss:
     """INTL (Weng et al. 2024): agreement of iteratively normalised views, with the trace loss.
@@ -134,7 +144,9 @@ def intl(
         ValueError: also for a view whose covariance is not finite, with the delay of `whiten`.
 
     Formula and defaults are those of the authors' code (winci-ai/INTL), which gathers the batches
-    of all processes first; pass gathered views for the same.
+    of all processes first: with a `group` statistics are those of all ranks' samples, from sums of
+    (D, D) covariances, or on axis 0, where there are fewer samples than features, from gathered
+    views.
     """
     _check_views(views)
     check_reduction(reduction)
@@ -142,33 +154,68 @@ def intl(
         raise ValueError(f"axis must be 0 (samples) or 1 (features), got {axis!r}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    count = views.shape[2 - axis]  # of what a variance is taken over
+    if lam is not None:
+        check_range("lam", lam, 0.0)
+    resolve_backend(backend, views.device, kernels=("cpu",))
+    shards, _ = join(
+        group, "auto", "intl", views.shape[1], views=views.transpose(0, 1), axis=axis, lam=lam,
+        iterations=iterations, reduction=reduction, backend=backend, return_stats=return_stats,
+    )  # fmt: skip
+    sizes = total_rows(views.shape[1], shards), views.shape[2]
+    count = sizes[1 - axis]  # of what a variance is taken over
     if count < 2:
         raise ValueError(
             f"views must have at least 2 {'samples' if axis else 'features'} with axis={axis}, "
             f"got shape {tuple(views.shape)}"
         )
     if lam is None:
-        lam = 0.01 * (math.log2(views.shape[1 + axis]) - 3)
-    else:
-        check_range("lam", lam, 0.0)
-    resolve_backend(backend, views.device, kernels=("cpu",))
+        lam = 0.01 * (math.log2(sizes[axis]) - 3)
     with full_precision(views):
-        groups = views.to(statistics_dtype(views))
-        groups = groups if axis == 1 else groups.mT
-        if backend == "reference":
-            z = reference.whiten(groups, method="newton_schulz", iterations=iterations)
-        else:
-            z, info = whiten_newton_schulz(groups, 0.0, iterations)
-            whitening_flags.check(info)
-        trace_losses = (z.square().sum(1) / (count - 1) - 1).square().sum(1)
-        unit = F.normalize(z if axis == 1 else z.mT, dim=-1)
+        z = _normalize_iteratively(
+            views.to(statistics_dtype(views)), axis, iterations, backend, shards
+        )
+        variance = z.square().sum(2 - axis) / (count - 1)
+        if axis == 1:
+            variance = sum_with_gradient(variance, shards)
+        trace_losses = (variance - 1).square().sum(1)
+        if axis == 0:
+            trace_losses = sum_with_gradient(trace_losses, shards)
+        unit = F.normalize(z, dim=-1)
         cosine = (unit[1:] * unit[0]).sum(-1).mean(0)
         rows = 2 - 2 * cosine + lam * (trace_losses[1:].mean() + trace_losses[0])
-    loss = reduce_rows(rows, reduction)
+    loss = reduce_rows(rows, reduction, shards)
     if not return_stats:
         return loss
-    return loss, LossStats(positive_similarity=cosine.detach().mean())
+    return loss, LossStats(positive_similarity=mean_of(cosine, shards))
+
+
+def _normalize_iteratively(
+    x: Tensor, axis: int, iterations: int, backend: str, shards: Shards | None
+) -> Tensor:
+    """The views x (V, n, D) after IterNorm, along `axis`, of the whole batch."""
+    if shards is not None and (axis == 1 or shards.total > x.shape[2]):
+        # axis 0: P(X X^T) X = X P(X^T X), so that covariances of features, which are sums over the
+        # ranks, serve both
+        if axis == 1:
+            total, count = x.sum(1, keepdim=True), shards.total
+            centered = x - shards.sum(total) / count
+        else:
+            count = x.shape[2]
+            centered = x - x.mean(2, keepdim=True)
+        covariance = shards.sum(centered.mT @ centered) / (count - 1)
+        matrix, info = approximate_root(covariance, iterations)
+        whitening_flags.check(info)
+        return centered @ matrix
+    if shards is not None:  # few samples of many features
+        x = shards.gather_keys(x.transpose(0, 1)).transpose(0, 1)
+    groups = x if axis == 1 else x.mT
+    if backend == "reference":
+        z = reference.whiten(groups, method="newton_schulz", iterations=iterations)
+    else:
+        z, info = whiten_newton_schulz(groups, 0.0, iterations)
+        whitening_flags.check(info)
+    z = z if axis == 1 else z.mT
+    return z if shards is None else z[:, shards.own]
 
 
 def _check_views(views: Tensor) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import test_distillation
+import test_guided
+import test_ranking
 import torch
 import torch.distributed as dist
 from oracles import generator, randn
@@ -17,8 +20,25 @@ from contrastive_kernels import reference
 # rows of each rank: as many of them as there are ranks
 SIZES = {"even": (4, 4, 4, 4), "uneven": (5, 2, 6, 3), "empty": (4, 0, 5, 0), "first": (0, 3, 4, 2)}
 NEGATIVES = (3, 0, 4, 1)  # of each rank, where they are sharded
-WHOLE = ("scale", "logit_scale", "logit_bias")
-FEW = ("clip_loss", "nt_xent", "siglip_loss", "sup_con views", "cacr", "info_nce sharded")
+WHOLE = ("scale", "logit_scale", "logit_bias", "teacher_logit_scale")
+FEW = ("clip_loss", "nt_xent", "siglip_loss", "sup_con views", "cacr", "info_nce sharded", "mnrl")
+BITS = (*FEW, "gist sharded", "clip_distill", "intl features")
+WITHOUT_EXCHANGE = ("w_mse", "nce", "intl")
+GATHER_ONLY = (*WITHOUT_EXCHANGE, "gist", "clip_distill")
+
+
+def gist(anchor, positive, anchor_guide, positive_guide, negatives, negatives_guide, **options):
+    guides = [anchor_guide, positive_guide, negatives_guide]
+    return test_guided.definition(anchor, positive, negatives, guides, **options)
+
+
+def clip_distill(**arguments) -> Tensor:
+    short = {k.replace("_features", "").replace("logit_", ""): v for k, v in arguments.items()}
+    return test_distillation.definition(**short)
+
+
+# in one process, of losses whose definitions are not in `reference`
+DEFINITIONS = {"mnrl": test_ranking.definition, "gist": gist, "clip_distill": clip_distill}
 
 
 class Case(NamedTuple):
@@ -30,6 +50,14 @@ class Case(NamedTuple):
     unit: int = 1  # group sizes are multiples of it
     rows: bool = True
 
+    @property
+    def exchanges(self) -> tuple[str, ...]:
+        return ("gather",) if self.loss in GATHER_ONLY else ("gather", "ring")
+
+    @property
+    def has_stats(self) -> bool:
+        return self.loss != "clip_distill"
+
     def run(self, module, tensors: dict[str, Tensor], **extra):
         tensors = dict(tensors)
         if "exclude_rows" in tensors:
@@ -37,6 +65,8 @@ class Case(NamedTuple):
         options = {**self.options, **extra}
         if "group" not in options:
             options.pop("sharded_negatives", None)
+        if module is reference and self.loss in DEFINITIONS:
+            return DEFINITIONS[self.loss](**tensors, **options)
         return getattr(module, self.loss)(**tensors, **options)
 
 
@@ -54,8 +84,9 @@ def number(value: float):
 
 
 def noise(*shape: str, seed: int):
-    sizes = {"n": lambda n, m: n, "2n": lambda n, m: 2 * n, "m": lambda n, m: m,
-             "n+m": lambda n, m: n + m, "3": lambda n, m: 3, "5": lambda n, m: 5}  # fmt: skip
+    sizes = {"n": lambda n, m: n, "2n": lambda n, m: 2 * n, "3n": lambda n, m: 3 * n,
+             "m": lambda n, m: m, "n+m": lambda n, m: n + m, "3": lambda n, m: 3,
+             "5": lambda n, m: 5}  # fmt: skip
     return lambda n, m: randn(*(sizes[s](n, m) for s in shape), seed=seed)
 
 
@@ -84,6 +115,10 @@ def block_permutations(sizes: tuple[int, ...]) -> list[Tensor]:
 info = pair("query", "key")
 views = pair("z1", "z2")
 labelled = {"labels": ids("n", 5)}
+guides = {
+    "anchor_guide": noise("n", "3", seed=3), "positive_guide": noise("n", "3", seed=4),
+    "negatives": noise("m", "5", seed=5), "negatives_guide": noise("m", "3", seed=6),
+}  # fmt: skip
 clip = partial(pair, "image_features", "text_features", logit_scale=number(9.0))
 CASES = {
     "info_nce": Case("info_nce", info, {}),
@@ -157,8 +192,59 @@ CASES = {
         "cacr_views", lambda n, m: {"views": randn(3, n, 5)}, {"detach_weights": True}
     ),
     "cct": Case("cct", pair("query", "positives"), {"t_pos": 2.0, "t_neg": 0.9}),
+    "mnrl": Case(
+        "mnrl",
+        lambda n, m: {"query": randn(n, 5, seed=1), "documents": randn(2 * n, 5, seed=2),
+                      "scale": number(3.0)(n, m)},
+        {"directions": test_ranking.ALL},
+    ),
+    "mnrl pairs": Case("mnrl", pair("query", "documents"), {"directions": test_ranking.ALL}),
+    "mnrl per direction": Case(
+        "mnrl",
+        lambda n, m: {"query": randn(n, 5, seed=1), "documents": randn(3 * n, 5, seed=2)},
+        {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction",
+         "hardness_mode": "hard_negatives", "hardness_strength": 5.0, "scale": 4.0},
+    ),
+    "mnrl harder": Case(
+        "mnrl",
+        lambda n, m: {"query": randn(n, 5, seed=1), "documents": randn(3 * n, 5, seed=2),
+                      "scale": number(3.0)(n, m)},
+        {"directions": test_ranking.ALL, "hardness_mode": "all_negatives",
+         "hardness_strength": 5.0},
+    ),
+    "gist": Case(
+        "gist", pair("anchor", "positive", scale=number(5.0), **guides), {"margin": 0.2}
+    ),
+    "gist sharded": Case(
+        "gist",
+        pair("anchor", "positive", **guides),
+        {"temperature": 0.2, "margin_strategy": "relative", "margin": -0.1,
+         "sharded_negatives": True},
+    ),
+    "clip_distill": Case(
+        "clip_distill",
+        clip(
+            teacher_image_features=noise("n", "3", seed=3),
+            teacher_text_features=noise("n", "3", seed=4), teacher_logit_scale=number(5.0),
+        ),
+        {},
+    ),
+    "nce": Case(
+        "nce", pair("query", "key", negatives=noise("m", "5", seed=3)),
+        {"num_data": 100, "temperature": 0.5},
+    ),
+    "nce own": Case(
+        "nce", pair("query", "key", negatives=noise("n", "3", "5", seed=3)),
+        {"num_data": 50, "Z": 7.0},
+    ),
+    "intl": Case("intl", lambda n, m: {"views": randn(3, n, 3)}, {"lam": 0.1}),
+    "intl of many features": Case("intl", lambda n, m: {"views": randn(3, n, 20)}, {}),
+    "intl features": Case("intl", lambda n, m: {"views": randn(3, n, 5)}, {"axis": 1, "lam": 0.1}),
     "w_mse": Case("w_mse", lambda n, m: {"views": randn(3, n, 3)}, {"group_size": 6}, unit=6),
 }  # fmt: skip
+
+
+NONE = torch.empty(0)
 
 
 class Part(NamedTuple):
@@ -178,7 +264,9 @@ class Part(NamedTuple):
         n, more = sum(self.sizes), _range(self.negatives, self.rank)
         if name in WHOLE or (self.own and name == "key_bias"):
             return t
-        if name == "negatives" and not self.own:
+        if name == "documents":
+            return t.view(-1, n, *t.shape[1:])[:, self.rows].flatten(0, 1)
+        if name in ("negatives", "negatives_guide") and not self.own:
             return t[more] if self.sharded else t
         if name == "views":
             return t[:, self.rows]
@@ -213,9 +301,11 @@ class Setup(NamedTuple):
         case, world, rank = CASES[self.name], dist.get_world_size(), dist.get_rank()
         sizes = tuple(case.unit * size for size in SIZES[self.sizes][:world])
         sharded = case.options.get("sharded_negatives", False)
-        part = Part(sizes, NEGATIVES[:world], rank, sharded, self.name == "info_nce own")
-        whole = case.tensors(sum(sizes), sum(part.negatives))
-        whole = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in whole.items()}
+        negatives = NEGATIVES[:world]
+        whole = case.tensors(sum(sizes), sum(negatives))
+        part = Part(sizes, negatives, rank, sharded, whole.get("negatives", NONE).dim() == 3)
+        for name, t in whole.items():
+            t.requires_grad_(t.is_floating_point() and not name.endswith("_guide"))
         mine = {k: part.of(k, t).detach().requires_grad_(t.requires_grad) for k, t in whole.items()}
         if "exclude_rows" in whole and whole["exclude_rows"] is whole["exclude_columns"]:
             mine["exclude_columns"] = mine["exclude_rows"]
@@ -227,13 +317,13 @@ class Setup(NamedTuple):
             joined = [p + start for p, start in zip(drawn, starts, strict=True)]
             one["permutations"] = torch.cat(joined, 1)
             each["permutations"] = drawn[rank]
-        else:
+        elif case.loss not in WITHOUT_EXCHANGE:
             each["exchange"] = self.exchange
         return case, whole, mine, part, one, each
 
 
 def setups(name: str) -> Iterator[Setup]:
-    ring = "gather" if name == "w_mse" else "ring"
+    ring = CASES[name].exchanges[-1]
     pairs = [("even", "gather"), ("empty", "gather"), ("uneven", ring), ("first", ring)]
     if name in FEW:
         pairs += [("even", ring), ("empty", ring)]
@@ -343,13 +433,17 @@ def everything() -> dict:
     for name in CASES:
         for setup in setups(name):
             report["losses"][setup] = compare(setup)
-        for sizes, exchange in (("uneven", "ring"), ("empty", "gather")):
+        exchanges = CASES[name].exchanges
+        for sizes, exchange in (("uneven", exchanges[-1]), ("empty", exchanges[0])):
             setup = Setup(name, sizes, exchange, "mean")
-            report["statistics"][setup] = compare_statistics(setup)
-        if name in FEW:
-            for exchange in ("gather", "ring"):
+            if CASES[name].has_stats:
+                report["statistics"][setup] = compare_statistics(setup)
+        if name in BITS:
+            for exchange in exchanges:
                 setup = Setup(name, "uneven", exchange, "mean")
                 report["bits"][setup] = same_bits(setup)
+                if name not in FEW:
+                    continue
                 # where several terms are added in the type of the features, one process rounds too
                 for dtype in (torch.float32, torch.bfloat16)[: 1 if "sharded" in name else 2]:
                     report["dtypes"][setup, dtype] = compare_dtype(setup, dtype)

@@ -35,6 +35,8 @@ def differences() -> dict[str, str]:
         "negatives": lambda: ck.info_nce(x, y, negatives=x[: 2 if odd else 3], group=group),
         "loss": lambda: (ck.dcl if odd else ck.nt_xent)(x, y, group=group),
         "exchange": lambda: ck.nt_xent(x, y, group=group, exchange="ring" if odd else "gather"),
+        "documents": lambda: ck.mnrl(x, x.repeat(2 if odd else 1, 1), group=group),
+        "no rows": lambda: ck.mnrl(x[:0], x[:0], group=group),
         "after all": lambda: ck.nt_xent(x, y, group=group),
     }
     return {name: message(call) for name, call in calls.items()}

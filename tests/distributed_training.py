@@ -144,5 +144,21 @@ def queues() -> dict[str, bool]:
     return report
 
 
+def modules() -> dict[str, float]:
+    """Errors of modules with a group, over two batches: NCE keeps the Z of its first."""
+
+    def error(module: type, inputs: int, *more: Tensor, **options) -> float:
+        one, each = module(**options), module(**options, group=dist.group.WORLD)
+        batches = [[batch(seed + i)[0] for i in range(inputs)] for seed in (20, 30)]
+        pairs = [(one(*whole, *more), each(*mine(*whole), *more)) for whole in batches]
+        return max((a - b).abs().item() for a, b in pairs)
+
+    return {
+        "NCE": error(ck.NCE, 2, randn(3, 6, seed=9), num_data=50),
+        "MNRL": error(ck.MNRL, 2, scale=3.0, directions=("query_to_doc", "doc_to_doc")),
+        "GIST": error(ck.GIST, 4, scale=3.0),
+    }
+
+
 def everything() -> dict[str, dict[str, float]]:
     return {f.__name__: f() for f in (ddp, accumulated, fsdp, cached)}

@@ -39,6 +39,7 @@ def everything() -> dict:
     if dist.get_world_size() == 2:
         report["trainings"] = distributed_training.everything()
         report["queues"] = distributed_training.queues()
+        report["modules"] = distributed_training.modules()
     if dist.get_world_size() == 3:
         report["faults"] = distributed_faults.differences()
     if dist.get_world_size() > 1:
@@ -66,7 +67,9 @@ def test_loss_and_gradients_are_those_of_one_process(world, name):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", distributed_cases.CASES)
+@pytest.mark.parametrize(
+    "name", [name for name, case in distributed_cases.CASES.items() if case.has_stats]
+)
 def test_statistics_are_those_of_one_process(world, name):
     for rank, report in enumerate(results(world)):
         found = {s: fields for s, fields in report["statistics"].items() if s.name == name}
@@ -79,7 +82,8 @@ def test_statistics_are_those_of_one_process(world, name):
 @pytest.mark.parametrize("world", WORLDS)
 def test_two_runs_give_equal_bits_and_ranks_one_value(world):
     for report in results(world):
-        assert len(report["bits"]) == 2 * len(distributed_cases.FEW)
+        runs = [distributed_cases.CASES[name].exchanges for name in distributed_cases.BITS]
+        assert len(report["bits"]) == sum(map(len, runs))
         assert all(report["bits"].values())
 
 
@@ -126,6 +130,12 @@ def test_training_steps_are_those_of_one_process(name):
             assert error <= TOLERANCE, parameter
 
 
+@pytest.mark.parametrize("name", ["NCE", "MNRL", "GIST"])
+def test_modules_pass_the_group(name):
+    for report in results(2):
+        assert report["modules"][name] <= TOLERANCE
+
+
 def test_queues_over_ranks_are_one_queue():
     expected = {"copies": True, "parts": True, "losses": True, "start": True}
     assert [report["queues"] for report in results(2)] == [expected, expected]
@@ -150,6 +160,9 @@ def test_a_sharded_queue_needs_a_group():
         ("exchange", "exchange must be the same on every rank of group, got gather on rank 0, ring "
          "on rank 1"),
         ("negatives", "got 3 on rank 0, 2 on rank 1, 3 on rank 2"),
+        ("documents", "documents must be as many for each query on every rank of group, got "
+         "[3, 6, 3] for [3, 3, 3] rows of query"),
+        ("no rows", "a rank of group must have rows, got none on any"),
         ("loss", "loss must be the same on every rank of group, got nt_xent on rank 0, dcl on "
          "rank 1"),
     ],
@@ -266,8 +279,19 @@ def test_bad_groups(options, error, text):
         ck.nt_xent(torch.randn(4, 3), torch.randn(4, 3), **options)
 
 
+def test_losses_without_a_ring():
+    x = torch.randn(4, 3)
+    for loss, inputs in ((ck.gist, (x, x, x, x)), (ck.clip_distill, (x, x, 1.0, x, x, 1.0))):
+        with pytest.raises(
+            ValueError, match=f'exchange must be "auto" or "gather" for {loss.__name__}, got "ring"'
+        ):
+            loss(*inputs, exchange="ring")
+
+
 def test_sharded_negatives_need_a_group():
     x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="sharded_negatives needs a group and negatives"):
+        ck.gist(x, x, x, x, negatives=x, negatives_guide=x, sharded_negatives=True)
     for loss in (ck.info_nce, ck.eqco, ck.cacr):
         with pytest.raises(ValueError, match="sharded_negatives needs a group"):
             loss(x, x, negatives=x, sharded_negatives=True)
