@@ -6,7 +6,7 @@ that a rank gathers carry a gradient home, or they do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common import check_views, own_ids, scalar, softplus
 from ..distributed import Group, all_gather, join
-from ..losses import clip_loss, info_nce
+from ..losses import info_nce
 from ..ops import row_dot, sweep
 
 
@@ -33,32 +33,40 @@ def own_mean(rows: Tensor) -> Tensor:
     return rows.sum() / max(len(rows), 1)
 
 
-def clip_over_ranks(
+def whole_loss_inputs(
+    features: Sequence[Tensor],
+    logit_scale: float | Tensor,
+    group: Group,
+    *,
+    gather_with_grad: bool,
+) -> tuple[Sequence[Tensor], float | Tensor]:
+    """Features and scale for a loss of all rows, with the gradients that these have where each
+    rank computes the whole loss by itself, as open_clip does with local_loss=False."""
+    scale = scalar("logit_scale", logit_scale)
+    if isinstance(scale, Tensor):
+        scale = _Backward.apply(scale, lambda grad: all_gather(grad.unsqueeze(0), group).mean(0))
+    if not gather_with_grad:  # features get their gradient from this rank's loss, not from all
+        features = [_Backward.apply(t, lambda grad: grad / group.size()) for t in features]
+    return features, scale
+
+
+def own_clip_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
     group: Group,
     *,
-    local_loss: bool,
     gather_with_grad: bool,
 ) -> Tensor:
-    """`clip_loss` of unit features with the values and gradients of open_clip's switches."""
-    pair = image_features, text_features
-    check_views("image_features", pair[0], "text_features", pair[1], rows=False)
-    scale = scalar("logit_scale", logit_scale)
-    if local_loss:
-        loss = _own_pairs if gather_with_grad else _own_queries
-        return loss(*pair, scale, group)
-    # every rank computes the whole loss, and has the whole gradient of the scale
-    if isinstance(scale, Tensor):
-        scale = _Backward.apply(scale, lambda grad: all_gather(grad.unsqueeze(0), group).mean(0))
-    if not gather_with_grad:  # to own features from this rank's loss, not from that of all
-        pair = (_Backward.apply(t, lambda grad: grad / group.size()) for t in pair)
-    return clip_loss(*pair, scale, normalize=False, group=group)
+    """The mean `clip_loss` of this rank's pairs, as open_clip has it with local_loss=True: with
+    the gradient to the features of all ranks, or as queries against keys without gradient."""
+    check_views("image_features", image_features, "text_features", text_features, rows=False)
+    loss = _own_pairs if gather_with_grad else _own_queries
+    return loss(image_features, text_features, scalar("logit_scale", logit_scale), group)
 
 
 def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: Group) -> Tensor:
-    """The mean loss of own pairs, both directions from one sweep; gradients to features of all."""
+    """Both directions from one sweep."""
     shards, _ = join(group, "auto", "ClipLoss", len(x), images=x, texts=y, logit_scale=scale)
     value = scale.detach() if isinstance(scale, Tensor) else scale
     dot = row_dot(x, y, shards=shards)
@@ -78,7 +86,6 @@ def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: Group) -> Ten
 
 
 def _own_queries(x: Tensor, y: Tensor, scale: float | Tensor, group: Group) -> Tensor:
-    """The mean loss of own pairs, as queries against keys without gradient."""
     directions = [
         info_nce(
             query, key.detach(), scale=scale, normalize=False, reduction="none", group=group

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..common import scalar
 from ..distillation import clip_distill
+from ..distributed import Group
 from ..losses import clip_loss, siglip_loss
-from ._ranks import clip_over_ranks, group_if, own_mean, world_size
+from ._ranks import group_if, own_clip_loss, own_mean, whole_loss_inputs, world_size
 from .swap import Peer, Unfused, check_option
 
 PEER = Peer("open_clip", "open_clip_torch", ("3.0", "3.4"))
@@ -42,14 +43,15 @@ def _clip(
     reason = reason or _no_negatives(self, image_features)
     if reason is not None:
         return _unfused(self, reason)
-    features, group = (image_features, text_features), group_if(self.world_size > 1)
-    if group is None or _exact(self):
-        loss = clip_loss(*features, logit_scale, normalize=False, group=group)
+    features, scale, group = (image_features, text_features), logit_scale, _group(self)
+    switched = group is not None and not _exact(self)
+    options = {"group": group, "gather_with_grad": self.gather_with_grad}
+    if switched and self.local_loss:
+        loss = own_clip_loss(*features, scale, **options)
     else:
-        loss = clip_over_ranks(
-            *features, logit_scale, group,
-            local_loss=self.local_loss, gather_with_grad=self.gather_with_grad,
-        )  # fmt: skip
+        if switched:
+            features, scale = whole_loss_inputs(features, scale, **options)
+        loss = clip_loss(*features, scale, normalize=False, group=group)
     if isinstance(logit_bias, Tensor):
         # it cancels in the softmax; a parameter must still get its gradient, of 0
         loss = loss + 0.0 * logit_bias.reshape(()).to(loss)
@@ -57,7 +59,7 @@ def _clip(
     return {"contrastive_loss": loss} if output_dict else loss
 
 
-@PEER.fused(peer.DistillClipLoss)
+@PEER.fused(peer.DistillClipLoss, grad_scale=GRAD_SCALES)
 def _distill(
     self,
     image_features: Tensor,
@@ -73,16 +75,22 @@ def _distill(
         logit_scale=logit_scale, dist_logit_scale=dist_logit_scale,
     )  # fmt: skip
     reason = reason or _no_negatives(self, image_features)
-    if self.world_size > 1:
-        reason = reason or "distillation over several processes is not fused"
+    group = _group(self)
+    switched = group is not None and not _exact(self)
+    if switched and self.local_loss:
+        reason = reason or "distillation with local_loss over several processes"
     if reason is not None:
         return _unfused(self, reason)
-    scale = scalar("logit_scale", logit_scale)  # for both losses, so that its gradient rounds once
-    contrastive = clip_loss(image_features, text_features, scale, normalize=False)
+    student = (image_features, text_features), scalar("logit_scale", logit_scale)
+    teacher = (dist_image_features, dist_text_features), dist_logit_scale
+    if switched:
+        options = {"group": group, "gather_with_grad": self.gather_with_grad}
+        student, teacher = (whole_loss_inputs(*model, **options) for model in (student, teacher))
+    (features, scale), (dist_features, dist_scale) = student, teacher
+    contrastive = clip_loss(*features, scale, normalize=False, group=group)
     distill = clip_distill(
-        image_features, text_features, scale,
-        dist_image_features, dist_text_features, dist_logit_scale, normalize=False,
-    )  # fmt: skip
+        *features, scale, *dist_features, dist_scale, normalize=False, group=group
+    )
     _cache_labels(self, image_features)
     if output_dict:
         return {"contrastive_loss": contrastive, "distill_loss": distill}
@@ -104,7 +112,7 @@ def _siglip(
         return _unfused(self, reason)
     bias = 0.0 if logit_bias is None else logit_bias
     inputs = image_features, text_features, logit_scale, bias
-    group = group_if(self.world_size > 1)
+    group = _group(self)
     if group is None or _exact(self):
         loss = siglip_loss(*inputs, normalize=False, group=group)
     else:  # exact too, but the value is that of own images
@@ -143,8 +151,12 @@ class CoCaLoss(peer.CoCaLoss, ClipLoss):
     """
 
 
+@_with_grad_scale
 class DistillClipLoss(peer.DistillClipLoss):
-    """open_clip's `DistillClipLoss`, fused in one process: `clip_loss` and `clip_distill`."""
+    """open_clip's `DistillClipLoss`, fused: `clip_loss` and `clip_distill`.
+
+    grad_scale: "peer" or "exact", see the module.
+    """
 
     forward = _distill
 
@@ -181,6 +193,10 @@ def _unfused(loss: nn.Module, reason: str) -> Unfused:
     if loss.world_size > 1 and _exact(loss):
         raise RuntimeError(f'grad_scale="exact" must run fused over processes, but {reason}')
     return Unfused(reason)
+
+
+def _group(loss: nn.Module) -> Group | None:
+    return group_if(loss.world_size > 1)
 
 
 def _exact(loss: nn.Module) -> bool:

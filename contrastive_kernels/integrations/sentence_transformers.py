@@ -1,6 +1,10 @@
 """sentence-transformers' losses with in-batch negatives: multiple negatives ranking and GISTEmbed,
 each also with cached gradients.
 
+With `gather_across_devices` documents, and those queries that they are compared with, come from all
+processes of the default group; the value is the mean over the rank's own rows, and the gradient,
+after DDP's mean, that of the mean over all of them.
+
 Losses that inherit from these, such as the symmetric ones and SparseMultipleNegativesRankingLoss,
 are patched with them.
 """
@@ -16,7 +20,7 @@ from torch import Tensor
 from ..guided import gist
 from ..ranking import mnrl
 from ..registration import statistics_dtype
-from ._ranks import world_size
+from ._ranks import group_if, own_mean
 from .swap import Peer, Unfused
 
 PEER = Peer("sentence_transformers", "sentence-transformers", ("6.2", "6.3"))
@@ -25,7 +29,6 @@ util = PEER.load("sentence_transformers.util")
 embed_columns = PEER.load("sentence_transformers.base.losses.merged_forward").embed_columns
 
 NORMALIZES = {util.cos_sim: True, util.pytorch_cos_sim: True, util.dot_score: False}
-GATHERED = Unfused("embeddings are gathered from several processes")
 
 
 @PEER.fused(peer.MultipleNegativesRankingLoss, "compute_loss_from_embeddings")
@@ -43,8 +46,6 @@ def _cached_ranking(
 
 @PEER.fused(peer.GISTEmbedLoss)
 def _gist(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor | Unfused:
-    if self.gather_across_devices and world_size() > 1:
-        return GATHERED
     features = list(sentence_features)
     if len(features) not in (2, 3):
         return Unfused("the columns are not an anchor, a positive and at most one negative")
@@ -68,28 +69,25 @@ def _cached_gist(
     *,
     with_backward: bool = False,
 ) -> Tensor | Unfused:
-    if self.gather_across_devices and world_size() > 1:
-        return GATHERED
     columns = ([torch.cat(column) for column in side] for side in (reps, reps_guided))
     return _finish(_guided(self, *columns), with_backward)
 
 
 def _rank(loss, embeddings: list[Tensor]) -> Tensor | Unfused:
     """`mnrl` of the columns (N, D), with the options of the peer's loss."""
-    if loss.gather_across_devices and world_size() > 1:
-        return GATHERED
     if loss.similarity_fct not in NORMALIZES:
         return Unfused("similarity_fct is neither cos_sim nor dot_score")
     if len({len(column) for column in embeddings}) > 1 or len(embeddings) < 2:
         return Unfused("documents are not whole columns with a row for each query")
     # half precision is widened as the peer's similarities are: gradients add up before rounding
     query, *documents = (column.to(statistics_dtype(column)) for column in embeddings)
-    return mnrl(
+    rows = mnrl(
         query, documents, scale=loss.scale, directions=loss.directions,
         partition_mode=loss.partition_mode, hardness_mode=loss.hardness_mode,
-        hardness_strength=loss.hardness_strength,
-        normalize=NORMALIZES[loss.similarity_fct],
+        hardness_strength=loss.hardness_strength, normalize=NORMALIZES[loss.similarity_fct],
+        reduction="none", group=group_if(loss.gather_across_devices),
     )  # fmt: skip
+    return own_mean(rows)
 
 
 def _guided(loss, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
@@ -97,13 +95,24 @@ def _guided(loss, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
     (anchor, positive, *negatives), (anchor_guide, positive_guide, *negatives_guide) = (
         embeddings, guides,
     )  # fmt: skip
-    return gist(
+    group, contrast_anchors = group_if(loss.gather_across_devices), loss.contrast_anchors
+    if group is not None:
+        negatives, negatives_guide = (
+            [util.all_gather_with_grad(column) for column in side]
+            for side in (negatives, negatives_guide)
+        )
+        if contrast_anchors:  # the peer gathers all but these: only this rank's contrast
+            negatives, negatives_guide = [*negatives, anchor], [*negatives_guide, anchor_guide]
+            contrast_anchors = False
+    rows = gist(
         anchor, positive, anchor_guide, positive_guide,
         negatives=torch.cat(negatives) if negatives else None,
         negatives_guide=torch.cat(negatives_guide) if negatives else None,
         scale=1 / loss.temperature, margin=loss.margin, margin_strategy=loss.margin_strategy,
-        contrast_anchors=loss.contrast_anchors, contrast_positives=loss.contrast_positives,
+        contrast_anchors=contrast_anchors, contrast_positives=loss.contrast_positives,
+        reduction="none", group=group,
     )  # fmt: skip
+    return own_mean(rows)
 
 
 def _for_guide(loss, features: dict[str, Tensor]) -> dict[str, Tensor]:

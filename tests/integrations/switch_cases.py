@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 
 import contrastive_kernels as ck
 from benchmarks.peers import declare_torchvision
+from contrastive_kernels import reference
 
+PACKAGES = ("open_clip", "lightly", "sentence_transformers")
 ROWS, RAW, DIM = 4, 6, 5
-UNEVEN = (5, 2, 3)  # rows of each rank
+UNEVEN, EMPTY = (5, 2, 3), (3, 0, 5)  # rows of each rank
 
 
 class Case(NamedTuple):
@@ -34,10 +38,13 @@ class Case(NamedTuple):
     rows: int = ROWS
 
     def build(self, module, *, alone: bool = False, **more: Any) -> nn.Module:
-        many = self.many
-        if self.package == "open_clip":
+        many = {} if alone else self.many
+        if self.package == "open_clip" and not alone:
             many = {**many, "rank": dist.get_rank(), "world_size": dist.get_world_size()}
-        return getattr(module, self.name)(**self.options, **({} if alone else many), **more)
+        models = ()
+        if self.package == "sentence_transformers":
+            models = stubs()[: 2 if "GIST" in self.name else 1]
+        return getattr(module, self.name)(*models, **self.options, **many, **more)
 
 
 def clip(loss, images, texts, scale, bias):
@@ -65,6 +72,11 @@ def coca(loss, images, texts, scale, bias):
     return sum(loss(images, texts, images.new_ones(len(images), 4, 7), labels, scale))
 
 
+def distill(loss, images, texts, scale, bias):
+    """A teacher that learns too."""
+    return sum(loss(images, texts, scale, 0.5 * texts, images + texts, 1.5 * scale))
+
+
 def views(loss, images, texts, scale, bias):
     return loss(images, texts)
 
@@ -75,12 +87,109 @@ def with_bank(loss, images, texts, scale, bias):
     return loss(images, texts) + 2 * loss(texts, images)
 
 
+class Embeddings(nn.Module):
+    """Stands in for a model whose embeddings come with its inputs, under a name."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import BertTokenizerFast
+
+        super().__init__()
+        self.name, self.max_seq_length = name, 16
+        self.tokenizer = BertTokenizerFast(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3})
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": features[self.name]}
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self
+
+
+@cache
+def stubs() -> tuple[Embeddings, Embeddings]:
+    return Embeddings("model"), Embeddings("guide")
+
+
+def columns(images: Tensor, texts: Tensor, negatives: int) -> list[Tensor]:
+    """Queries, documents, and columns of hard negatives."""
+    return [images, texts, images - texts, 2 * texts - images][: 2 + negatives]
+
+
+def guides(embeddings: list[Tensor]) -> list[Tensor]:
+    return [column.detach() @ randn(DIM, 3, seed=9) for column in embeddings]
+
+
+def ranking(negatives: int = 0):
+    def run(loss, images, texts, scale, bias):
+        return loss.compute_loss_from_embeddings(columns(images, texts, negatives), None)
+
+    return run
+
+
+def in_batches(embeddings: list[Tensor]) -> list[list[Tensor]]:
+    return [list(column.split(3)) for column in embeddings]
+
+
+def cached_ranking(loss, images, texts, scale, bias):
+    return loss.calculate_loss(in_batches(columns(images, texts, 1)))
+
+
+def cached_backward(loss, images, texts, scale, bias):
+    """The gradient that `calculate_loss` leaves in the embeddings, as that of the value."""
+    embeddings = columns(images, texts, 1)
+    leaves = [column.detach().requires_grad_() for column in embeddings]
+    value = loss.calculate_loss(in_batches(leaves), with_backward=True)
+    product = sum((e * leaf.grad).sum() for e, leaf in zip(embeddings, leaves, strict=True))
+    return value + product - product.detach()
+
+
+def gist(negatives: int = 0):
+    def run(loss, images, texts, scale, bias):
+        embeddings = columns(images, texts, negatives)
+        pairs = zip(embeddings, guides(embeddings), strict=True)
+        return loss([{"model": e, "guide": g} for e, g in pairs], None)
+
+    return run
+
+
+def cached_gist(loss, images, texts, scale, bias):
+    embeddings = columns(images, texts, 2)
+    return loss.calculate_loss(in_batches(embeddings), in_batches(guides(embeddings)))
+
+
 CLIP_CALLS = {
     "": clip,
     ", bias": biased,
     ", frozen images": frozen_images,
     ", number": with_number,
 }
+
+
+ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+HARD = {"hardness_mode": "all_negatives", "hardness_strength": 3.0}
+SENTENCE_CASES = {
+    "Ranking": ("MultipleNegativesRankingLoss", {}, ranking()),
+    "Ranking, negatives": ("MultipleNegativesRankingLoss", HARD, ranking(2)),
+    "Ranking, both directions": ("MultipleNegativesRankingLoss", BOTH, ranking(1)),
+    "Ranking, all directions": (
+        "MultipleNegativesRankingLoss", {"directions": ALL, **HARD}, ranking(1)
+    ),
+    "Symmetric ranking": ("MultipleNegativesSymmetricRankingLoss", {}, ranking()),
+    "Cached ranking": (
+        "CachedMultipleNegativesRankingLoss", {"mini_batch_size": 3}, cached_ranking
+    ),
+    "Cached ranking, backward": (
+        "CachedMultipleNegativesRankingLoss", {"mini_batch_size": 3}, cached_backward
+    ),
+    "GIST": ("GISTEmbedLoss", {"temperature": 0.1}, gist()),
+    "GIST, negatives": ("GISTEmbedLoss", {"temperature": 0.1, "margin": 0.1}, gist(1)),
+    "GIST, documents": (
+        "GISTEmbedLoss", {"temperature": 0.1, "contrast_anchors": False}, gist(1)
+    ),
+    "Cached GIST": (
+        "CachedGISTEmbedLoss", {"temperature": 0.1, "mini_batch_size": 3}, cached_gist
+    ),
+}  # fmt: skip
 
 
 def cases() -> dict[str, Case]:
@@ -93,6 +202,7 @@ def cases() -> dict[str, Case]:
         found[f"ClipLoss {title}, one pair"] = Case("open_clip", "ClipLoss", many, {}, clip, 1)
         weights = {"caption_loss_weight": 2.0, "clip_loss_weight": 0.5}
         found[f"CoCaLoss {title}"] = Case("open_clip", "CoCaLoss", many, weights, coca)
+        found[f"DistillClipLoss {title}"] = Case("open_clip", "DistillClipLoss", many, {}, distill)
     for way in (None, "bidir", "shift", "reduce", "gather"):
         many = {"dist_impl": way}
         found[f"SigLipLoss dist_impl={way}"] = Case("open_clip", "SigLipLoss", many, {}, in_dict)
@@ -107,7 +217,10 @@ def cases() -> dict[str, Case]:
     found["DCLWLoss"] = Case("lightly", "DCLWLoss", gather, {"sigma": 0.7}, views)
     for name in ("NTXentLoss", "DCLLoss"):
         found[f"{name}, one pair"] = found[name]._replace(rows=1)
-    return found
+    return found | {
+        title: Case("sentence_transformers", name, {"gather_across_devices": True}, options, run)
+        for title, (name, options, run) in SENTENCE_CASES.items()
+    }
 
 
 class Inputs(NamedTuple):
@@ -169,19 +282,23 @@ def modules() -> dict[str, tuple]:
     declare_torchvision()
     import lightly.loss
     import open_clip.loss
+    from sentence_transformers.sentence_transformer import losses
 
     from contrastive_kernels.integrations import lightly as fused_lightly
     from contrastive_kernels.integrations import open_clip as fused_open_clip
+    from contrastive_kernels.integrations import sentence_transformers as fused_sentences
 
     return {
         "open_clip": (fused_open_clip, open_clip.loss),
         "lightly": (fused_lightly, lightly.loss),
+        "sentence_transformers": (fused_sentences, losses),
     }
 
 
 def everything() -> dict[str, dict]:
     """By case: the drop-in, the peer, one process, and where there is one, grad_scale="exact"."""
     torch.set_default_dtype(DOUBLE)
+    warnings.simplefilter("ignore")  # the packages' own, and that one combination runs unfused
     loaded, world, report = modules(), dist.get_world_size(), {}
     for name, case in cases().items():
         fused, peer = loaded[case.package]
@@ -201,7 +318,10 @@ def everything() -> dict[str, dict]:
         for package, of in ck.patch_status().items()
         for label, s in of.items()
     }
-    return {"cases": report, "status": status, "patched": patched(loaded), "uneven": uneven(loaded)}
+    return {
+        "cases": report, "status": status, "patched": patched(loaded), "uneven": uneven(loaded),
+        "own rows": uneven_own_rows(loaded),
+    }  # fmt: skip
 
 
 def patched(loaded: dict) -> dict[str, dict[str, Tensor]]:
@@ -228,3 +348,31 @@ def uneven(loaded: dict) -> dict[str, dict[str, dict[str, Tensor]]]:
             wanted = outcome(case, case.build(peer, alone=True), whole)
             report[name] = {"got": got, "wanted": wanted}
     return report
+
+
+OWN_ROWS = {
+    "ClipLoss local_loss=True, gather_with_grad=True": lambda images, texts, scale, bias:
+        reference.clip_loss(images, texts, scale, reduction="none"),
+    "SigLipLoss dist_impl=bidir": lambda images, texts, scale, bias:
+        reference.siglip_loss(images, texts, scale, bias, reduction="none"),
+    "NTXentLoss": lambda images, texts, scale, bias:
+        reference.nt_xent(images, texts, temperature=0.5, reduction="none").view(2, -1).mean(0),
+}  # fmt: skip
+
+
+def uneven_own_rows(loaded: dict) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Losses of own rows, one rank without any, beside the mean of the ranks' means."""
+    sizes, report = list(EMPTY[: dist.get_world_size()]), {}
+    whole = Inputs.of(sum(sizes))
+    for name, rows in OWN_ROWS.items():
+        case = cases()[name]
+        got = outcome(case, case.build(loaded[case.package][0]), whole.part(rows_of(sizes)))
+        mean = case._replace(run=partial(mean_of_means, rows, sizes))
+        wanted = outcome(mean, None, whole)
+        report[name] = {"got": averaged(got), "wanted": wanted, "value": got["value"]}
+    return report
+
+
+def mean_of_means(rows: Callable, sizes: list[int], loss: None, *inputs: Tensor) -> Tensor:
+    means = [part.sum() / max(len(part), 1) for part in rows(*inputs).split(sizes)]
+    return sum(means) / len(sizes)

@@ -43,9 +43,12 @@ def columns(n: int, count: int, dim: int) -> list[Tensor]:
     return [query, *(query + 0.4 * randn(n, dim, seed=2 + i) for i in range(count - 1))]
 
 
-def ranking(cls, model=None, **options):
-    loss = cls(model, **options)
+def by_embeddings(loss):
     return lambda *embeddings: loss.compute_loss_from_embeddings(list(embeddings), None)
+
+
+def ranking(cls, model=None, **options):
+    return by_embeddings(cls(model, **options))
 
 
 @pytest.mark.parametrize("hardness", HARDNESS)
@@ -181,7 +184,7 @@ def test_gist_of_equal_texts(dim, stub):
     assert_conforms(ours, theirs, embeddings, bfloat16=False)
 
 
-def test_unfused_ranking(monkeypatch, stub):
+def test_unfused_ranking():
     embeddings = columns(5, 3, 4)
 
     def falls_back(reason: str, *inputs: Tensor, module=fused, **options) -> None:
@@ -192,28 +195,26 @@ def test_unfused_ranking(monkeypatch, stub):
 
     falls_back("neither cos_sim nor dot_score", *embeddings, similarity_fct=util.manhattan_sim)
     falls_back("with a row for each query", *embeddings[:2], torch.ones(7, 4, dtype=DOUBLE))
-    monkeypatch.setattr(fused, "world_size", lambda: 2)
-    falls_back("gathered from several", *embeddings, gather_across_devices=True)
-    with pytest.warns(UserWarning, match="gathered from several"):
-        loss = fused.CachedMultipleNegativesRankingLoss(stub[0], gather_across_devices=True)
-        cached(loss)(*embeddings)
     with pytest.raises(ValueError, match="at least 2 embeddings"):
         ranking(fused.MultipleNegativesRankingLoss)(embeddings[0])
 
 
-def test_unfused_gist(monkeypatch, stub):
-    embeddings, guides = columns(5, 2, 4), columns(5, 2, 4)
+def test_unfused_gist(stub):
     with pytest.warns(UserWarning, match="not an anchor, a positive"), pytest.raises(ValueError):
         guided(fused.GISTEmbedLoss(*stub), columns(5, 4, 4))(*columns(5, 4, 4))
-    monkeypatch.setattr(fused, "world_size", lambda: 2)
-    for name in ("GISTEmbedLoss", "CachedGISTEmbedLoss"):
-        ours, theirs = (
-            guided(getattr(m, name)(*stub, gather_across_devices=True), guides)
-            for m in (fused, peer)
-        )
-        with pytest.warns(UserWarning, match="gathered from several"):
-            value = ours(*embeddings)
-        assert torch.equal(value, theirs(*embeddings))
+
+
+def test_there_is_nothing_to_gather_in_one_process(stub):
+    embeddings, guides = columns(5, 3, 4), columns(5, 3, 4)[::-1]
+    options = {"gather_across_devices": True}
+    for name, count, call in [
+        ("MultipleNegativesRankingLoss", 1, by_embeddings),
+        ("CachedMultipleNegativesRankingLoss", 1, cached),
+        ("GISTEmbedLoss", 2, lambda loss: guided(loss, guides)),
+        ("CachedGISTEmbedLoss", 2, lambda loss: guided(loss, guides)),
+    ]:
+        ours, theirs = (call(getattr(m, name)(*stub[:count], **options)) for m in (fused, peer))
+        torch.testing.assert_close(ours(*embeddings), theirs(*embeddings), rtol=1e-10, atol=0.0)
 
 
 @pytest.fixture(scope="session")
