@@ -7,6 +7,7 @@ from statistics import median_low
 
 import distributed_cases
 import distributed_faults
+import distributed_overlap
 import distributed_traffic
 import distributed_training
 import gloo
@@ -44,6 +45,7 @@ def everything() -> dict:
     if dist.get_world_size() == 3:
         report["faults"] = distributed_faults.differences()
         report["errors"] = distributed_faults.errors()
+        report["overlap"] = distributed_overlap.everything()
     if dist.get_world_size() > 1:
         report["traffic"] = distributed_traffic.everything()
     if dist.get_world_size() in (3, 4):
@@ -261,6 +263,19 @@ def test_a_ring_computes_while_keys_are_under_way(monkeypatch):
     ring = Ring(shards, 2, symmetric=False)
     ring.run([torch.ones(2, 3)], lambda *_: events.append("compute"), None, torch.add)
     assert events == ["send", "compute", "wait", "send", "compute", "wait", "compute"]
+
+
+def test_on_a_slow_link_a_ring_waits_only_where_there_is_nothing_to_compute():
+    """That is for the sizes and the loss, and in each pass for what comes home last. A gather waits
+    for all of its transfers."""
+    steps = {e: Step(3, 4, 5, 8, e, columns=True).collectives() for e in ("gather", "ring")}
+    for report in results(3):
+        transfers, idle, _ = report["overlap"]["gather"]
+        assert transfers == idle == steps["gather"]
+        transfers, idle, waited = report["overlap"]["ring"]
+        assert transfers == steps["ring"] and idle == 2 + 2
+        # by the clock too: what had a block to hide behind has added nothing, the rest its delay
+        assert waited <= idle * distributed_overlap.DELAY
 
 
 @pytest.mark.parametrize("world", range(1, 8))
