@@ -19,12 +19,13 @@ from .common import (
     scalar,
     total_rows,
 )
-from .distributed import Group, join
+from .distributed import Group, collective, join
 from .ops import full_precision, resolve_backend, statistics_dtype
 
 PAIRS = 2**20  # of a block: 12 MB of float32 for its three matrices
 
 
+@collective
 def clip_distill(
     image_features: Tensor,
     text_features: Tensor,

@@ -13,8 +13,10 @@ scale and bias are those of one process. reduction="none" gives the rank's own r
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
+from functools import wraps
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +27,12 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 Group = "ProcessGroup | DeviceMesh"  # neither is there in a torch without torch.distributed
 
+P, R = ParamSpec("P"), TypeVar("R")
+
 EXCHANGES = ("auto", "gather", "ring")
 # "auto" gathers up to this many bytes of keys: every rank holds them from forward to backward
 GATHERED_BYTES = 2**28
+FAILED = -1  # in place of a fingerprint, which is not negative
 
 
 class Shards:
@@ -136,8 +141,65 @@ class Shards:
         return softplus_sweep(self, *args, **options)
 
 
+class Meeting:
+    """One call by every rank of a group: what one rank raises before `join` is told to all.
+
+    Without it the others would wait in `join` until the backend gives up.
+    """
+
+    def __init__(self, group: ProcessGroup | DeviceMesh, arguments: Iterable[Any]) -> None:
+        from torch.distributed.distributed_c10d import _get_object_coll_device
+
+        self.group = resolve_group(group)
+        self.joined = False
+        # the same kind of device on every rank, whatever it was called with
+        kind = _get_object_coll_device(self.group)
+        devices = [t.device for t in arguments if isinstance(t, Tensor) and t.device.type == kind]
+        self.device = devices[0] if devices else torch.device(kind)
+
+    def __enter__(self) -> Meeting:
+        return self
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        if isinstance(error, Exception) and not self.joined:
+            self.tell(0, 0, FAILED)
+            self.tell_objects(f"{type(error).__name__}: {error}")
+
+    def tell(self, *record: int) -> list[list[int]]:
+        """The records of all ranks."""
+        mine = torch.tensor([record], device=self.device)
+        self.joined = True
+        return all_gather(mine, self.group).tolist()
+
+    def tell_objects(self, mine: Any) -> list[Any]:
+        """The same for anything; only where something is wrong."""
+        from torch.distributed import all_gather_object
+
+        everywhere = [None] * self.group.size()
+        all_gather_object(everywhere, mine, self.group)
+        return everywhere
+
+
+def collective(loss: Callable[P, R]) -> Callable[P, R]:
+    """Decorates what takes a `group` and joins it: inside, `group` is the Meeting of this call."""
+
+    @wraps(loss)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        group = options.get("group")
+        if group is None or isinstance(group, Meeting):
+            return loss(*args, **options)
+        return meet(group, args, options)
+
+    @torch._disable_dynamo  # collectives and what is read from them break a graph, here at once
+    def meet(group: ProcessGroup | DeviceMesh, args: tuple, options: dict[str, Any]) -> R:
+        with Meeting(group, (*args, *options.values())) as meeting:
+            return loss(*args, **{**options, "group": meeting})
+
+    return call
+
+
 def join(
-    group: ProcessGroup | DeviceMesh | None,
+    group: Meeting | None,
     exchange: str,
     loss: str,
     rows: int,
@@ -152,35 +214,35 @@ def join(
 
     Raises:
         ValueError, on every rank: another loss, dtype, number of features or option somewhere; no
-            rows anywhere.
-        TypeError: `group` is no process group.
+            rows anywhere; an error of another rank before it came here.
         The backend's error, at its timeout: a rank that does not come.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f'exchange must be "auto", "gather" or "ring", got {exchange!r}')
     if group is None:
         return None, None
-    group = resolve_group(group)
-    tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
-    device = tensors[0].device
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    device = next(t.device.type for t in arguments.values() if isinstance(t, Tensor))
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     described = {
         "loss": loss, "exchange": exchange, "autocast": str(autocast),
         **{name: _describe(value) for name, value in arguments.items()},
     }  # fmt: skip
     digest = hashlib.blake2b(repr(described).encode(), digest_size=7).digest()
-    record = torch.tensor([[rows, more_rows, int.from_bytes(digest)]], device=device)
-    records = all_gather(record, group).tolist()
-    if len({digest for _, _, digest in records}) > 1:
-        raise ValueError(_difference(described, group))
-    rank = group.rank()
-    sizes, more = [row[0] for row in records], [row[1] for row in records]
+    sizes, more, digests = zip(*group.tell(rows, more_rows, int.from_bytes(digest)), strict=True)
+    if FAILED in digests:
+        errors = enumerate(group.tell_objects(None))
+        raise ValueError(
+            "; ".join(f"rank {rank} of group raised {e}" for rank, e in errors if e is not None)
+        )
+    if len(set(digests)) > 1:
+        raise ValueError(_difference(group.tell_objects(described)))
     if not any(sizes):
         raise ValueError("a rank of group must have rows, got none on any")
-    return Shards(group, rank, sizes, exchange), Shards(group, rank, more, exchange)
+    ranks, rank = group.group, group.group.rank()
+    return Shards(ranks, rank, list(sizes), exchange), Shards(ranks, rank, list(more), exchange)
 
 
-def gather_uneven(group: ProcessGroup, rows: Tensor) -> Tensor:
+def gather_uneven(group: Meeting, rows: Tensor) -> Tensor:
     """The rows (n_r, ...) of all ranks, in their order, (N, ...); no gradient."""
     shards, _ = join(group, "gather", "the queue", rows.shape[0], features=rows.detach())
     return shards.gather(rows.detach())
@@ -302,12 +364,8 @@ def _describe(value: Any) -> str:
     return f"{dtype} ({shape}) on {value.device.type}{gradient}"
 
 
-def _difference(described: dict[str, str], group: ProcessGroup) -> str:
-    """What differs between the ranks; every rank calls this."""
-    from torch.distributed import all_gather_object
-
-    everywhere: list[dict[str, str]] = [{}] * group.size()
-    all_gather_object(everywhere, described, group)
+def _difference(everywhere: list[dict[str, str]]) -> str:
+    """What differs between the ranks."""
     for name in dict.fromkeys(name for ranks in everywhere for name in ranks):
         values = [ranks.get(name, "absent") for ranks in everywhere]
         if len(set(values)) > 1:

@@ -24,7 +24,7 @@ from .common import (
     resolve_scale,
     scalar,
 )
-from .distributed import Group, join
+from .distributed import Group, collective, join
 from .ops import check_features, check_pair, full_precision, row_dot
 from .registration import NAMESPACE, statistics_dtype
 
@@ -32,6 +32,7 @@ MARGINS = ("absolute", "relative")
 PAIRS = 2**20  # of which similarities are in memory at a time
 
 
+@collective
 def gist(
     anchor: Tensor,
     positive: Tensor,

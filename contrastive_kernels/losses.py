@@ -30,10 +30,11 @@ from .common import (
     softplus,
     total_rows,
 )
-from .distributed import Group, Shards, join
+from .distributed import Group, Shards, collective, join
 from .ops import IdPair, check_ids, check_positive, row_dot, softplus_sweep, sweep
 
 
+@collective
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -112,7 +113,7 @@ def info_nce(
         group, exchange, "info_nce", n, m, query=query, key=key, negatives=negatives, scale=scale,
         alpha=alpha, in_batch=in_batch, symmetric=symmetric, exclude_rows=row_ids,
         exclude_columns=col_ids, key_bias=key_bias, sharded_negatives=sharded_negatives or m,
-        normalize=normalize, reduction=reduction, return_stats=return_stats,
+        normalize=normalize, reduction=reduction, backend=backend, return_stats=return_stats,
     )  # fmt: skip
     if negatives is None:
         check_other_rows("query", total_rows(n, shards))
@@ -184,6 +185,7 @@ def info_nce(
     return loss, stats
 
 
+@collective
 def eqco(
     query: Tensor,
     key: Tensor,
@@ -216,6 +218,7 @@ def eqco(
     )  # fmt: skip
 
 
+@collective
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -248,6 +251,7 @@ def clip_loss(
     )  # fmt: skip
 
 
+@collective
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -281,7 +285,7 @@ def siglip_loss(
     shards, _ = join(
         group, exchange, "siglip_loss", n, image_features=image_features,
         text_features=text_features, logit_scale=scale, logit_bias=bias, normalize=normalize,
-        reduction=reduction, return_stats=return_stats,
+        reduction=reduction, backend=backend, return_stats=return_stats,
     )  # fmt: skip
     dot = row_dot(
         image_features, text_features, normalize=normalize, backend=backend, shards=shards
@@ -298,6 +302,7 @@ def siglip_loss(
     return loss, pair_stats(dot, [out], scale, bias=bias, shards=shards)
 
 
+@collective
 def nce(
     query: Tensor,
     key: Tensor,
@@ -364,6 +369,7 @@ def nce(
     return loss, pair_stats(dot, [out], scale, bias=bias, shards=shards)
 
 
+@collective
 @torch.no_grad()
 def estimate_log_z(
     query: Tensor,

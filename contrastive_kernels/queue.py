@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributed import Group, gather_uneven, resolve_group
+from .distributed import Group, Meeting, gather_uneven, resolve_group
 from .ops import check_features, check_ids
 
 
@@ -84,12 +86,16 @@ class FeatureQueue(nn.Module):
 
         With a group: the features of all ranks, of which some may have none.
         """
-        check_features("features", features, (2,), rows=self.group is None)
         rows, dim = self.features.shape
-        if features.shape[1] != dim:
-            raise ValueError(f"features must have shape (N, {dim}), got {tuple(features.shape)}")
-        if self.group is not None:
-            features = gather_uneven(self.group, features)
+        meet = nullcontext() if self.group is None else Meeting(self.group, [features])
+        with meet as group:
+            check_features("features", features, (2,), rows=group is None)
+            if features.shape[1] != dim:
+                raise ValueError(
+                    f"features must have shape (N, {dim}), got {tuple(features.shape)}"
+                )
+            if group is not None:
+                features = gather_uneven(group, features)
         if (self.features.dtype, self.features.device) != (features.dtype, features.device):
             self.features = self.features.to(features)
             self.position = self.position.to(features.device)

@@ -26,7 +26,7 @@ from .common import (
     scalar,
     total_rows,
 )
-from .distributed import Group, Shards, join
+from .distributed import Group, Shards, collective, join
 from .losses import mi_lower_bound
 from .ops import Sweep, check_features, check_pair, check_positive, row_dot, sweep
 
@@ -35,6 +35,7 @@ PARTITIONS = ("joint", "per_direction")
 HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
+@collective
 def mnrl(
     query: Tensor,
     documents: Tensor | Sequence[Tensor],

@@ -29,11 +29,12 @@ from .common import (
     sum_of,
     total_rows,
 )
-from .distributed import Group, Shards, join
+from .distributed import Group, Shards, collective, join
 from .losses import mi_lower_bound
 from .ops import Sweep, check_features, check_ids, check_positive, row_dot, statistics_dtype, sweep
 
 
+@collective
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
@@ -62,7 +63,7 @@ def nt_xent(
     check_reduction(reduction)
     shards = _join_views(
         group, exchange, "nt_xent", z1, z2, scale=scale, normalize=normalize,
-        reduction=reduction, return_stats=return_stats,
+        reduction=reduction, backend=backend, return_stats=return_stats,
     )  # fmt: skip
     dot, pos, out = _positives_and_negatives(
         z1, z2, scale, normalize, backend, return_stats, shards
@@ -77,6 +78,7 @@ def nt_xent(
     return loss, stats._replace(mi_lower_bound=bound)
 
 
+@collective
 def dcl(
     z1: Tensor,
     z2: Tensor,
@@ -111,9 +113,11 @@ def dcl(
         check_positive("sigma", sigma)
         if weight is not None:
             raise ValueError("weight and sigma must not both be given")
+    if weight is not None and weight.shape != (2 * len(z1),):
+        raise ValueError(f"weight must have shape {(2 * len(z1),)}, got {tuple(weight.shape)}")
     shards = _join_views(
         group, exchange, "dcl", z1, z2, scale=scale, sigma=sigma, weight=weight,
-        normalize=normalize, reduction=reduction, return_stats=return_stats,
+        normalize=normalize, reduction=reduction, backend=backend, return_stats=return_stats,
     )  # fmt: skip
     dot, pos, out = _positives_and_negatives(
         z1, z2, scale, normalize, backend, return_stats, shards
@@ -126,10 +130,6 @@ def dcl(
             share = torch.exp(logits - shards.logsumexp(logits))
         weight = (2 - total_rows(dot.shape[0], shards) * share).repeat(2)
     if weight is not None:
-        if weight.shape != pos.shape:
-            raise ValueError(
-                f"weight must have shape {tuple(pos.shape)}, got {tuple(weight.shape)}"
-            )
         pos = weight * pos
     loss = reduce_rows(out.lse - pos, reduction, _twice(shards))
     if not return_stats:
@@ -137,6 +137,7 @@ def dcl(
     return loss, pair_stats(dot, [out], scale, lse=out.lse, shards=shards)
 
 
+@collective
 def debiased(
     z1: Tensor,
     z2: Tensor,
@@ -158,6 +159,7 @@ def debiased(
     )  # fmt: skip
 
 
+@collective
 def hcl(
     z1: Tensor,
     z2: Tensor,
@@ -192,7 +194,7 @@ def hcl(
     check_range("beta", beta, 0.0)
     shards = _join_views(
         group, exchange, "hcl", z1, z2, scale=scale, tau_plus=tau_plus, beta=beta,
-        normalize=normalize, reduction=reduction, return_stats=return_stats,
+        normalize=normalize, reduction=reduction, backend=backend, return_stats=return_stats,
     )  # fmt: skip
     sharp = (1 + beta) * scale
     dot, pos, out = _positives_and_negatives(
@@ -209,6 +211,7 @@ def hcl(
     return (loss, pair_stats(dot, [out], sharp, shards=shards)) if return_stats else loss
 
 
+@collective
 def sup_con(
     features: Tensor,
     labels: Tensor,
@@ -248,7 +251,7 @@ def sup_con(
     shards, _ = join(
         group, exchange, "sup_con", features.shape[0], features=features, labels=labels,
         temperature=temperature, base_temperature=base_temperature, normalize=normalize,
-        reduction=reduction, return_stats=return_stats,
+        reduction=reduction, backend=backend, return_stats=return_stats,
     )  # fmt: skip
     shape = features.shape[:-1]
     if features.dim() == 3:

@@ -28,7 +28,7 @@ from .common import (
     sum_of,
     total_rows,
 )
-from .distributed import Group, Shards, join
+from .distributed import Group, Shards, collective, join
 from .ops import (
     IdPair,
     Sweep,
@@ -41,6 +41,7 @@ from .ops import (
 )
 
 
+@collective
 def cacr(
     query: Tensor,
     positives: Tensor,
@@ -103,7 +104,7 @@ def cacr(
         group, exchange, "cacr", n, m, query=query, positives=positives, negatives=negatives,
         t_pos=t_pos, t_neg=t_neg, alpha=alpha, beta=beta, cost=cost, rbf_t=rbf_t,
         detach_weights=detach_weights, sharded_negatives=sharded_negatives or m,
-        normalize=normalize, reduction=reduction, return_stats=return_stats,
+        normalize=normalize, reduction=reduction, backend=backend, return_stats=return_stats,
     )  # fmt: skip
     ids = None
     if negatives is None:
@@ -137,6 +138,7 @@ def cacr(
     return loss, stats
 
 
+@collective
 def cacr_views(
     views: Tensor,
     *,
@@ -171,7 +173,7 @@ def cacr_views(
     shards, _ = join(
         group, exchange, "cacr_views", n, views=views.transpose(0, 1), t_pos=t_pos, t_neg=t_neg,
         alpha=alpha, beta=beta, cost=cost, rbf_t=rbf_t, detach_weights=detach_weights,
-        normalize=normalize, reduction=reduction, return_stats=return_stats,
+        normalize=normalize, reduction=reduction, backend=backend, return_stats=return_stats,
     )  # fmt: skip
     if v < 2 or total_rows(n, shards) < 2:
         raise ValueError(
@@ -209,6 +211,7 @@ def cacr_views(
     return loss, stats._replace(accuracy=mean_of(correct.to(loss.dtype), shards))
 
 
+@collective
 def cct(
     query: Tensor,
     positives: Tensor,

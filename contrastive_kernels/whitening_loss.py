@@ -19,12 +19,13 @@ from .common import (
     sum_with_gradient,
     total_rows,
 )
-from .distributed import Group, Shards, join
+from .distributed import Group, Shards, collective, join
 from .ops import check_features, check_ids, full_precision, resolve_backend, statistics_dtype
 from .whitening import check_method, whiten, whiten_newton_schulz
 from .whitening_ops import approximate_root, dense_view_distance, permute_rows, view_distance
 
 
+@collective
 def w_mse(
     views: Tensor,
     *,
@@ -77,11 +78,6 @@ def w_mse(
     else:
         check_ids("permutations", permutations, (permutations.shape[0], n))
     permutations = permutations.long()
-    shards, _ = join(
-        group, "auto", "w_mse", n, views=views.transpose(0, 1), group_size=group_size,
-        iterations=permutations.shape[0], eps=eps, method=method, normalize=normalize,
-        reduction=reduction, return_stats=return_stats,
-    )  # fmt: skip
     views = views.to(statistics_dtype(views))
     distance = view_distance
     if backend == "reference":
@@ -98,6 +94,12 @@ def w_mse(
         pairs = distance(z, normalize)
     if not normalize:
         pairs = pairs / dim
+    # only now: a rank that cannot whiten its groups tells the others
+    shards, _ = join(
+        group, "auto", "w_mse", n, views=views.transpose(0, 1), group_size=group_size,
+        iterations=permutations.shape[0], eps=eps, method=method, normalize=normalize,
+        reduction=reduction, backend=backend, return_stats=return_stats,
+    )  # fmt: skip
     if reduction == "none":
         index = permutations.flatten()
         loss = torch.zeros_like(pairs[:n]).index_add(0, index, pairs) / permutations.shape[0]
@@ -112,6 +114,7 @@ def w_mse(
     return loss, LossStats(positive_similarity=1 - 0.5 * mean_of(squared, shards))
 
 
+@collective
 def intl(
     views: Tensor,
     *,

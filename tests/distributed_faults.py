@@ -42,6 +42,33 @@ def differences() -> dict[str, str]:
     return {name: message(call) for name, call in calls.items()}
 
 
+def errors() -> dict[str, tuple[str, float]]:
+    """What each rank sees, and after how long, of arguments that only rank 1 has wrong."""
+    odd, group = dist.get_rank() == 1, dist.group.WORLD
+    x, y = randn(4, 5, seed=1), randn(4, 5, seed=2)
+    queue, loss = ck.FeatureQueue(8, 5, group=group), ck.NCE(num_data=9, group=group)
+    views = torch.stack((x, y)).repeat(1, 2, 1)[..., :2]
+    calls = {
+        "shape": lambda: ck.nt_xent(x, y[:3] if odd else y, group=group),
+        "type": lambda: ck.clip_loss(x.tolist() if odd else x, y, 2.0, group=group),
+        "missing": lambda: ck.clip_loss(*((x, y) if odd else (x, y, 2.0)), group=group),
+        "option": lambda: ck.info_nce(x, y, temperature=0.0 if odd else 1.0, group=group),
+        "reduction": lambda: ck.mnrl(x, [y], reduction="avg" if odd else "sum", group=group),
+        "exchange": lambda: ck.gist(x, y, x, y, exchange="ring" if odd else "auto", group=group),
+        "weight": lambda: ck.dcl(x, y, weight=torch.ones(3 if odd else 8), group=group),
+        "module": lambda: loss(x, y, y[:, :2] if odd else y),
+        "covariance": lambda: ck.w_mse(0 * views if odd else views, group_size=8, group=group),
+        "queue": lambda: queue.enqueue(x[:, :2] if odd else x),
+        "after all": lambda: ck.nt_xent(x, y, group=group),
+    }
+
+    def timed(call) -> tuple[str, float]:
+        start = time.perf_counter()
+        return message(call), time.perf_counter() - start
+
+    return {name: timed(call) for name, call in calls.items()}
+
+
 def never_comes(folder: str) -> tuple[str, float]:
     """Rank 1 stays away until the others have given up."""
     done = os.path.join(folder, "done")

@@ -144,6 +144,20 @@ def queues() -> dict[str, bool]:
     return report
 
 
+def compiled() -> float:
+    """Error of the gradient of a compiled step, whose graph breaks at the loss."""
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return 2 * ck.clip_loss(x.sin(), y, 3.0, group=dist.group.WORLD)
+
+    x, y = mine(randn(20, 5, seed=1), randn(20, 5, seed=2))
+    found = []
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(function(leaf, y), leaf)[0])
+    return (found[0] - found[1]).abs().max().item()
+
+
 def modules() -> dict[str, float]:
     """Errors of modules with a group, over two batches: NCE keeps the Z of its first."""
 

@@ -7,6 +7,7 @@ from statistics import median_low
 
 import distributed_cases
 import distributed_faults
+import distributed_overlap
 import distributed_traffic
 import distributed_training
 import gloo
@@ -40,8 +41,11 @@ def everything() -> dict:
         report["trainings"] = distributed_training.everything()
         report["queues"] = distributed_training.queues()
         report["modules"] = distributed_training.modules()
+        report["compiled"] = distributed_training.compiled()
     if dist.get_world_size() == 3:
         report["faults"] = distributed_faults.differences()
+        report["errors"] = distributed_faults.errors()
+        report["overlap"] = distributed_overlap.everything()
     if dist.get_world_size() > 1:
         report["traffic"] = distributed_traffic.everything()
     if dist.get_world_size() in (3, 4):
@@ -136,6 +140,10 @@ def test_modules_pass_the_group(name):
         assert report["modules"][name] <= TOLERANCE
 
 
+def test_a_compiled_step():
+    assert all(report["compiled"] <= TOLERANCE for report in results(2))
+
+
 def test_queues_over_ranks_are_one_queue():
     expected = {"copies": True, "parts": True, "losses": True, "start": True}
     assert [report["queues"] for report in results(2)] == [expected, expected]
@@ -171,6 +179,31 @@ def test_what_differs_is_named_on_every_rank(what, text):
     for seen in (report["faults"] for report in results(3)):
         assert seen[what].startswith("ValueError: ") and text in seen[what], seen[what]
         assert seen["after all"] == "no error"
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("shape", "ValueError: z1 and z2 must have the same number of rows, got 4 and 3"),
+        ("type", "TypeError: image_features must be a tensor, got list"),
+        ("missing", "TypeError: clip_loss() missing 1 required positional argument: 'logit_scale'"),
+        ("option", "ValueError: temperature must be a finite number > 0, got 0.0"),
+        ("reduction", "ValueError: reduction must be \"mean\", \"sum\" or \"none\", got 'avg'"),
+        ("exchange", 'ValueError: exchange must be "auto" or "gather" for gist, got "ring"'),
+        ("weight", "ValueError: weight must have shape (8,), got (3,)"),
+        ("module", "ValueError: query and negatives must have the same number of features D, got 5 "
+         "and 2"),
+        ("covariance", "ValueError: the covariance of group 0 of 2 is not positive definite: its "
+         "features must be linearly independent; use eps > 0, larger groups or fewer features"),
+        ("queue", "ValueError: features must have shape (N, 5), got (4, 2)"),
+    ],
+)  # fmt: skip
+def test_an_error_of_one_rank_reaches_all(what, error):
+    for rank, report in enumerate(results(3)):
+        seen, seconds = report["errors"][what]
+        assert seen == (error if rank == 1 else f"ValueError: rank 1 of group raised {error}")
+        assert seconds < 10  # the backend would wait for 60
+        assert report["errors"]["after all"][0] == "no error"
 
 
 def test_a_rank_that_does_not_come_is_an_error_within_the_timeout(tmp_path):
@@ -230,6 +263,19 @@ def test_a_ring_computes_while_keys_are_under_way(monkeypatch):
     ring = Ring(shards, 2, symmetric=False)
     ring.run([torch.ones(2, 3)], lambda *_: events.append("compute"), None, torch.add)
     assert events == ["send", "compute", "wait", "send", "compute", "wait", "compute"]
+
+
+def test_on_a_slow_link_a_ring_waits_only_where_there_is_nothing_to_compute():
+    """That is for the sizes and the loss, and in each pass for what comes home last. A gather waits
+    for all of its transfers."""
+    steps = {e: Step(3, 4, 5, 8, e, columns=True).collectives() for e in ("gather", "ring")}
+    for report in results(3):
+        transfers, idle, _ = report["overlap"]["gather"]
+        assert transfers == idle == steps["gather"]
+        transfers, idle, waited = report["overlap"]["ring"]
+        assert transfers == steps["ring"] and idle == 2 + 2
+        # by the clock too: what had a block to hide behind has added nothing, the rest its delay
+        assert waited <= idle * distributed_overlap.DELAY
 
 
 @pytest.mark.parametrize("world", range(1, 8))
