@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common import check_views, own_ids, scalar, softplus
-from ..distributed import Group, all_gather, join
+from ..distributed import Group, Meeting, all_gather, collective, join
 from ..losses import info_nce
 from ..ops import row_dot, sweep
 
@@ -36,9 +36,9 @@ def own_mean(rows: Tensor) -> Tensor:
 def whole_loss_inputs(
     features: Sequence[Tensor],
     logit_scale: float | Tensor,
-    group: Group,
     *,
     gather_with_grad: bool,
+    group: Group,
 ) -> tuple[Sequence[Tensor], float | Tensor]:
     """Features and scale for a loss of all rows, with the gradients that these have where each
     rank computes the whole loss by itself, as open_clip does with local_loss=False."""
@@ -50,13 +50,14 @@ def whole_loss_inputs(
     return features, scale
 
 
+@collective
 def own_clip_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
-    group: Group,
     *,
     gather_with_grad: bool,
+    group: Group,
 ) -> Tensor:
     """The mean `clip_loss` of this rank's pairs, as open_clip has it with local_loss=True: with
     the gradient to the features of all ranks, or as queries against keys without gradient."""
@@ -65,7 +66,7 @@ def own_clip_loss(
     return loss(image_features, text_features, scalar("logit_scale", logit_scale), group)
 
 
-def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: Group) -> Tensor:
+def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: Meeting) -> Tensor:
     """Both directions from one sweep."""
     shards, _ = join(group, "auto", "ClipLoss", len(x), images=x, texts=y, logit_scale=scale)
     value = scale.detach() if isinstance(scale, Tensor) else scale
@@ -85,7 +86,7 @@ def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: Group) -> Ten
     return own_mean(direction(out.lse, out.mean) + direction(out.col_lse, out.col_mean)) / 2
 
 
-def _own_queries(x: Tensor, y: Tensor, scale: float | Tensor, group: Group) -> Tensor:
+def _own_queries(x: Tensor, y: Tensor, scale: float | Tensor, group: Meeting) -> Tensor:
     directions = [
         info_nce(
             query, key.detach(), scale=scale, normalize=False, reduction="none", group=group
