@@ -403,6 +403,29 @@ def compare_dtype(setup: Setup, dtype: torch.dtype) -> dict[str, float]:
     return report
 
 
+def compare_autocast(setup: Setup) -> dict[str, float]:
+    """Largest error of the loss and of each gradient, relative to the largest entry, of float32
+    features on Triton under autocast to bfloat16, against one process under the same."""
+
+    def single(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point()
+                else t for k, t in tensors.items()}  # fmt: skip
+
+    case, whole, mine, part, one, each = setup.prepare()
+    whole, mine = single(whole), single(mine)
+    names = [k for k, t in mine.items() if t.requires_grad and t.dim() > 1]
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = case.run(ck, whole, **one, backend="triton")
+        got = case.run(ck, mine, **each, backend="triton")
+    expected = torch.autograd.grad(wanted, [whole[name] for name in names])
+    found = torch.autograd.grad(got, [mine[name] for name in names])
+    report = {"loss": _compare(got, wanted)[0] / wanted.abs().item()}
+    for name, g, e in zip(names, found, expected, strict=True):
+        error = _compare(g / dist.get_world_size(), part.of(name, e))[0]
+        report[name] = error / e.abs().max().item()
+    return report
+
+
 def same_bits(setup: Setup) -> bool:
     """Whether two runs agree to the last bit, and ranks about the value of the loss."""
 
@@ -425,6 +448,14 @@ def _compare(got: Tensor, wanted: Tensor) -> tuple[float, float, float]:
     error = (got - wanted).abs().where(~(got.isnan() & wanted.isnan()), 0.0)  # no such pair: nan
     error = error.max().item() if got.numel() else 0.0
     return error, (got * wanted).sum().item(), wanted.square().sum().item()
+
+
+def under_autocast() -> dict:
+    """The errors of a few cases, which take seconds each in Triton's interpreter."""
+    cases = [("clip_loss", "gather"), ("siglip_loss", "ring"), ("sup_con views", "ring"),
+             ("cacr", "gather"), ("cacr", "ring")]  # fmt: skip
+    setups = [Setup(name, "uneven", exchange, "mean") for name, exchange in cases]
+    return {setup: compare_autocast(setup) for setup in setups}
 
 
 def everything() -> dict:

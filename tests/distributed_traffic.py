@@ -69,6 +69,17 @@ def everything() -> dict[tuple[str, str, int], list[int]]:
     return report
 
 
+def under_autocast() -> list[int]:
+    """The same of float32 features for Triton, under autocast to bfloat16, round the ring."""
+    x, y = (randn(ROWS, DIM, seed=s, dtype=torch.float32).requires_grad_() for s in (1, 2))
+    options = {"group": dist.group.WORLD, "exchange": "ring", "backend": "triton"}
+    with counted(dist.get_world_size(), dist.get_rank()) as counts:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = ck.clip_loss(x, y, 5.0, **options)
+        loss.backward()
+    return counts
+
+
 def peak(rows: int, dim: int, exchange: str) -> tuple[float, int]:
     """(loss, bytes by which forward and backward raise the peak of this process)."""
     libc = ctypes.CDLL(None)

@@ -14,6 +14,7 @@ import gloo
 import pytest
 import torch
 import torch.distributed as dist
+from oracles import BACKENDS
 
 import contrastive_kernels as ck
 from benchmarks.traffic import Step
@@ -42,6 +43,9 @@ def everything() -> dict:
         report["queues"] = distributed_training.queues()
         report["modules"] = distributed_training.modules()
         report["compiled"] = distributed_training.compiled()
+        if "triton" in BACKENDS:
+            report["autocast"] = distributed_cases.under_autocast()
+            report["autocast traffic"] = distributed_traffic.under_autocast()
     if dist.get_world_size() == 3:
         report["faults"] = distributed_faults.differences()
         report["errors"] = distributed_faults.errors()
@@ -101,6 +105,22 @@ def test_shorter_types_lose_their_own_rounding_only(world, dtype, roundings):
         for setup, errors in found.items():
             for what, error in errors.items():
                 assert error <= roundings * torch.finfo(dtype).eps, (setup, what)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not usable here")
+def test_autocast_is_that_of_one_process():
+    for report in results(2):
+        for setup, errors in report["autocast"].items():
+            for what, error in errors.items():
+                dtype, roundings = (torch.float32, 32) if what == "loss" else (torch.bfloat16, 2)
+                assert error <= roundings * torch.finfo(dtype).eps, (setup, what)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not usable here")
+def test_keys_travel_in_the_type_of_the_autocast_region():
+    step = Step(2, distributed_traffic.ROWS, distributed_traffic.DIM, 2, "ring", columns=True)
+    for report in results(2):
+        assert report["autocast traffic"] == [step.sent(), step.collectives()]
 
 
 def test_table_of_ratios(capsys):
