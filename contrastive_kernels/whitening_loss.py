@@ -174,9 +174,11 @@ def intl(
     if lam is None:
         lam = 0.01 * (math.log2(sizes[axis]) - 3)
     with full_precision(views):
-        z = _normalize_iteratively(
-            views.to(statistics_dtype(views)), axis, iterations, backend, shards
-        )
+        views = views.to(statistics_dtype(views))
+        if shards is None:
+            z = _normalize_iteratively(views, axis, iterations, backend)
+        else:
+            z = _normalize_over_ranks(views, axis, iterations, backend, shards)
         variance = z.square().sum(2 - axis) / (count - 1)
         if axis == 1:
             variance = sum_with_gradient(variance, shards)
@@ -192,33 +194,35 @@ def intl(
     return loss, LossStats(positive_similarity=mean_of(cosine, shards))
 
 
-def _normalize_iteratively(
-    x: Tensor, axis: int, iterations: int, backend: str, shards: Shards | None
-) -> Tensor:
-    """The views x (V, n, D) after IterNorm, along `axis`, of the whole batch."""
-    if shards is not None and (axis == 1 or shards.total > x.shape[2]):
-        # axis 0: P(X X^T) X = X P(X^T X), so that covariances of features, which are sums over the
-        # ranks, serve both
-        if axis == 1:
-            total, count = x.sum(1, keepdim=True), shards.total
-            centered = x - shards.sum(total) / count
-        else:
-            count = x.shape[2]
-            centered = x - x.mean(2, keepdim=True)
-        covariance = shards.sum(centered.mT @ centered) / (count - 1)
-        matrix, info = approximate_root(covariance, iterations)
-        whitening_flags.check(info)
-        return centered @ matrix
-    if shards is not None:  # few samples of many features
-        x = shards.gather_keys(x.transpose(0, 1)).transpose(0, 1)
+def _normalize_iteratively(x: Tensor, axis: int, iterations: int, backend: str) -> Tensor:
+    """The views x (V, N, D) after IterNorm along `axis`."""
     groups = x if axis == 1 else x.mT
     if backend == "reference":
         z = reference.whiten(groups, method="newton_schulz", iterations=iterations)
     else:
         z, info = whiten_newton_schulz(groups, 0.0, iterations)
         whitening_flags.check(info)
-    z = z if axis == 1 else z.mT
-    return z if shards is None else z[:, shards.own]
+    return z if axis == 1 else z.mT
+
+
+def _normalize_over_ranks(
+    x: Tensor, axis: int, iterations: int, backend: str, shards: Shards
+) -> Tensor:
+    """The same of this rank's part x (V, n, D) of the views."""
+    if axis == 0 and shards.total <= x.shape[2]:  # few samples of many features
+        views = shards.gather_keys(x.transpose(0, 1)).transpose(0, 1)
+        return _normalize_iteratively(views, axis, iterations, backend)[:, shards.own]
+    # P(X X^T) X = X P(X^T X), so that the covariances of features, which are sums over the ranks,
+    # serve axis 0 too
+    if axis == 0:
+        centered, count = x - x.mean(2, keepdim=True), x.shape[2]
+    else:
+        count = shards.total
+        centered = x - shards.sum(x.sum(1, keepdim=True)) / count
+    covariance = shards.sum(centered.mT @ centered) / (count - 1)
+    matrix, info = approximate_root(covariance, iterations)
+    whitening_flags.check(info)
+    return centered @ matrix
 
 
 def _check_views(views: Tensor) -> None:
