@@ -22,8 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .distributed import Shards
-from .ops import IdPair, check_features, check_pair, check_positive, statistics_dtype
+from .ops import (
+    IdPair,
+    check_features,
+    check_keys,
+    check_pair,
+    check_positive,
+    statistics_dtype,
+)
 from .reference import SoftplusSweep, Sweep
+from .sources import NegativeSource
 
 Loss = Tensor | tuple[Tensor, "LossStats"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -67,17 +75,21 @@ def check_views(x_name: str, x: Tensor, y_name: str, y: Tensor, *, rows: bool = 
 
 
 def check_negatives(
-    query: Tensor, negatives: Tensor, dims: tuple[int, ...] = (2, 3), *, rows: bool = True
+    query: Tensor,
+    negatives: Tensor | NegativeSource,
+    dims: tuple[int, ...] = (2, 3),
+    *,
+    rows: bool = True,
 ) -> int:
     """Raise unless `negatives` (M, D) or (N, M, D) fit `query` (N, D); return M.
 
     `rows=False`: there may be none of M or N.
     """
-    check_features("negatives", negatives, dims, rows=rows)
+    check_keys("negatives", negatives, dims, rows=rows)
     check_pair(query, negatives, "query", "negatives")
     if rows and negatives.shape[-2] == 0:
         raise ValueError(f"negatives must not be empty, got shape {tuple(negatives.shape)}")
-    if negatives.dim() == 3 and negatives.shape[0] != query.shape[0]:
+    if len(negatives.shape) == 3 and negatives.shape[0] != query.shape[0]:
         raise ValueError(
             f"negatives of shape (N, M, D) must have N = {query.shape[0]} as query has, "
             f"got {tuple(negatives.shape)}"

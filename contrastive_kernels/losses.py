@@ -30,13 +30,14 @@ from .common import (
 )
 from .distributed import Group, Shards, join
 from .ops import IdPair, check_ids, check_positive, row_dot, softplus_sweep, sweep
+from .sources import NegativeSource, as_source, is_source
 
 
 def info_nce(
     query: Tensor,
     key: Tensor,
     *,
-    negatives: Tensor | None = None,
+    negatives: Tensor | NegativeSource | None = None,
     temperature: float = 0.1,
     scale: float | Tensor | None = None,
     alpha: float | None = None,
@@ -63,6 +64,8 @@ def info_nce(
         query: (N, D).
         key: (N, D), row i is the positive of query i.
         negatives: (M, D) shared, (N, M, D) for each query, or None: the keys of the other rows.
+            Shared ones may come in chunks, a list of tensors or a `NegativeSource`, without
+            gradient.
         temperature: scale = 1 / temperature.
         scale: number or tensor of one element (may be learned), instead of 1 / temperature.
         alpha: the EqCo margin.
@@ -88,9 +91,13 @@ def info_nce(
         check_positive("alpha", alpha)
     m = 0
     if negatives is not None:
+        negatives = as_source("negatives", negatives)
         m = check_negatives(query, negatives, rows=group is None)
-        if sharded_negatives and (group is None or negatives.dim() == 3):
-            raise ValueError("sharded_negatives needs a group, and negatives of shape (M, D)")
+        own = len(negatives.shape) == 3
+        if sharded_negatives and (group is None or own or is_source(negatives)):
+            raise ValueError(
+                "sharded_negatives needs a group, and negatives of shape (M, D) in one tensor"
+            )
     if in_batch is None:
         in_batch = negatives is None
     if negatives is None and not in_batch:
@@ -117,7 +124,7 @@ def info_nce(
     elif not sharded_negatives:
         # every rank has them all; only a rank without rows needs to be told
         others = others.alone() if shards is not None and n == 0 else None
-        if n == 0 and negatives.dim() == 3:
+        if n == 0 and own:
             negatives = negatives.sum(0)  # any keys will do
 
     dot = row_dot(query, key, normalize=normalize, backend=backend, shards=shards)
@@ -189,7 +196,7 @@ def eqco(
     query: Tensor,
     key: Tensor,
     *,
-    negatives: Tensor | None = None,
+    negatives: Tensor | NegativeSource | None = None,
     alpha: float = 65536.0,
     temperature: float = 0.2,
     scale: float | Tensor | None = None,
@@ -302,7 +309,7 @@ def siglip_loss(
 def nce(
     query: Tensor,
     key: Tensor,
-    negatives: Tensor,
+    negatives: Tensor | NegativeSource,
     *,
     temperature: float = 0.07,
     num_data: int,
@@ -322,7 +329,7 @@ def nce(
     Args:
         query: (N, D).
         key: (N, D), row i is the positive of query i.
-        negatives: (m, D) shared or (N, m, D) for each query.
+        negatives: (m, D) shared, in one tensor or in chunks, or (N, m, D) for each query.
         num_data: size of the data set.
         Z: the normalisation constant, > 0; None: the estimate of this batch (`estimate_log_z`).
             The module `NCE` keeps its first estimate, as InstDis does.
@@ -334,6 +341,7 @@ def nce(
     check_views("query", query, "key", key)
     check_reduction(reduction)
     check_positive("num_data", num_data)
+    negatives = as_source("negatives", negatives)
     m = check_negatives(query, negatives)
     scale = resolve_scale(temperature)
     if log_z is None:
@@ -363,7 +371,7 @@ def nce(
 def estimate_log_z(
     query: Tensor,
     key: Tensor,
-    negatives: Tensor,
+    negatives: Tensor | NegativeSource,
     *,
     temperature: float = 0.07,
     num_data: int,

@@ -35,8 +35,11 @@ class Case(NamedTuple):
         if "exclude_rows" in tensors:
             tensors["exclude"] = (tensors.pop("exclude_rows"), tensors.pop("exclude_columns"))
         options = {**self.options, **extra}
+        chunked = options.pop("chunked", False)
         if "group" not in options:
             options.pop("sharded_negatives", None)
+        elif chunked:
+            tensors["negatives"] = tensors["negatives"].split(2)
         return getattr(module, self.loss)(**tensors, **options)
 
 
@@ -102,6 +105,9 @@ CASES = {
     "info_nce queue": Case(
         "info_nce", pair("query", "key", negatives=noise("m", "5", seed=3)), {}
     ),
+    "info_nce chunks": Case(
+        "info_nce", pair("query", "key", negatives=noise("m", "5", seed=3)), {"chunked": True}
+    ),
     "info_nce own": Case(
         "info_nce",
         pair("query", "key", negatives=noise("n", "3", "5", seed=3), key_bias=noise("3", seed=4)),
@@ -150,6 +156,9 @@ CASES = {
         "cacr",
         pair("query", "positives", negatives=noise("m", "5", seed=3)),
         {"sharded_negatives": True},
+    ),
+    "cacr chunks": Case(
+        "cacr", pair("query", "positives", negatives=noise("m", "5", seed=3)), {"chunked": True}
     ),
     "cacr rbf": Case("cacr", pair("query", "positives"), {"cost": "rbf"}, rows=False),
     "cacr_views": Case("cacr_views", lambda n, m: {"views": randn(3, n, 5)}, {}),
