@@ -224,7 +224,9 @@ class Setup(NamedTuple):
         sharded = case.options.get("sharded_negatives", False)
         part = Part(sizes, NEGATIVES[:world], rank, sharded, self.name == "info_nce own")
         whole = case.tensors(sum(sizes), sum(part.negatives))
-        whole = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in whole.items()}
+        frozen = ("negatives",) if case.options.get("chunked") else ()
+        for k, t in whole.items():
+            t.requires_grad_(t.is_floating_point() and k not in frozen)
         mine = {k: part.of(k, t).detach().requires_grad_(t.requires_grad) for k, t in whole.items()}
         if "exclude_rows" in whole and whole["exclude_rows"] is whole["exclude_columns"]:
             mine["exclude_columns"] = mine["exclude_rows"]
