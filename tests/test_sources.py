@@ -221,6 +221,20 @@ def test_number_of_passes(name, passes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_too_long_for_one_pass(backend):
+    """Triton stores parts of dL/dz for them, and its forward brings no gradient."""
+    x = randn(N, 140, seed=1).float().requires_grad_()
+    y = randn(M, 140, seed=3).float()
+    source = Source(shape=(M, 140), dtype=torch.float32, chunks=y.split(20))
+    results = []
+    for negatives in (source, y):
+        lse = sweep(x, negatives, scale=4.0, normalize=True, backend=backend).lse
+        results.append([lse, *torch.autograd.grad(lse.sum(), x)])
+    assert_same(*results, 1e-5)
+    assert source.passes == (1 if backend == "cpu" else 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend):
     source = Source(dtype=torch.float32, chunks=keys(torch.float32).split(20))
     results = []
