@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 2**25
 
 
-@runtime_checkable
 class NegativeSource(Protocol):
     """What `negatives=` takes beside tensors: keys without gradient that are read chunk by chunk.
 
@@ -126,7 +125,10 @@ class _Listed:
 
 def is_source(keys: Any) -> bool:
     """Whether keys come in chunks; a tensor has all of the protocol, and is none."""
-    return not (keys is None or isinstance(keys, Tensor)) and isinstance(keys, NegativeSource)
+    if keys is None or isinstance(keys, Tensor):
+        return False
+    # what torch.compile can trace, as it cannot isinstance() of a protocol
+    return all(hasattr(keys, name) for name in ("shape", "dtype", "__iter__"))
 
 
 def as_source(name: str, keys: Any) -> Tensor | NegativeSource:
