@@ -15,6 +15,8 @@ from contrastive_kernels import NegativeSource
 from .oracle import BLOCK, Oracle, Tensors, Truth
 
 SAMPLE = 16
+# Of a block that stays in the cache.
+KEYS = 4096
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -70,18 +72,18 @@ def negatives(tensors: Tensors, options: dict, backward: bool = True) -> Truth:
     count = len(tensors["query"])
     rows = _sample(count)
     x, key = _unit(tensors["query"][rows]), _unit(tensors["key"][rows])
-    positive = scale * (x * key).sum(1)
-    total, weighted = positive, torch.zeros_like(x)
+    # of what came so far: log-sum-exp, and the mean of the keys with the weights exp(z - lse)
+    total, mean = scale * (x * key).sum(1), key
     for y in _units(given):
-        total = torch.logaddexp(total, (scale * x @ y.T).logsumexp(1))
-    for y in _units(given):
-        weighted += (scale * x @ y.T - total[:, None]).exp() @ y
-    own = (positive - total).exp()[:, None] - 1
-    gradient = scale / count * (weighted + own * key)
+        logits = scale * x @ y.T
+        both = torch.logaddexp(total, logits.logsumexp(1))
+        part = (logits - both[:, None]).exp() @ y
+        total, mean = both, (total - both).exp()[:, None] * mean + part
+    gradient = scale / count * (mean - key)
     with torch.enable_grad():
         return Truth(math.nan, {"query": _of_raw(tensors["query"][rows], gradient)}, rows)
 
 
 def _units(keys: Tensor | NegativeSource) -> Iterator[Tensor]:
     for chunk in [keys] if isinstance(keys, Tensor) else keys:
-        yield from map(_unit, chunk.split(BLOCK // keys.shape[1]))
+        yield from map(_unit, chunk.split(KEYS))

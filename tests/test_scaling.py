@@ -36,7 +36,7 @@ def test_the_oracle_of_a_sample_has_rows_of_the_whole(name, symmetric):
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_the_oracle_of_a_sample_against_negatives(chunked, monkeypatch):
-    monkeypatch.setattr(scaling_oracle, "BLOCK", 70)
+    monkeypatch.setattr(scaling_oracle, "KEYS", 20)
     case = CASES["info_nce_frozen"]
     tensors = case.tensors(replace(SIZES, m=90))
     whole = case.oracle(tensors, case.options)
