@@ -126,7 +126,9 @@ def run(options: argparse.Namespace, keep: Callable[[dict], None]) -> dict:
             for study in STUDIES.values():
                 if options.study and study.name not in options.study:
                     continue
-                record = {"label": study.label, "title": study.title, "points": []}
+                rows = study.points(options.quick)[0].case.sizes.n
+                title = study.title.format(n=rows)
+                record = {"label": study.label, "title": title, "points": []}
                 result["studies"][study.name] = record
                 for _ in run_study(study, options, Path(folder), limit, record):
                     keep(result)

@@ -39,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Study:
-    """A size and its points; `label` names its axis, `title` what is fixed."""
+    """A size and its points; `label` names its axis, `title` what is fixed, {n} rows."""
 
     name: str
     label: str
@@ -94,12 +94,10 @@ def _threads(quick: bool) -> list[Point]:
 
 
 _STUDIES = (
-    Study(
-        "negatives", "negatives M", f"InfoNCE against frozen negatives, N = {QUERIES}", _negatives
-    ),
+    Study("negatives", "negatives M", "InfoNCE against frozen negatives, N = {n}", _negatives),
     Study("batch", "batch N", "InfoNCE in the batch", _batch),
     Study("clip", "batch N", "CLIP, both directions", _clip),
-    Study("features", "features D", "InfoNCE, N = 4096", _features),
-    Study("threads", "threads", "InfoNCE, N = 4096", _threads),
+    Study("features", "features D", "InfoNCE, N = {n}", _features),
+    Study("threads", "threads", "InfoNCE, N = {n}", _threads),
 )
 STUDIES = {study.name: study for study in _STUDIES}
