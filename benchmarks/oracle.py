@@ -21,7 +21,7 @@ class Truth(NamedTuple):
     """Value and gradients in float64; gradients of the inputs that require one.
 
     value: a tensor where that is what the step returns.
-    rows: where only these rows of the gradients are known; the value is then nan.
+    rows: where only these rows of the gradients are known; the value may then be nan: unknown.
     """
 
     value: float | Tensor

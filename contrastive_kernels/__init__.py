@@ -34,6 +34,7 @@ from .ops import RowColumnStats, RowStats, row_softplus, row_stats
 from .queue import FeatureQueue, MemoryBank
 from .ranking import mnrl
 from .self_similarity import dcl, debiased, hcl, nt_xent, sup_con
+from .sources import FileNegatives, NegativeSource
 from .transport import cacr, cacr_views, cct
 from .whitening import whiten
 from .whitening_flags import check_whitening
@@ -58,10 +59,12 @@ __all__ = [
     "Debiased",
     "EqCo",
     "FeatureQueue",
+    "FileNegatives",
     "InfoNCE",
     "LossStats",
     "MemoryBank",
     "NTXent",
+    "NegativeSource",
     "RowColumnStats",
     "RowStats",
     "SigLIPLoss",

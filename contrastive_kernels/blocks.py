@@ -1,4 +1,5 @@
-"""One block of a matrix that is spread over ranks: the operators forward and backward, by hand.
+"""One block of a matrix that is spread over ranks, or whose keys come in chunks: the operators
+forward and backward, by hand, and how the statistics of blocks merge.
 
 `statistics` and their gradients in the backward functions are those of whole rows and columns, of
 which the block has a part. Keys None: the rows against themselves.
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from . import reference, registration
 from .registration import statistics_dtype
+from .sources import NegativeSource
 
 Gradients = tuple[Tensor | None, ...]
+# of (exclude rows, exclude columns, keep rows, keep columns), as the operators take them
+Ids = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Block(NamedTuple):
-    """Rows x (n, D) against keys y (m, D); ids are (exclude rows, columns, keep rows, columns)."""
+    """Rows x (n, D) against keys y (m, D)."""
 
     backend: str
     normalize: bool
@@ -26,21 +30,24 @@ class Block(NamedTuple):
     y: Tensor | None
     scale: Tensor
     bias: Tensor | None
-    ids: tuple[Tensor | None, ...]
+    ids: Ids
 
     @property
     def operands(self) -> tuple:
         return (self.x, self.y, self.scale, self.bias, *self.ids)
 
-    def softmax(self, threshold: Tensor | None, mean: bool, columns: bool) -> Gradients:
-        """The fields of a Sweep; what was not asked for is None or empty."""
+    def softmax(
+        self, threshold: Tensor | None, mean: bool, columns: bool, attend: bool = False
+    ) -> Gradients:
+        """The fields of a Sweep, and of operators also (attended, slope), which `attend` asks for;
+        what was not asked for is None or empty."""
         if self.backend == "reference":
             return reference.sweep(
                 self.x, self.y, mean=mean, columns=columns, threshold=threshold, **self._dense()
             )
         return registration.row_stats(self.backend)(
-            *self.operands, threshold, mean, self.normalize, columns, False
-        )[:7]
+            *self.operands, threshold, mean, self.normalize, columns, attend
+        )
 
     def softplus(self, threshold: Tensor | None) -> Gradients:
         """The fields of a SoftplusSweep likewise."""
@@ -55,13 +62,16 @@ class Block(NamedTuple):
     def softmax_backward(
         self, statistics: Gradients, grads: Gradients, needs: list[bool]
     ) -> Gradients:
-        """Gradients of (x, y, scale, bias), from those of (lse, mean, col_lse, col_mean)."""
+        """Gradients of (x, y, scale, bias), from those of (lse, mean, col_lse, col_mean).
+
+        `statistics`: these, attended and slope.
+        """
         if self.backend == "reference":
             return self._dense_backward(needs, statistics, grads)
         empty = self.x.new_empty(0, dtype=statistics_dtype(self.x))
         given = [empty if t is None else t for t in statistics]
         return registration.backward("row_stats", self.backend)(
-            *self.operands, *given, empty, empty, *grads, self.normalize, needs
+            *self.operands, *given, *grads, self.normalize, needs
         )
 
     def softplus_backward(self, grad: Tensor, needs: list[bool]) -> Gradients:
@@ -97,12 +107,29 @@ class Block(NamedTuple):
                 outputs = block.softmax(None, mean, columns)[:4]
                 grads = [
                     *_shares(outputs[:2], statistics[:2], grads[:2]),
-                    *_shares(outputs[2:], statistics[2:], grads[2:]),
+                    *_shares(outputs[2:], statistics[2:4], grads[2:]),
                 ]
         given = [(t, g) for t, g in zip(outputs, grads, strict=True) if g is not None]
         outputs, grads = zip(*given, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True))
         return tuple(next(found) if need else None for need in needs)
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """Statistics (K, 1 + C) of two sets of pairs as those of their union: lse, and C means with the
+    weights exp(z - lse)."""
+    lse = torch.logaddexp(a[:, :1], b[:, :1])
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)  # no pair at all: means stay 0
+    means = (a[:, :1] - finite).exp() * a[:, 1:] + (b[:, :1] - finite).exp() * b[:, 1:]
+    return torch.cat((lse, means), 1)
+
+
+def operand_dtype(backend: str, t: Tensor | NegativeSource, device: torch.device) -> torch.dtype:
+    """What the operators of Triton make of features under autocast; of the others as they are."""
+    if backend != "triton" or t.dtype == torch.float64:
+        return t.dtype
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else t.dtype
 
 
 def _shares(part: Gradients, whole: Gradients, grads: Gradients) -> list[Tensor | None]:

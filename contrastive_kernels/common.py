@@ -22,8 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .distributed import Shards
-from .ops import IdPair, check_features, check_pair, check_positive, statistics_dtype
+from .ops import (
+    IdPair,
+    check_features,
+    check_keys,
+    check_pair,
+    check_positive,
+    statistics_dtype,
+)
 from .reference import SoftplusSweep, Sweep
+from .sources import NegativeSource
 
 Loss = Tensor | tuple[Tensor, "LossStats"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -67,17 +75,21 @@ def check_views(x_name: str, x: Tensor, y_name: str, y: Tensor, *, rows: bool = 
 
 
 def check_negatives(
-    query: Tensor, negatives: Tensor, dims: tuple[int, ...] = (2, 3), *, rows: bool = True
+    query: Tensor,
+    negatives: Tensor | NegativeSource,
+    dims: tuple[int, ...] = (2, 3),
+    *,
+    rows: bool = True,
 ) -> int:
     """Raise unless `negatives` (M, D) or (N, M, D) fit `query` (N, D); return M.
 
     `rows=False`: there may be none of M or N.
     """
-    check_features("negatives", negatives, dims, rows=rows)
+    check_keys("negatives", negatives, dims, rows=rows)
     check_pair(query, negatives, "query", "negatives")
     if rows and negatives.shape[-2] == 0:
         raise ValueError(f"negatives must not be empty, got shape {tuple(negatives.shape)}")
-    if negatives.dim() == 3 and negatives.shape[0] != query.shape[0]:
+    if len(negatives.shape) == 3 and negatives.shape[0] != query.shape[0]:
         raise ValueError(
             f"negatives of shape (N, M, D) must have N = {query.shape[0]} as query has, "
             f"got {tuple(negatives.shape)}"
@@ -186,12 +198,14 @@ def reduce_total(total: Tensor, n: int, mean: bool, shards: Shards | None = None
     return total / n if mean else total
 
 
-def replicated(negatives: Tensor, n: int, others: Shards | None) -> tuple[Tensor, Shards | None]:
+def replicated(
+    negatives: Tensor | NegativeSource, n: int, others: Shards | None
+) -> tuple[Tensor | NegativeSource, Shards | None]:
     """Negatives (M, D) or (N, M, D) that every rank has for its n rows, and what a sweep takes as
     their shards: only without rows it needs to be told."""
     if others is None or n > 0:
         return negatives, None
-    return negatives.sum(0) if negatives.dim() == 3 else negatives, others.alone()
+    return negatives.sum(0) if len(negatives.shape) == 3 else negatives, others.alone()
 
 
 def gather_only(loss: str, exchange: str) -> None:

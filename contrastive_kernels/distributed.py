@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .sources import is_source
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -356,6 +358,8 @@ def _all_reduce(value: Tensor, shards: Shards) -> Tensor:
 
 
 def _describe(value: Any) -> str:
+    if is_source(value):
+        return f"{value.dtype} (*, {value.shape[1]}) in chunks"
     if not isinstance(value, Tensor):
         return repr(value)
     shape = ", ".join(("*", *map(str, value.shape[1:]))) if value.dim() else ""

@@ -32,6 +32,7 @@ from .common import (
 )
 from .distributed import Group, Shards, collective, join
 from .ops import IdPair, check_ids, check_positive, row_dot, softplus_sweep, sweep
+from .sources import NegativeSource, as_source, is_source
 
 
 @collective
@@ -39,7 +40,7 @@ def info_nce(
     query: Tensor,
     key: Tensor,
     *,
-    negatives: Tensor | None = None,
+    negatives: Tensor | NegativeSource | None = None,
     temperature: float = 0.1,
     scale: float | Tensor | None = None,
     alpha: float | None = None,
@@ -66,6 +67,8 @@ def info_nce(
         query: (N, D).
         key: (N, D), row i is the positive of query i.
         negatives: (M, D) shared, (N, M, D) for each query, or None: the keys of the other rows.
+            Shared ones may come in chunks, a list of tensors or a `NegativeSource`, without
+            gradient.
         temperature: scale = 1 / temperature.
         scale: number or tensor of one element (may be learned), instead of 1 / temperature.
         alpha: the EqCo margin.
@@ -91,9 +94,13 @@ def info_nce(
         check_positive("alpha", alpha)
     m = 0
     if negatives is not None:
+        negatives = as_source("negatives", negatives)
         m = check_negatives(query, negatives, rows=group is None)
-        if sharded_negatives and (group is None or negatives.dim() == 3):
-            raise ValueError("sharded_negatives needs a group, and negatives of shape (M, D)")
+        own = len(negatives.shape) == 3
+        if sharded_negatives and (group is None or own or is_source(negatives)):
+            raise ValueError(
+                "sharded_negatives needs a group, and negatives of shape (M, D) in one tensor"
+            )
     if in_batch is None:
         in_batch = negatives is None
     if negatives is None and not in_batch:
@@ -190,7 +197,7 @@ def eqco(
     query: Tensor,
     key: Tensor,
     *,
-    negatives: Tensor | None = None,
+    negatives: Tensor | NegativeSource | None = None,
     alpha: float = 65536.0,
     temperature: float = 0.2,
     scale: float | Tensor | None = None,
@@ -306,7 +313,7 @@ def siglip_loss(
 def nce(
     query: Tensor,
     key: Tensor,
-    negatives: Tensor,
+    negatives: Tensor | NegativeSource,
     *,
     temperature: float = 0.07,
     num_data: int,
@@ -327,8 +334,8 @@ def nce(
     Args:
         query: (N, D).
         key: (N, D), row i is the positive of query i.
-        negatives: (m, D) shared or (N, m, D) for each query; with a `group` every rank has the
-            shared ones, and mean and Z are over the rows of all ranks.
+        negatives: (m, D) shared, in one tensor or in chunks, or (N, m, D) for each query; with a
+            `group` every rank has the shared ones, and mean and Z are over the rows of all ranks.
         num_data: size of the data set.
         Z: the normalisation constant, > 0; None: the estimate of this batch (`estimate_log_z`).
             The module `NCE` keeps its first estimate, as InstDis does.
@@ -374,7 +381,7 @@ def nce(
 def estimate_log_z(
     query: Tensor,
     key: Tensor,
-    negatives: Tensor,
+    negatives: Tensor | NegativeSource,
     *,
     temperature: float = 0.07,
     num_data: int,
@@ -408,6 +415,7 @@ def _join_nce(
 ) -> tuple[Tensor, Shards | None, Shards | None]:
     """Check the features; the negatives, and what `join` says of the rows and of them."""
     n = check_views("query", query, "key", key, rows=group is None)
+    negatives = as_source("negatives", negatives)
     m = check_negatives(query, negatives, rows=group is None or n > 0)
     check_positive("num_data", num_data)
     shards, others = join(

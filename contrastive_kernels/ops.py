@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, registration
+from . import chunks, reference, registration
 from .backends import unusable_reason
 from .reference import SoftplusSweep, Sweep
 from .registration import statistics_dtype
+from .sources import FLOATS, NegativeSource, is_source
 
 if TYPE_CHECKING:
     from .distributed import Shards
 
 IdPair = tuple[Tensor, Tensor]
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class RowStats(NamedTuple):
@@ -85,10 +84,7 @@ def check_features(name: str, x: Tensor, dims: tuple[int, ...], *, rows: bool = 
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(
-            f"{name} must be float32, float64, bfloat16 or float16, got {_dtype(x.dtype)}"
-        )
+    _check_dtype(name, x.dtype)
     if x.dim() not in dims:
         shapes = {1: "(N,)", 2: "(N, D)", 3: "(N, M, D)"}
         wanted = " or ".join(shapes[d] for d in dims)
@@ -97,9 +93,26 @@ def check_features(name: str, x: Tensor, dims: tuple[int, ...], *, rows: bool = 
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
 
 
-def check_pair(x: Tensor, y: Tensor, x_name: str = "x", y_name: str = "y") -> None:
-    """Raise unless features `x` (N, D) and `y` (..., D) fit: device, dtype family and D."""
-    if x.device != y.device:
+def check_keys(
+    name: str, keys: Tensor | NegativeSource, dims: tuple[int, ...], *, rows: bool = True
+) -> None:
+    """`check_features`, or raise unless a source has shape (M, D), not empty, and a dtype."""
+    if not is_source(keys):
+        return check_features(name, keys, dims, rows=rows)
+    _check_dtype(name, keys.dtype)
+    shape = tuple(keys.shape)
+    if len(shape) != 2:
+        raise ValueError(f"{name} in chunks must have shape (M, D), got {shape}")
+    if 0 in shape:
+        raise ValueError(f"{name} must not be empty, got shape {shape}")
+
+
+def check_pair(x: Tensor, y: Tensor | NegativeSource, x_name: str = "x", y_name: str = "y") -> None:
+    """Raise unless features `x` (N, D) and `y` (..., D) fit: device, dtype family and D.
+
+    Chunks of a source may be on any device.
+    """
+    if isinstance(y, Tensor) and x.device != y.device:
         raise ValueError(
             f"{x_name} and {y_name} must be on one device, got {x.device} and {y.device}"
         )
@@ -134,7 +147,7 @@ def check_positive(name: str, value: float) -> None:
 
 def sweep(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor | NegativeSource | None,
     *,
     scale: float | Tensor = 1.0,
     bias: Tensor | None = None,
@@ -149,18 +162,21 @@ def sweep(
 ) -> Sweep:
     """Softmax statistics of z_ij = scale <x_i, y_j> + bias_j in one sweep; see `row_stats`.
 
-    Beyond `row_stats`: y = None means y = x, computed for half of the pairs; y may hold keys of
-    its own for each query, (N, M, D); `normalize` divides rows by their norm (at least 1e-12);
-    `mean=False` leaves the mean out; `threshold` (N,) asks for rank_i = #{j: z_ij > threshold_i},
-    total_i = sum_j z_ij and count_i, the number of kept pairs, all without gradient. Fields not
-    asked for are None. `shards`: y, bias and col_ids are this rank's part of those of a group,
-    of `shards.sizes` rows; statistics of rows are over the keys of all ranks, and those of this
-    rank's columns over the rows of all.
+    Beyond `row_stats`: y = None means y = x, computed for half of the pairs; `mean=False` leaves
+    the mean out; `threshold` (N,) asks for rank_i = #{j: z_ij > threshold_i}, total_i = sum_j z_ij
+    and count_i, the number of kept pairs, all without gradient. Fields not asked for are None.
+    `shards`: y, bias and col_ids are this rank's part of those of a group, of `shards.sizes` rows;
+    statistics of rows are over the keys of all ranks, and those of this rank's columns over the
+    rows of all.
     """
     scale, bias = _check_sweep(x, y, scale, bias, exclude, keep, threshold, shards)
-    if columns and y is not None and y.dim() == 3:
-        raise ValueError("columns=True needs keys of shape (M, D), got a y of shape (N, M, D)")
+    streamed = is_source(y)
+    if columns and y is not None and (streamed or y.dim() == 3):
+        got = "in chunks" if streamed else "of shape (N, M, D)"
+        raise ValueError(f"columns=True needs keys of shape (M, D), got a y {got}")
     chosen = resolve_backend(backend, x.device)
+    if streamed:
+        return chunks.sweep(y, x, scale, bias, exclude, keep, threshold, normalize, mean, chosen)
     if shards is not None:
         return shards.sweep(
             x, y, scale, bias, exclude, keep, threshold, normalize, mean, columns, chosen
@@ -195,7 +211,7 @@ def sweep(
 
 def softplus_sweep(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor | NegativeSource | None,
     *,
     scale: float | Tensor = 1.0,
     bias: float | Tensor = 0.0,
@@ -212,15 +228,20 @@ def softplus_sweep(
     `summed`: value is the sum over the rows too, 0-d, which leaves backends more freedom.
     """
     keys = x if y is None else y
+    streamed = is_source(keys)
     if not isinstance(bias, Tensor):
         bias = None if bias == 0 else torch.full(
             (), _finite("bias", bias), dtype=statistics_dtype(x), device=x.device
         )  # fmt: skip
-    if bias is not None and bias.dim() == 0 and shards is None:
+    if bias is not None and bias.dim() == 0 and shards is None and not streamed:
         bias = bias.expand(keys.shape[-2])
     scale, bias = _check_sweep(x, keys, scale, bias, exclude, keep, threshold, shards)
     chosen = resolve_backend(backend, x.device)
-    if shards is not None:
+    if streamed:
+        out = chunks.softplus_sweep(
+            keys, x, scale, bias, exclude, keep, threshold, normalize, chosen
+        )
+    elif shards is not None:
         out = shards.softplus_sweep(
             x, keys, scale, bias, exclude, keep, threshold, normalize, chosen
         )
@@ -286,7 +307,7 @@ def row_dot(
 
 def row_stats(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | NegativeSource,
     *,
     scale: float | Tensor = 1.0,
     bias: Tensor | None = None,
@@ -305,8 +326,9 @@ def row_stats(
 
     Args:
         x: queries (N, D); float32, float64, bfloat16 or float16, any strides.
-        y: keys (M, D), or (N, M, D): keys of its own for every query. Pass the same tensor as
-            `x` for a self-similarity: it then costs half.
+        y: keys (M, D), or (N, M, D): keys of its own for every query; or (M, D) in chunks, a
+            `NegativeSource`, without gradient. Pass the same tensor as `x` for a self-similarity:
+            it then costs half.
         scale: a number or a 0-d tensor, which may need a gradient.
         bias: (M,), added to every logit of key j.
         exclude: integer ids (row_ids (N,), col_ids (M,)); pairs with equal ids are dropped.
@@ -333,7 +355,7 @@ def row_stats(
 
 def row_softplus(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | NegativeSource,
     *,
     scale: float | Tensor = 1.0,
     bias: float | Tensor = 0.0,
@@ -355,7 +377,7 @@ def row_softplus(
 
 def _check_sweep(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor | NegativeSource | None,
     scale: float | Tensor,
     bias: Tensor | None,
     exclude: IdPair | None,
@@ -365,9 +387,9 @@ def _check_sweep(
 ) -> tuple[Tensor, Tensor | None]:
     check_features("x", x, (2,), rows=shards is None)
     if y is not None:
-        check_features("y", y, (2, 3), rows=shards is None)
+        check_keys("y", y, (2, 3), rows=shards is None)
         check_pair(x, y)
-        if y.dim() == 3 and y.shape[0] != x.shape[0]:
+        if len(y.shape) == 3 and y.shape[0] != x.shape[0]:
             raise ValueError(
                 f"y of shape (N, M, D) must have one set of keys for each of the {x.shape[0]} "
                 f"rows of x, got {tuple(y.shape)}"
@@ -385,7 +407,8 @@ def _check_sweep(
     else:
         scale = torch.full((), _finite("scale", scale), dtype=dtype, device=x.device)
     if bias is not None:
-        if bias.shape != (keys,) and (shards is None or bias.dim() > 0):
+        for_all = bias.dim() == 0 and (shards is not None or is_source(y))
+        if bias.shape != (keys,) and not for_all:
             raise ValueError(f"bias must have shape ({keys},), got {tuple(bias.shape)}")
         bias = bias.to(device=x.device, dtype=dtype)
     for name, pair in (("exclude", exclude), ("keep", keep)):
@@ -422,6 +445,13 @@ def _finite(name: str, value: float) -> float:
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value}")
     return value
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {_dtype(dtype)}"
+        )
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -16,16 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocks import Block
+from .blocks import Block, Ids, merge, operand_dtype
 from .distributed import Shards
 from .exchange import Cargo, Exchange, choose
 from .reference import SoftplusSweep, Sweep
 from .registration import statistics_dtype
 
 IdPair = tuple[Tensor, Tensor]
-Ids = tuple[
-    Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]  # as the operators take them
 
 
 class Options(NamedTuple):
@@ -98,7 +95,7 @@ class _Softmax(torch.autograd.Function):
                 return None
             columns = options.columns or (options.symmetric and not own)
             out = block.softmax(None if threshold is None else threshold[rows], mean, columns)
-            stats[rows] = _merge(stats[rows], torch.stack(out[: 1 + mean], 1))
+            stats[rows] = merge(stats[rows], torch.stack(out[: 1 + mean], 1))
             for count, t in zip(monitors, out[4 : 4 + len(monitors)], strict=True):
                 count[rows] += t
             return torch.stack(out[2 : 3 + mean], 1) if columns else None
@@ -109,9 +106,9 @@ class _Softmax(torch.autograd.Function):
         if options.columns or options.symmetric:
             neutral = stats.new_tensor([-torch.inf, 0.0][: 1 + mean])
         cargo = [loaded[0], exchange.load(to_send), None, *loaded[1:]]
-        column_stats = exchange.run(cargo, visit, neutral, _merge)
+        column_stats = exchange.run(cargo, visit, neutral, merge)
         if options.symmetric:
-            stats, column_stats = _merge(stats, column_stats), None
+            stats, column_stats = merge(stats, column_stats), None
         ctx.options = options
         ctx.save_for_backward(x, scale, bias, stats, column_stats, *ids[::2], *loaded)
         ctx.set_materialize_grads(False)
@@ -133,10 +130,10 @@ class _Softmax(torch.autograd.Function):
             of_keys = torch.cat((stats, both), 1)
 
         def gradients(block: Block, rows: slice, key_stats: Tensor | None, needs: list[bool]):
-            statistics = [*_columns(stats[rows], mean), None, None]
+            statistics = [*_columns(stats[rows], mean), *4 * (None,)]
             given = [*_columns(both[rows], mean), None, None]
             if key_stats is not None and block.y is not None:
-                statistics[2:] = _columns(key_stats[:, : 1 + mean], mean)
+                statistics[2:4] = _columns(key_stats[:, : 1 + mean], mean)
                 given[2:] = _columns(key_stats[:, 1 + mean :], mean)
             return block.softmax_backward(statistics, given, needs)
 
@@ -159,7 +156,7 @@ class _Softplus(torch.autograd.Function):
 
         loaded = _load(exchange, y, ids)
         to_send = bias if bias is not None and bias.dim() else None
-        exchange.run([loaded[0], exchange.load(to_send), None, *loaded[1:]], visit, None, _merge)
+        exchange.run([loaded[0], exchange.load(to_send), None, *loaded[1:]], visit, None, merge)
         ctx.options = options
         ctx.save_for_backward(x, scale, bias, *ids[::2], *loaded)
         ctx.set_materialize_grads(False)
@@ -247,16 +244,6 @@ def _load(exchange: Exchange, y: Tensor, ids: Ids) -> list[Tensor | None]:
     return [exchange.load(y), exchange.load_ids(ids[1]), exchange.load_ids(ids[3])]
 
 
-def _merge(a: Tensor, b: Tensor) -> Tensor:
-    """Statistics (K, 1 or 2), lse and mean, of two sets of pairs as those of their union."""
-    lse = torch.logaddexp(a[:, 0], b[:, 0])
-    if a.shape[1] == 1:
-        return lse.unsqueeze(1)
-    finite = lse.masked_fill(lse == -torch.inf, 0.0)  # no pair at all: the mean stays 0
-    mean = (a[:, 0] - finite).exp() * a[:, 1] + (b[:, 0] - finite).exp() * b[:, 1]
-    return torch.stack((lse, mean), 1)
-
-
 def _columns(stats: Tensor | None, mean: bool) -> list[Tensor | None]:
     """[lse, mean] of merged statistics, None for what is not there."""
     if stats is None:
@@ -272,7 +259,4 @@ def _stack_grads(stats: Tensor, grads: tuple[Tensor | None, ...]) -> Tensor:
 
 def _autocast(backend: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """What the operators of Triton do under autocast, but before the keys travel."""
-    if backend != "triton" or not torch.is_autocast_enabled(x.device.type):
-        return x, y
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (x, y))
+    return tuple(t.to(operand_dtype(backend, t, t.device)) for t in (x, y))

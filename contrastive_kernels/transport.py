@@ -39,6 +39,7 @@ from .ops import (
     statistics_dtype,
     sweep,
 )
+from .sources import NegativeSource, as_source, is_source
 
 
 @collective
@@ -46,7 +47,7 @@ def cacr(
     query: Tensor,
     positives: Tensor,
     *,
-    negatives: Tensor | None = None,
+    negatives: Tensor | NegativeSource | None = None,
     t_pos: float = 1.0,
     t_neg: float = 2.0,
     alpha: float = 1.0,
@@ -72,7 +73,8 @@ def cacr(
     Args:
         query: (N, D).
         positives: (N, D), or (N, K, D): K positives of each query.
-        negatives: (M, D), or None: the (N - 1) K positives of all other queries, in one softmax.
+        negatives: (M, D), in one tensor or in chunks (a list of tensors or a `NegativeSource`), or
+            None: the (N - 1) K positives of all other queries, in one softmax.
         t_pos, t_neg: inverse temperatures of the weights, t_pos >= 0, t_neg > 0.
         alpha, beta: factors of attraction and repulsion.
         cost: "euclidean" or "rbf"; "rbf" has reduction="mean" only.
@@ -97,9 +99,12 @@ def cacr(
         )
     _check_options(t_pos, t_neg, cost, rbf_t, reduction)
     k = positives.shape[1] if positives.dim() == 3 else 1
-    m = 0 if negatives is None else check_negatives(query, negatives, (2,), rows=whole)
-    if sharded_negatives and (whole or negatives is None):
-        raise ValueError("sharded_negatives needs a group and negatives")
+    m = 0
+    if negatives is not None:
+        negatives = as_source("negatives", negatives)
+        m = check_negatives(query, negatives, (2,), rows=whole)
+    if sharded_negatives and (whole or negatives is None or is_source(negatives)):
+        raise ValueError("sharded_negatives needs a group, and negatives in one tensor")
     shards, others = join(
         group, exchange, "cacr", n, m, query=query, positives=positives, negatives=negatives,
         t_pos=t_pos, t_neg=t_neg, alpha=alpha, beta=beta, cost=cost, rbf_t=rbf_t,
@@ -216,7 +221,7 @@ def cct(
     query: Tensor,
     positives: Tensor,
     *,
-    negatives: Tensor | None = None,
+    negatives: Tensor | NegativeSource | None = None,
     t_pos: float = 1.0,
     t_neg: float = 2.0,
     alpha: float = 1.0,
@@ -316,7 +321,7 @@ def _attraction(distance: Tensor, t_pos: float, detach: bool) -> Tensor:
 
 def _repulsion(
     query: Tensor,
-    keys: Tensor,
+    keys: Tensor | NegativeSource,
     ids: IdPair | None,
     t_neg: float,
     cost: str,
@@ -336,7 +341,10 @@ def _repulsion(
     d = 2 - z / t do without the bias.
     """
     shift = 2.0 if normalize else _unit(query, False).square().sum(-1)
-    bias = None if normalize else -_unit(keys, False).square().sum(-1)
+    bias = None
+    if not normalize:
+        parts = keys if is_source(keys) else [keys]
+        bias = -torch.cat([_unit(part.to(query.device), False).square().sum(-1) for part in parts])
 
     def at(t: float, **options) -> Sweep:
         return sweep(

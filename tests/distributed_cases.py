@@ -63,8 +63,11 @@ class Case(NamedTuple):
         if "exclude_rows" in tensors:
             tensors["exclude"] = (tensors.pop("exclude_rows"), tensors.pop("exclude_columns"))
         options = {**self.options, **extra}
+        chunked = options.pop("chunked", False)
         if "group" not in options:
             options.pop("sharded_negatives", None)
+        elif chunked:
+            tensors["negatives"] = tensors["negatives"].split(2)
         if module is reference and self.loss in DEFINITIONS:
             return DEFINITIONS[self.loss](**tensors, **options)
         return getattr(module, self.loss)(**tensors, **options)
@@ -137,6 +140,9 @@ CASES = {
     "info_nce queue": Case(
         "info_nce", pair("query", "key", negatives=noise("m", "5", seed=3)), {}
     ),
+    "info_nce chunks": Case(
+        "info_nce", pair("query", "key", negatives=noise("m", "5", seed=3)), {"chunked": True}
+    ),
     "info_nce own": Case(
         "info_nce",
         pair("query", "key", negatives=noise("n", "3", "5", seed=3), key_bias=noise("3", seed=4)),
@@ -185,6 +191,9 @@ CASES = {
         "cacr",
         pair("query", "positives", negatives=noise("m", "5", seed=3)),
         {"sharded_negatives": True},
+    ),
+    "cacr chunks": Case(
+        "cacr", pair("query", "positives", negatives=noise("m", "5", seed=3)), {"chunked": True}
     ),
     "cacr rbf": Case("cacr", pair("query", "positives"), {"cost": "rbf"}, rows=False),
     "cacr_views": Case("cacr_views", lambda n, m: {"views": randn(3, n, 5)}, {}),
@@ -304,8 +313,10 @@ class Setup(NamedTuple):
         negatives = NEGATIVES[:world]
         whole = case.tensors(sum(sizes), sum(negatives))
         part = Part(sizes, negatives, rank, sharded, whole.get("negatives", NONE).dim() == 3)
+        frozen = ("negatives",) if case.options.get("chunked") else ()
         for name, t in whole.items():
-            t.requires_grad_(t.is_floating_point() and not name.endswith("_guide"))
+            floats = t.is_floating_point() and not name.endswith("_guide")
+            t.requires_grad_(floats and name not in frozen)
         mine = {k: part.of(k, t).detach().requires_grad_(t.requires_grad) for k, t in whole.items()}
         if "exclude_rows" in whole and whole["exclude_rows"] is whole["exclude_columns"]:
             mine["exclude_columns"] = mine["exclude_rows"]

@@ -1,0 +1,187 @@
+"""One point of a scaling study, each part of it in a process of its own, which may be cut short."""
+
+import math
+import multiprocessing
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import contrastive_kernels as ck
+
+from . import dense
+from .check import PEER_FLOAT32, TOLERANCE, error, first_line
+from .measure import Step, interleave
+from .memory import OURS, peak_of, unsupported
+from .oracle import Tensors, Truth
+from .peers import Loss
+from .scaling_cases import STUDIES, Point
+
+# The one call that is checked is also the time of a point that takes longer.
+LONG_SECONDS = 4.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A point, by its place among those of its study, and what it needs of the run.
+
+    Attributes:
+        study, index, quick: which point; cases themselves cannot be sent to a process.
+        threads: of torch.
+        bytes: that a process may have.
+        keys: the file of negatives, float32 of unit length.
+        truth: the file with the oracle's answer.
+    """
+
+    study: str
+    index: int
+    quick: bool
+    threads: int
+    bytes: int
+    keys: Path
+    truth: Path
+
+    @property
+    def point(self) -> Point:
+        return STUDIES[self.study].points(self.quick)[self.index]
+
+    def prepare(self) -> None:
+        torch.set_num_threads(self.threads)
+        resource.setrlimit(resource.RLIMIT_DATA, (self.bytes, self.bytes))
+
+    def tensors(self, contender: str) -> Tensors:
+        """Negatives of a file stay there for ours, and are read for a peer."""
+        case = self.point.case
+        if not self.point.streamed:
+            return case.tensors(case.sizes)
+        tensors = case.tensors(replace(case.sizes, m=1))
+        first = First(ck.FileNegatives(self.keys, case.sizes.d, torch.float32), case.sizes.m)
+        return tensors | {"negatives": first if contender == OURS else first.read()}
+
+    def loss(self, contender: str) -> Loss:
+        case = self.point.case
+        if contender == OURS:
+            return case.loss
+        return next(r.peer for r in case.rivals if r.peer.name == contender).load()
+
+
+class First:
+    """The first rows of a source."""
+
+    def __init__(self, source: ck.NegativeSource, rows: int) -> None:
+        self.source, self.shape, self.dtype = source, (rows, source.shape[1]), source.dtype
+
+    def __iter__(self) -> Iterator[Tensor]:
+        left = self.shape[0]
+        for chunk in self.source:
+            yield chunk[:left]
+            left -= len(chunk)
+            if left <= 0:
+                return
+
+    def read(self) -> Tensor:
+        """All of them in one tensor; chunks share a buffer."""
+        out, start = torch.empty(self.shape, dtype=self.dtype), 0
+        for chunk in self:
+            out[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return out
+
+
+class Once:
+    """A step that runs when it is first called, and afterwards gives what came then."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.value, self.seconds = step, None, math.nan
+
+    def __call__(self) -> Tensor:
+        if self.value is None:
+            start = time.perf_counter()
+            self.value = self.step()
+            self.seconds = time.perf_counter() - start
+        return self.value
+
+    def gradients(self) -> Tensors:
+        return self.step.gradients()
+
+
+def write_keys(path: Path, rows: int, dim: int) -> dict:
+    """A file of random unit vectors."""
+    generator = torch.Generator().manual_seed(0)
+    with open(path, "wb") as file:
+        for start in range(0, rows, 2**18):
+            part = torch.randn(min(2**18, rows - start), dim, generator=generator)
+            part /= part.norm(dim=1, keepdim=True)
+            file.write(part.numpy())
+    return {}
+
+
+def find_truth(task: Task) -> dict:
+    """Leaves the oracle's answer in the file."""
+    torch.set_num_threads(task.threads)
+    case = task.point.case
+    truth = case.oracle(task.tensors(OURS), case.options)
+    torch.save(tuple(truth), task.truth)
+    return {}
+
+
+def attempt(task: Task, contender: str) -> dict:
+    """One call of a contender, checked: {"mb", "seconds"}, or "reason"."""
+    task.prepare()
+    case = task.point.case
+    loss = task.loss(contender)
+    tiny = [torch.randn(64, 128, requires_grad=True) for _ in range(2)]
+    dense.info_nce(*tiny, temperature=0.1).backward()
+    if contender != OURS:
+        Step(loss, case.tensors(replace(case.sizes, n=64, m=64)), case.options)()
+    once = Once(Step(loss, task.tensors(contender), case.options))
+    mb = peak_of(once) if unsupported() is None else None
+    truth = Truth(*torch.load(task.truth))
+    wrong = error(once, truth, TOLERANCE[torch.float32] if contender == OURS else PEER_FLOAT32)
+    return {"reason": f"differs from float64: {wrong}"} if wrong else {
+        "mb": mb, "seconds": once.seconds,
+    }  # fmt: skip
+
+
+def timings(task: Task, contenders: list[str], budget: float) -> dict:
+    """The times of contenders that are known to run, in turn."""
+    task.prepare()
+    options = task.point.case.options
+    steps = {name: Step(task.loss(name), task.tensors(name), options) for name in contenders}
+    measured = interleave(steps, budget, lambda text: None, min_rounds=2)
+    return {name: timing._asdict() for name, timing in measured.items()}
+
+
+def apart(seconds: float, function: Callable[..., dict], *arguments) -> dict:
+    """function(*arguments) in a fresh process, or {"reason"}: it failed, or took too long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(theirs, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            return {"reason": f"took more than {seconds:.0f} s"}
+        return ours.recv()
+    except EOFError:
+        process.join()
+        return {"reason": f"its process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _run(connection: Connection, function: Callable[..., dict], arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
+    try:
+        result = function(*arguments)
+    except Exception as failure:
+        result = {"reason": first_line(failure)}
+    connection.send(result)
