@@ -4,6 +4,7 @@ Features are float32 or bfloat16, D = 128, not normalised unless frozen; the los
 and so does every peer, with the gradient through the normalisation.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import contrastive_kernels as ck
@@ -13,6 +14,7 @@ from .case import Case, Rival
 from .inputs import (
     Groups,
     Inputs,
+    Samples,
     Sizes,
     groups_and_upstream,
     image_text,
@@ -33,24 +35,21 @@ MEMORY_LIMIT_MB = 64
 BFLOAT16_AT_MOST = 1.0
 
 
-def two_sided(sizes: Sizes) -> float:
-    """One sweep forward (2 NMD); similarities again, and both gradients, backward (6 NMD)."""
-    return 8.0 * sizes.n * sizes.m * sizes.d
+def two_sided(sizes: Sizes, passes: str = "both") -> float:
+    """Similarities twice and two products with their gradient: 2 NMD forward and 6 backward."""
+    units = {"forward": 2.0, "backward": 6.0, "both": 8.0}[passes]
+    return units * sizes.n * sizes.m * sizes.d
 
 
-def frozen_keys(sizes: Sizes) -> float:
-    """Similarities and the gradient of the query in one sweep (4 NMD)."""
-    return 4.0 * sizes.n * sizes.m * sizes.d
+def frozen_keys(sizes: Sizes, passes: str = "both") -> float:
+    """Similarities (2 NMD), and with a gradient that of the query in the same sweep (4)."""
+    units = {"forward": 2.0, "backward": 0.0, "both": 4.0}[passes]
+    return units * sizes.n * sizes.m * sizes.d
 
 
-def forward_alone(sizes: Sizes) -> float:
-    """Similarities alone (2 NMD)."""
-    return 2.0 * sizes.n * sizes.m * sizes.d
-
-
-def half_tiles(sizes: Sizes) -> float:
+def half_tiles(sizes: Sizes, passes: str = "both") -> float:
     """A symmetric matrix of m x m, half of it computed: 1 forward and 3 backward, in m^2 D."""
-    return 4.0 * sizes.m * sizes.m * sizes.d
+    return {"forward": 1.0, "backward": 3.0, "both": 4.0}[passes] * sizes.m * sizes.m * sizes.d
 
 
 LARGE = (
@@ -147,6 +146,7 @@ def small(
     options: dict | None = None,
     *,
     k: int = 1,
+    sizes: type[Sizes] = Sizes,
     frozen: tuple[str, ...] = (),
 ) -> Case:
     """A loss at N = 256, D = 128, where it may not be slower than dense eager torch."""
@@ -154,7 +154,7 @@ def small(
         f"{name}_small",
         "small",
         loss,
-        Sizes(256, 256, k=k),
+        sizes(256, 256, k=k),
         inputs,
         oracle.whole(baseline),
         options or {},
@@ -215,14 +215,22 @@ SMALL = (
         views_and_permutations(1),
         {"group_size": 256},
         k=2,
+        sizes=Samples,
     ),
 )
 
 
-def whiten_flops(sizes: Sizes) -> float:
-    """n groups of m x d: six products with triangular or symmetric halves left out, and the
-    inverse of a Cholesky factor."""
-    return sizes.n * (6.0 * sizes.m * sizes.d**2 + sizes.d**3)
+def whiten_flops(sizes: Sizes, passes: str = "both") -> float:
+    """n groups of m x d: products with triangular or symmetric halves left out, two forward and
+    four backward, and the inverse of a Cholesky factor forward."""
+    units = {"forward": 2.0, "backward": 4.0, "both": 6.0}[passes]
+    inverse = 0 if passes == "backward" else sizes.d**3
+    return sizes.n * (units * sizes.m * sizes.d**2 + inverse)
+
+
+def w_mse_flops(sizes: Sizes, passes: str = "both") -> float:
+    """Four iterations of whitening k views, n / m groups each."""
+    return 4 * sizes.k * whiten_flops(Groups(sizes.n // sizes.m, sizes.m, sizes.d), passes)
 
 
 def whiten(count: int, rows: int, dim: int, at_most: float) -> Case:
@@ -252,12 +260,12 @@ WHITENING = (
         "w_mse",
         "whitening",
         ck.w_mse,
-        Sizes(1024, 256, k=4),
+        Samples(1024, 256, k=4),
         views_and_permutations(4),
         oracle.whole(whitening.w_mse_loop),
         {"group_size": 256},
         (Rival(peers.published(whitening.w_mse_loop), 0.3),),
-        lambda sizes: 4 * sizes.k * whiten_flops(Sizes(sizes.n // 256, 256)),
+        w_mse_flops,
     ),
 )
 
@@ -269,11 +277,21 @@ SCALING = tuple(
 )
 
 MILLION = SCALING[-1]
-MILLION_FORWARD = replace(
-    MILLION, name="info_nce_forward_1000000", flops=forward_alone, backward=False
-)
+MILLION_FORWARD = replace(MILLION, name="info_nce_forward_1000000", passes="forward")
+
+
+def with_memory(cases: Iterable[Case]) -> Iterator[Case]:
+    return (replace(case, memory=True) for case in cases)
+
 
 CASES = {
-    case.name: case for case in (*LARGE, *SWAPS, *SMALL, *WHITENING, *SCALING, MILLION_FORWARD)
+    case.name: case
+    for case in (
+        *with_memory(replace(case, bfloat16_at_most=BFLOAT16_AT_MOST) for case in LARGE),
+        *with_memory(SWAPS),
+        *SMALL,
+        *WHITENING,
+        *SCALING[:-1],
+        *with_memory((MILLION, MILLION_FORWARD)),
+    )
 }
-MEMORY_CASES = {case.name for case in (*LARGE, *SWAPS, MILLION, MILLION_FORWARD)}

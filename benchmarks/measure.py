@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,10 @@ from .peers import Loss
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
 MIN_SAMPLE_SECONDS = 0.01
 
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64,
+}  # fmt: skip
+
 # Seconds per call of so many calls.
 Sample = Callable[[Callable[[], object], int], float]
 
@@ -23,22 +27,35 @@ Sample = Callable[[Callable[[], object], int], float]
 GEMM_SHAPES = ((2048, 2048, 2048), (4096, 4096, 512), (1024, 4096, 128), (256, 512, 128))
 
 
+# What a step times: the forward pass under no_grad, the backward pass, or one after the other.
+PASSES = ("forward", "backward", "both")
+
+
 @dataclass(frozen=True)
 class Step:
-    """One call of a loss on its tensors, with the backward pass if asked for."""
+    """One call of a loss on its tensors: one pass of PASSES, or both."""
 
     loss: Loss
     tensors: Tensors
     options: dict
-    backward: bool = True
+    passes: str = "both"
 
     def __call__(self) -> Tensor:
         self.clear()
-        with torch.set_grad_enabled(self.backward):
+        if self.passes == "backward":
+            value = self.kept
+            value.backward(retain_graph=True)
+            return value.detach()
+        with torch.set_grad_enabled(self.passes == "both"):
             value = self.loss(**self.tensors, **self.options)
-        if self.backward:
+        if self.passes == "both":
             value.backward()
         return value.detach()
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """The value whose graph the backward pass alone goes through on every call."""
+        return self.loss(**self.tensors, **self.options)
 
     def clear(self) -> None:
         for t in self.tensors.values():
@@ -85,7 +102,7 @@ def interleave(
     rounds = max(min_rounds, min(MAX_ROUNDS, int(budget / round_seconds)))
     samples: dict[str, list[float]] = {name: [] for name in names}
     for done in range(rounds):
-        progress(f"round {done + 1} of {rounds}")
+        progress(f"timing {len(names)} contenders, round {done + 1} of {rounds}")
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:
             samples[name].append(1e3 * sample(calls[name], repeats[name]))

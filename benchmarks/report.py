@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import gpu_report
-from .markdown import milliseconds, share, table
+from .markdown import asked_for, milliseconds, share, table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -93,8 +93,8 @@ def small_row(record: dict) -> list[str]:
 
 def brief(reason: str) -> str:
     """Why a peer has no time; of torch's message that memory is out, what it asked for."""
-    asked = re.search(r"tried to allocate (\d+) bytes", reason)
-    return f"out of memory: asked for {int(asked[1]) / 1e9:.0f} GB" if asked else reason
+    asked = asked_for(reason)
+    return reason if asked is None else f"out of memory: asked for {asked / 1e9:.0f} GB"
 
 
 def swap_row(record: dict) -> list[str]:
