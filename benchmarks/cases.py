@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import contrastive_kernels as ck
 
-from . import dense, oracle, peers, whitening
+from . import chunked, dense, gpu_peers, keops_peers, oracle, peers, whitening
 from .case import Case, Rival
 from .inputs import (
     Groups,
@@ -27,7 +27,7 @@ from .inputs import (
     related_views,
     views_and_permutations,
 )
-from .peers import Loss
+from .peers import Loss, Peer
 from .swap_cases import SWAPS
 
 TEMPERATURE = {"temperature": 0.1}
@@ -52,6 +52,11 @@ def half_tiles(sizes: Sizes, passes: str = "both") -> float:
     return {"forward": 1.0, "backward": 3.0, "both": 4.0}[passes] * sizes.m * sizes.m * sizes.d
 
 
+def on_request(loss: Loss, *others: Peer) -> tuple[Rival, ...]:
+    """What takes long: torch.compile of the dense baseline, and others."""
+    return tuple(Rival(peer, None, on_request=True) for peer in (peers.compiled(loss), *others))
+
+
 LARGE = (
     Case(
         "info_nce",
@@ -65,6 +70,15 @@ LARGE = (
             Rival(peers.dense(dense.info_nce), 0.28),
             Rival(peers.LINEAR_CROSS_ENTROPY, 0.70),
             Rival(peers.LINEAR_CROSS_ENTROPY_512, 0.70),
+            *on_request(
+                dense.info_nce,
+                peers.chunked(chunked.info_nce),
+                peers.INFO_NCE_PYTORCH,
+                peers.SENTENCE_TRANSFORMERS,
+                keops_peers.KEOPS_INFO_NCE,
+                gpu_peers.FLEX_INFO_NCE,
+                gpu_peers.INF_CL_INFO_NCE,
+            ),
         ),
         two_sided,
     ),
@@ -76,7 +90,11 @@ LARGE = (
         pairs("query", "key"),
         oracle.by_rows(oracle.info_nce),
         TEMPERATURE | {"symmetric": True},
-        (Rival(peers.OPEN_CLIP_SYMMETRIC, 0.20), Rival(peers.dense(dense.info_nce), None)),
+        (
+            Rival(peers.OPEN_CLIP_SYMMETRIC, 0.20),
+            Rival(peers.dense(dense.info_nce), None),
+            *on_request(dense.info_nce),
+        ),
         two_sided,
     ),
     Case(
@@ -87,7 +105,16 @@ LARGE = (
         image_text,
         oracle.by_rows(oracle.clip_loss),
         {},
-        (Rival(peers.OPEN_CLIP, 0.20), Rival(peers.dense(dense.clip_loss), None)),
+        (
+            Rival(peers.OPEN_CLIP, 0.20),
+            Rival(peers.dense(dense.clip_loss), None),
+            *on_request(
+                dense.clip_loss,
+                peers.chunked(chunked.clip_loss),
+                keops_peers.KEOPS_CLIP,
+                gpu_peers.INF_CL_CLIP,
+            ),
+        ),
         two_sided,
     ),
     Case(
@@ -98,7 +125,11 @@ LARGE = (
         pairs("z1", "z2"),
         oracle.by_rows(oracle.nt_xent),
         TEMPERATURE,
-        (Rival(peers.dense(dense.nt_xent), 0.20), Rival(peers.LIGHTLY, 0.12)),
+        (
+            Rival(peers.dense(dense.nt_xent), 0.20),
+            Rival(peers.LIGHTLY, 0.12),
+            *on_request(dense.nt_xent, peers.chunked(chunked.nt_xent), gpu_peers.FLEX_NT_XENT),
+        ),
         half_tiles,
     ),
     Case(
@@ -109,7 +140,15 @@ LARGE = (
         queue,
         oracle.by_rows(oracle.info_nce),
         TEMPERATURE,
-        (Rival(peers.dense(dense.info_nce), 0.30),),
+        (
+            Rival(peers.dense(dense.info_nce), 0.30),
+            *on_request(
+                dense.info_nce,
+                peers.chunked(chunked.info_nce),
+                keops_peers.KEOPS_INFO_NCE,
+                gpu_peers.FLEX_INFO_NCE,
+            ),
+        ),
         frozen_keys,
         frozen=("negatives",),
     ),
@@ -121,7 +160,7 @@ LARGE = (
         positives_and_negatives,
         oracle.by_rows(oracle.cacr),
         {},
-        (Rival(peers.dense(dense.cacr), 0.25),),
+        (Rival(peers.dense(dense.cacr), 0.25), *on_request(dense.cacr)),
         two_sided,
     ),
     Case(
@@ -132,7 +171,11 @@ LARGE = (
         labelled,
         oracle.by_rows(oracle.sup_con),
         TEMPERATURE,
-        (Rival(peers.PYTORCH_METRIC_LEARNING, 0.05), Rival(peers.dense(dense.sup_con), None)),
+        (
+            Rival(peers.PYTORCH_METRIC_LEARNING, 0.05),
+            Rival(peers.dense(dense.sup_con), None),
+            *on_request(dense.sup_con),
+        ),
         half_tiles,
     ),
 )
@@ -148,6 +191,7 @@ def small(
     k: int = 1,
     sizes: type[Sizes] = Sizes,
     frozen: tuple[str, ...] = (),
+    others: tuple[Peer, ...] = (),
 ) -> Case:
     """A loss at N = 256, D = 128, where it may not be slower than dense eager torch."""
     return Case(
@@ -158,7 +202,7 @@ def small(
         inputs,
         oracle.whole(baseline),
         options or {},
-        (Rival(peers.dense(baseline), 1.0),),
+        (Rival(peers.dense(baseline), 1.0), *on_request(baseline, *others)),
         frozen=frozen,
     )
 
@@ -191,7 +235,13 @@ SMALL = (
     ),
     small("nt_xent", ck.nt_xent, dense.nt_xent, pairs("z1", "z2"), TEMPERATURE),
     small("clip_loss", ck.clip_loss, dense.clip_loss, image_text),
-    small("siglip_loss", ck.siglip_loss, dense.siglip_loss, image_text_bias),
+    small(
+        "siglip_loss",
+        ck.siglip_loss,
+        dense.siglip_loss,
+        image_text_bias,
+        others=(peers.chunked(chunked.siglip_loss), gpu_peers.SIGLIP_KERNEL),
+    ),
     small("sup_con", ck.sup_con, dense.sup_con, labelled, TEMPERATURE),
     small("dcl", ck.dcl, dense.dcl, pairs("z1", "z2"), TEMPERATURE),
     small("dclw", ck.dcl, dense.dcl, pairs("z1", "z2"), TEMPERATURE | {"sigma": 0.5}),

@@ -9,7 +9,7 @@ from .contenders import DENSE, OURS, Contender, contenders
 from .markdown import asked_for
 from .measure import Timing
 
-NAME = 42
+NAME = 52
 HEAD = (
     f"  {'contender':{NAME}s} {'median':>11s}  {'p20 .. p80':^22s} {'ours/theirs':>11s}"
     f" {'peak memory':>11s} {'GFLOP/s':>8s} {'of GEMM':>7s}"

@@ -108,7 +108,8 @@ def _memory(case: Case, threads: int, progress: Progress) -> dict:
     """Peak memory of the case in its dtypes, and of its peers: {contender: {"mb" or "reason"}}."""
     results = {}
     contenders = [(OURS, OURS, case)]
-    if case.bounded and case.dtype != torch.bfloat16:
+    in_table = case.bounded or case.bfloat16_at_most is not None
+    if in_table and case.dtype != torch.bfloat16:
         contenders.append((OURS_BFLOAT16, OURS, replace(case, dtype=torch.bfloat16)))
     contenders += [(rival.peer.name, rival.peer.name, case) for rival in case.rivals]
     for name, contender, variant in contenders:

@@ -31,7 +31,7 @@ def kept_tiles(sizes: Sizes, passes: str = "both") -> float:
 
 def against(loss: Loss, in_chunks: Loss, *others: Peer) -> tuple[Rival, ...]:
     """Dense, compiled, chunked and other peers, to compare with: large cases have bounds in ms."""
-    chosen = (peers.dense(loss), gpu_peers.compiled(loss), gpu_peers.chunked(in_chunks), *others)
+    chosen = (peers.dense(loss), peers.compiled(loss), peers.chunked(in_chunks), *others)
     return tuple(Rival(peer, None) for peer in chosen)
 
 
@@ -102,7 +102,7 @@ def small(name: str, sizes: Sizes, flops: Callable[[Sizes], float]) -> Case:
         case,
         sizes=sizes,
         flops=flops,
-        rivals=(*case.rivals, Rival(gpu_peers.compiled(loss), None)),
+        rivals=(case.rivals[0], Rival(peers.compiled(loss), None)),
         graph_at_most=GRAPH_AT_MOST,
     )
 

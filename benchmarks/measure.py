@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from .oracle import Tensors
 from .peers import Loss
@@ -55,7 +56,9 @@ class Step:
     @cached_property
     def kept(self) -> Tensor:
         """The value whose graph the backward pass alone goes through on every call."""
-        return self.loss(**self.tensors, **self.options)
+        # a compiled graph can be gone through again only if that is known when it is made
+        with functorch_config.patch(donated_buffer=False):
+            return self.loss(**self.tensors, **self.options)
 
     def clear(self) -> None:
         for t in self.tensors.values():

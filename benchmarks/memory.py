@@ -144,13 +144,14 @@ def _send(sender: Connection, name: str, changes: dict, contender: str, threads:
 
 
 def _peak(case: Case, contender: str) -> float:
-    if contender == OURS:
-        loss = case.under_test
-    else:
-        loss = next(rival.peer for rival in case.rivals if rival.peer.name == contender).load()
+    peer = None
+    if contender != OURS:
+        peer = next(rival.peer for rival in case.rivals if rival.peer.name == contender)
+    loss = case.under_test if peer is None else peer.load()
     tiny = [torch.randn(64, 128, dtype=case.dtype, requires_grad=True) for _ in range(2)]
     dense.info_nce(*tiny, temperature=0.1).backward()
-    if contender != OURS:
-        few = replace(case, sizes=case.sizes.tiny())
+    if peer is not None:
+        # what compiles does so for each size
+        few = case if peer.compiles else replace(case, sizes=case.sizes.tiny())
         few.step(loss, few.tensors())()
     return peak_of(case.step(loss, case.tensors()))

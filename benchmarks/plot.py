@@ -1,4 +1,4 @@
-"""The picture of a result: curves where a size was swept, and bars elsewhere."""
+"""The picture of a result: curves where a size was swept, and dots elsewhere."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def draw(result: dict, stem: Path) -> list[Path]:
         stem = stem.with_suffix("")
     records = [record for record in result["cases"] if "failed" not in record]
     swept = _swept(records)
-    made = _bars(records) if swept is None else _curves(records, swept)
+    made = _dots(records) if swept is None else _curves(records, swept)
     made.suptitle(result["environment"]["device"], fontsize=9, x=0.01, ha="left")
     return save(made, stem)
 
@@ -96,8 +96,8 @@ def _curve(axes: Axes, records: list[dict], swept: str, measure: str, colors: di
         axes.set_yscale("log")
 
 
-def _bars(records: list[dict]) -> Figure:
-    """Time and memory side by side, a bar for each contender of each case."""
+def _dots(records: list[dict]) -> Figure:
+    """Time and memory side by side, a dot for each contender of each case."""
     colors = _colors(records)
     entries, names, place = [], [], 0.0
     for record in records:
@@ -111,11 +111,15 @@ def _bars(records: list[dict]) -> Figure:
         drawn = [(y, one, _value(one, measure)) for y, one in entries]
         drawn = [(y, one, value) for y, one, value in drawn if value is not None and value > 0]
         for y, one, value in drawn:
-            axis.barh(y, value, height=0.8, color=colors[one.name])
+            # dots: a bar would need a zero, which a logarithmic axis has not
+            axis.plot(value, y, "o", markersize=7, color=colors[one.name])
+            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
             axis.annotate(
-                f"{value:.3g}", (value, y), xytext=(3, 0), textcoords="offset points",
+                text, (value, y), xytext=(7, 0), textcoords="offset points",
                 va="center", fontsize=7,
             )  # fmt: skip
+        axis.grid(axis="x", color="#e4e4e4")
+        axis.set_axisbelow(True)
         axis.set_yticks([y for y, _ in entries], [one.name for _, one in entries], fontsize=7)
         axis.set_ylim(place, -0.9)
         for y, text in names:
