@@ -63,8 +63,8 @@ def title(record: dict) -> str:
     return text + ("" if record["backend"] == "auto" else f"  on {record['backend']}")
 
 
-def rows(record: dict, memory_limit: float) -> list[str]:
-    """A case in the table."""
+def rows(record: dict, memory_limit: float | None) -> list[str]:
+    """A case in the table; None: our memory has no bound there."""
     lines = [title(record)]
     if "failed" in record:
         return [*lines, f"  FAILED: {record['failed']}"]
@@ -83,7 +83,7 @@ def brief(reason: str) -> str:
     return reason if asked is None else f"OOM: asked for {asked / 1e9:.1f} GB"
 
 
-def _row(one: Contender, memory_limit: float) -> str:
+def _row(one: Contender, memory_limit: float | None) -> str:
     memory = "" if one.memory_mb is None else f"{one.memory_mb:.1f} MB"
     if one.milliseconds is None:
         return f"  {one.name:{NAME}s} {brief(one.reason)}" + (memory and f"; peak memory {memory}")
@@ -96,7 +96,7 @@ def _row(one: Contender, memory_limit: float) -> str:
     text += f" {memory:>11s} {rate:>8s} {fraction:>7s}"
     if one.at_most is not None:
         text += f"  at most {one.at_most:.2f}: {_met(one.ratio, one.at_most)}"
-    if one.name.startswith(OURS) and one.memory_mb is not None:
+    if None not in (memory_limit, one.memory_mb) and one.name.startswith(OURS):
         text += f"  at most {memory_limit:.0f} MB: {_met(one.memory_mb, memory_limit)}"
     return text
 

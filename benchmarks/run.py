@@ -178,7 +178,8 @@ def _on_cpu(options: argparse.Namespace, cases: list[Case]) -> tuple[dict, Measu
             with_memory=with_memory,
             count=f"[{done + 1}/{len(cases)}] ",
         )
-        print("\n".join(rows(record, MEMORY_LIMIT_MB)), flush=True)
+        limit = MEMORY_LIMIT_MB if case.bounded else None
+        print("\n".join(rows(record, limit)), flush=True)
         return record
 
     head = _head(options, environment) | {
