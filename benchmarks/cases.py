@@ -4,7 +4,7 @@ Features are float32 or bfloat16, D = 128, not normalised unless frozen; the los
 and so does every peer, with the gradient through the normalisation.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import contrastive_kernels as ck
@@ -191,6 +191,7 @@ def small(
     k: int = 1,
     sizes: type[Sizes] = Sizes,
     frozen: tuple[str, ...] = (),
+    flops: Callable[[Sizes, str], float] | None = None,
     others: tuple[Peer, ...] = (),
 ) -> Case:
     """A loss at N = 256, D = 128, where it may not be slower than dense eager torch."""
@@ -203,6 +204,7 @@ def small(
         oracle.whole(baseline),
         options or {},
         (Rival(peers.dense(baseline), 1.0), *on_request(baseline, *others)),
+        flops,
         frozen=frozen,
     )
 
@@ -210,13 +212,21 @@ def small(
 DEBIASED = {"temperature": 0.5, "tau_plus": 0.1}
 
 SMALL = (
-    small("info_nce", ck.info_nce, dense.info_nce, pairs("query", "key"), TEMPERATURE),
+    small(
+        "info_nce",
+        ck.info_nce,
+        dense.info_nce,
+        pairs("query", "key"),
+        TEMPERATURE,
+        flops=two_sided,
+    ),
     small(
         "info_nce_symmetric",
         ck.info_nce,
         dense.info_nce,
         pairs("query", "key"),
         TEMPERATURE | {"symmetric": True},
+        flops=two_sided,
     ),
     small(
         "info_nce_frozen",
@@ -225,6 +235,7 @@ SMALL = (
         queue,
         TEMPERATURE,
         frozen=("negatives",),
+        flops=frozen_keys,
     ),
     small(
         "eqco",
@@ -232,9 +243,10 @@ SMALL = (
         dense.eqco,
         pairs("query", "key"),
         {"alpha": 65536.0, "temperature": 0.2},
+        flops=two_sided,
     ),
     small("nt_xent", ck.nt_xent, dense.nt_xent, pairs("z1", "z2"), TEMPERATURE),
-    small("clip_loss", ck.clip_loss, dense.clip_loss, image_text),
+    small("clip_loss", ck.clip_loss, dense.clip_loss, image_text, flops=two_sided),
     small(
         "siglip_loss",
         ck.siglip_loss,
@@ -242,7 +254,7 @@ SMALL = (
         image_text_bias,
         others=(peers.chunked(chunked.siglip_loss), gpu_peers.SIGLIP_KERNEL),
     ),
-    small("sup_con", ck.sup_con, dense.sup_con, labelled, TEMPERATURE),
+    small("sup_con", ck.sup_con, dense.sup_con, labelled, TEMPERATURE, flops=half_tiles),
     small("dcl", ck.dcl, dense.dcl, pairs("z1", "z2"), TEMPERATURE),
     small("dclw", ck.dcl, dense.dcl, pairs("z1", "z2"), TEMPERATURE | {"sigma": 0.5}),
     small("debiased", ck.debiased, dense.debiased, pairs("z1", "z2"), DEBIASED),

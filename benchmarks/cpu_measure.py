@@ -1,6 +1,7 @@
 """One case on a CPU: checked first, then time and peak memory beside its peers."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -9,10 +10,17 @@ from .case import Case
 from .check import PEER_ON_CPU, TOLERANCE, checked_peers, first_line, reason
 from .console import Progress
 from .contenders import OURS, OURS_BFLOAT16
-from .measure import Step, Timing, interleave
+from .measure import MIN_ROUNDS, Step, Timing, interleave
 
-# Seconds for the rounds of one case.
-FULL_BUDGET, QUICK_BUDGET = 15.0, 0.5
+
+class Effort(NamedTuple):
+    """Seconds for the rounds of one case, and the least number of rounds."""
+
+    seconds: float
+    rounds: int
+
+
+FULL, QUICK = Effort(15.0, MIN_ROUNDS), Effort(0.5, 3)
 
 
 def measure(
@@ -20,7 +28,7 @@ def measure(
     gemm: dict[str, float],
     threads: int,
     *,
-    budget: float = FULL_BUDGET,
+    effort: Effort = FULL,
     with_memory: bool = True,
     count: str = "",
 ) -> dict:
@@ -28,7 +36,6 @@ def measure(
 
     Args:
         gemm: operations per second of the best matrix product in each dtype.
-        budget: seconds for the rounds.
         with_memory: whether peak memory is measured where the case wants it.
         count: how far the run is, for the progress.
     """
@@ -36,7 +43,7 @@ def measure(
     progress = Progress(f"{count}{case.name}")
     try:
         with headroom.limited():
-            record |= _timed(case, gemm, budget, progress)
+            record |= _timed(case, gemm, effort, progress)
         if with_memory and case.memory and "failed" not in record:
             record["memory"] = _memory(case, threads, progress)
     except Exception as failure:
@@ -46,7 +53,7 @@ def measure(
     return record
 
 
-def _timed(case: Case, gemm: dict[str, float], budget: float, progress: Progress) -> dict:
+def _timed(case: Case, gemm: dict[str, float], effort: Effort, progress: Progress) -> dict:
     progress("float64 oracle")
     tensors = case.tensors()
     truth = case.truth(tensors)
@@ -65,7 +72,8 @@ def _timed(case: Case, gemm: dict[str, float], budget: float, progress: Progress
         if not wrong:
             steps[OURS_BFLOAT16] = half
     progress(f"timing {len(steps)} contenders")
-    return _with_timings(case, result, interleave(steps, budget, progress.passing), gemm)
+    timings = interleave(steps, effort.seconds, progress.passing, min_rounds=effort.rounds)
+    return _with_timings(case, result, timings, gemm)
 
 
 def _in_bfloat16(case: Case) -> tuple[Step, str | None]:

@@ -1,6 +1,7 @@
 """The command line: its options, and the cases that they choose."""
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -49,6 +50,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
             raise ValueError("--plot needs matplotlib: pip install 'contrastive_kernels[bench]'")
         if options.device == "cuda" and not options.list and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a GPU: torch.cuda.is_available() is False")
+        for flag, path in (("--json", options.json), ("--plot", options.plot)):
+            _check_file(flag, path)
         return options, chosen(options)
     except ValueError as error:
         parser.error(str(error))
@@ -113,6 +116,22 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     output.add_argument("--plot", type=Path, metavar="PATH", help="PATH.svg and PATH.png")
     return parser
+
+
+def _check_file(flag: str, path: Path | None) -> None:
+    """Makes the folder of a file that is to be written: better now than after the first case.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} must be a file that can be written: {error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{flag} must be a file that can be written, got {path}")
 
 
 def _positive(text: str) -> int:

@@ -169,9 +169,10 @@ def section(result: dict) -> list[str]:
         lines += ["only after value and gradients agreed with float64 in the same run.", ""]
         lines += [*large_table(groups["large"]), ""]
         half = [record for record in groups["large"] if "bfloat16" in record]
-        lines += ["bfloat16 inputs beside float32:", ""]
-        head = ["case", "float32", "bfloat16", "bfloat16 / float32", "of GEMM rate"]
-        lines += [*table(head, map(bfloat16_row, half)), ""]
+        if half:
+            lines += ["bfloat16 inputs beside float32:", ""]
+            head = ["case", "float32", "bfloat16", "bfloat16 / float32", "of GEMM rate"]
+            lines += [*table(head, map(bfloat16_row, half)), ""]
     if "whitening" in groups:
         lines += [
             "Whitening, forward and backward, float32: N groups of n x D; for `w_mse` N samples"

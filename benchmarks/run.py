@@ -167,14 +167,14 @@ def _on_cpu(options: argparse.Namespace, cases: list[Case]) -> tuple[dict, Measu
     gemm = {name: gemm_flops(dtype) for name, dtype in DTYPES.items() if dtype in used}
     print("GEMM rate: " + ", ".join(f"{n} {rate / 1e9:.0f} GFLOP/s" for n, rate in gemm.items()))
     print(HEAD, flush=True)
-    budget = cpu_measure.QUICK_BUDGET if options.quick else cpu_measure.FULL_BUDGET
+    effort = cpu_measure.QUICK if options.quick else cpu_measure.FULL
 
     def measure(case: Case, done: int) -> dict:
         record = cpu_measure.measure(
             case,
             gemm,
             options.threads,
-            budget=budget,
+            effort=effort,
             with_memory=with_memory,
             count=f"[{done + 1}/{len(cases)}] ",
         )

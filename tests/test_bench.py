@@ -42,7 +42,7 @@ def short(monkeypatch):
     """One thread, few rounds, and a made-up rate of matrix products."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(cpu_measure, "FULL_BUDGET", 0.0)
+    monkeypatch.setattr(cpu_measure, "FULL", cpu_measure.Effort(0.0, 5))
     monkeypatch.setattr(run, "gemm_flops", lambda dtype: GEMM)
     yield
     torch.set_num_threads(threads)
@@ -170,6 +170,15 @@ def test_what_is_not_here_gets_a_sentence(monkeypatch, capsys):
         chosen("--plot", "picture")
     wanted = "--plot needs matplotlib: pip install 'contrastive_kernels[bench]'"
     assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_results_go_into_files(flag, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "x.json"):
+        with pytest.raises(SystemExit):
+            chosen(flag, str(path))
+        assert f"{flag} must be a file that can be written" in capsys.readouterr().err
 
 
 def test_the_command_repeats_the_run():
