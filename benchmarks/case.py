@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from .inputs import Inputs, Sizes
-from .measure import Step
+from .measure import BackwardStep, Step
 from .oracle import Oracle, Tensors, Truth
 from .peers import Lazy, Loss, Peer
 
@@ -100,7 +100,8 @@ class Case:
 
     def step(self, loss: Loss, tensors: Tensors) -> Step:
         """One call of a loss, ours or a peer's."""
-        return Step(loss, tensors, self.options, self.passes)
+        kind = BackwardStep if self.passes == "backward" else Step
+        return kind(loss, tensors, self.options, self.backward)
 
     def resized(self, sizes: Sizes) -> "Case":
         """The case with sizes that are not the table's: without bounds."""

@@ -3,13 +3,12 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
 
 from .oracle import Tensors
 from .peers import Loss
@@ -34,31 +33,20 @@ PASSES = ("forward", "backward", "both")
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a loss on its tensors: one pass of PASSES, or both."""
+    """One call of a loss on its tensors, with the backward pass if asked for."""
 
     loss: Loss
     tensors: Tensors
     options: dict
-    passes: str = "both"
+    backward: bool = True
 
     def __call__(self) -> Tensor:
         self.clear()
-        if self.passes == "backward":
-            value = self.kept
-            value.backward(retain_graph=True)
-            return value.detach()
-        with torch.set_grad_enabled(self.passes == "both"):
+        with torch.set_grad_enabled(self.backward):
             value = self.loss(**self.tensors, **self.options)
-        if self.passes == "both":
+        if self.backward:
             value.backward()
         return value.detach()
-
-    @cached_property
-    def kept(self) -> Tensor:
-        """The value whose graph the backward pass alone goes through on every call."""
-        # a compiled graph can be gone through again only if that is known when it is made
-        with functorch_config.patch(donated_buffer=False):
-            return self.loss(**self.tensors, **self.options)
 
     def clear(self) -> None:
         for t in self.tensors.values():
@@ -66,6 +54,24 @@ class Step:
 
     def gradients(self) -> Tensors:
         return {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
+
+
+@dataclass(frozen=True)
+class BackwardStep(Step):
+    """The backward pass alone, of a forward pass that `prepare` makes for each call."""
+
+    graph: list[Tensor] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        self.graph[:] = [self.loss(**self.tensors, **self.options)]
+
+    def __call__(self) -> Tensor:
+        if not self.graph:
+            self.prepare()
+        self.clear()
+        value = self.graph.pop()
+        value.backward()
+        return value.detach()
 
 
 class Timing(NamedTuple):
@@ -85,6 +91,17 @@ def host_sample(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def _sampled(sample: Sample, call: Callable[[], object], repeats: int) -> float:
+    """Seconds per call, without what it has to prepare for each."""
+    if not isinstance(call, BackwardStep):
+        return sample(call, repeats)
+    seconds = 0.0
+    for _ in range(repeats):
+        call.prepare()
+        seconds += sample(call, 1)
+    return seconds / repeats
+
+
 def interleave(
     calls: Mapping[str, Callable[[], object]],
     budget: float,
@@ -99,7 +116,7 @@ def interleave(
     most 40.
     """
     names = list(calls)
-    first = {name: sample(calls[name], 1) for name in names}
+    first = {name: _sampled(sample, calls[name], 1) for name in names}
     repeats = {n: max(1, round(MIN_SAMPLE_SECONDS / seconds)) for n, seconds in first.items()}
     round_seconds = sum(first[name] * repeats[name] for name in names)
     rounds = max(min_rounds, min(MAX_ROUNDS, int(budget / round_seconds)))
@@ -108,7 +125,7 @@ def interleave(
         progress(f"timing {len(names)} contenders, round {done + 1} of {rounds}")
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(1e3 * sample(calls[name], repeats[name]))
+            samples[name].append(1e3 * _sampled(sample, calls[name], repeats[name]))
     return {name: _timing(values) for name, values in samples.items()}
 
 
@@ -125,6 +142,8 @@ def gemm_flops(dtype: torch.dtype) -> float:
     """
     best = 0.0
     one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if dtype == torch.float64:  # which oneDNN has not
+        one_dnn = None
     for m, n, k in GEMM_SHAPES:
         x, y, out = (torch.rand(s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
         calls = [partial(torch.mm, x, y.T, out=out)]

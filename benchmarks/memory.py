@@ -28,7 +28,7 @@ from . import dense, headroom
 from .case import Case
 from .cases import CASES
 from .check import first_line
-from .measure import Step
+from .measure import BackwardStep, Step
 from .peers import PeerUnavailable
 
 OURS = "ours"
@@ -63,8 +63,8 @@ def _load_libraries() -> None:
 
 def peak_of(step: Step) -> float:
     """Peak beyond inputs and gradients of one call, in MB (10^6 bytes)."""
-    if step.passes == "backward":
-        step.kept  # noqa: B018 - the forward pass belongs to what was there before
+    if isinstance(step, BackwardStep):
+        step.prepare()
     _load_libraries()
     ctypes.CDLL(None).malloc_trim(0)
     # 5 resets the high-water mark; see proc_pid_clear_refs(5)

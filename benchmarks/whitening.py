@@ -20,7 +20,8 @@ def projected(whiten: Whiten) -> Callable[..., Tensor]:
 
     @wraps(whiten)
     def product(x: Tensor, upstream: Tensor, **options) -> Tensor:
-        return torch.dot(whiten(x, **options).flatten(), upstream.flatten())
+        z = whiten(x, **options)
+        return torch.dot(z.flatten(), upstream.flatten().to(z.dtype))
 
     return product
 

@@ -21,6 +21,7 @@ from benchmarks import (
     cpu_measure,
     dense,
     headroom,
+    measure,
     memory,
     options,
     peers,
@@ -231,8 +232,34 @@ def test_passes_and_dtypes_are_right(name, dtype, passes):
     truth = case.truth(tensors)
     assert bool(truth.gradients) == (passes != "forward")
     step = case.step(case.under_test, tensors)
-    for _ in range(2):  # the backward pass alone goes through one graph again
+    for _ in range(2):
         assert check.reason(step, truth, check.TOLERANCE[dtype]) is None
+
+
+def test_the_backward_pass_is_timed_alone():
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            time.sleep(0.05)
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.expand(4)
+
+    case = replace(CASE, passes="backward", options={})
+    tensors = {"x": torch.rand(4).requires_grad_()}
+    step = case.step(lambda x: Slow.apply(x), tensors)
+    both = replace(case, passes="both").step(step.loss, tensors)
+    timings = measure.interleave({"one": step, "both": both}, 0.0, print)
+    assert timings["one"].median < 25 < 50 <= timings["both"].median
+    assert torch.equal(step.gradients()["x"], torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", measure.DTYPES.values())
+def test_the_rate_of_matrix_products(dtype, monkeypatch):
+    monkeypatch.setattr(measure, "GEMM_SHAPES", ((64, 64, 64),))
+    assert measure.gemm_flops(dtype) > 0
 
 
 def test_operations_of_the_passes_add_up():

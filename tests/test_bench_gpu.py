@@ -104,7 +104,7 @@ def test_bounds_of_whitening():
 def test_a_result_that_is_a_tensor_is_compared_whole():
     x = groups(Groups(3, 20, 5), torch.Generator().manual_seed(0))
     truth = oracle.result(whitening.whiten_batched)(x, {})
-    right = Step(whitening.whiten_loop, x, {}, "forward")
+    right = Step(whitening.whiten_loop, x, {}, backward=False)
     assert error(right, truth, TOLERANCE[torch.float32]) is None
 
     def last_entry_off(x):
@@ -112,7 +112,7 @@ def test_a_result_that_is_a_tensor_is_compared_whole():
         z[-1, -1, -1] += 0.01
         return z
 
-    wrong = Step(last_entry_off, x, {}, "forward")
+    wrong = Step(last_entry_off, x, {}, backward=False)
     assert error(wrong, truth, TOLERANCE[torch.float32]).startswith("result off by ")
 
 
@@ -208,7 +208,7 @@ def test_attention_equals_dense(name):
     step = step_of(loss_of(flex_attention), inputs, options, sizes, frozen)
     truth = oracle.whole(baseline)(step.tensors, options, backward=False)
     # on a CPU attention has no backward pass, and it keeps its log-sum-exp in float32
-    assert error(replace(step, passes="forward"), truth, (1e-6, 0.0)) is None
+    assert error(replace(step, backward=False), truth, (1e-6, 0.0)) is None
 
 
 def test_siglip_by_rows_equals_dense(monkeypatch):
