@@ -102,7 +102,8 @@ def measure(case: Case, contender: str, threads: int) -> dict:
 def _context() -> ForkServerContext:
     """Processes forked from a server that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "contrastive_kernels", __name__])
+    # torch imports the compiler when an operator written in Python is first called
+    context.set_forkserver_preload(["torch._dynamo", "contrastive_kernels", __name__])
     # Ctrl-C reaches every process of the terminal, but the parent alone decides: the server and
     # all that it forks inherit that they ignore it. It finds modules where this process does.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
