@@ -4,10 +4,11 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .console import title
 from .contenders import OURS, Contender, contenders
-from .pictures import OTHERS, figure, label_end, save
+from .pictures import OTHERS, figure, save
 from .pictures import OURS as OUR_COLOR
 
 MEASURES = {"time, ms": "time", "peak memory beyond inputs, MB": "memory"}
@@ -42,6 +43,16 @@ def _value(one: Contender, measure: str) -> float | None:
     return one.milliseconds["median"] if one.milliseconds else None
 
 
+def _measures(records: list[dict]) -> dict[str, str]:
+    """Those of MEASURES that any record has."""
+    every = [one for record in records for one in contenders(record)]
+    return {
+        label: measure
+        for label, measure in MEASURES.items()
+        if any(_value(one, measure) is not None for one in every)
+    } or MEASURES
+
+
 def _colors(records: list[dict]) -> dict[str, str]:
     """Ours in a colour of its own, and every other name in one."""
     names = {one.name: None for record in records for one in contenders(record)}
@@ -70,13 +81,15 @@ def _follows(records: list[dict], record: dict) -> bool:
 
 def _curves(records: list[dict], swept: str) -> Figure:
     """One column for each panel: time, and below it memory."""
-    panels, colors = _panels(records, swept), _colors(records)
-    made, axes = figure(len(panels), len(MEASURES), width=4.6, height=2.8)
+    panels, colors, measures = _panels(records, swept), _colors(records), _measures(records)
+    made, axes = figure(len(panels), len(measures), width=4.6, height=2.8)
     for column, (text, same) in enumerate(panels):
-        for row, (label, measure) in enumerate(MEASURES.items()):
+        for row, (label, measure) in enumerate(measures.items()):
             _curve(axes[row, column], same, swept, measure, colors)
             axes[row, column].set(xlabel=swept.upper(), ylabel=label)
         axes[0, column].set_title(text)
+    names = [Line2D([], [], color=color, marker="o", label=name) for name, color in colors.items()]
+    made.legend(handles=names, loc="outside lower center", ncols=3, fontsize=8)
     return made
 
 
@@ -90,9 +103,11 @@ def _curve(axes: Axes, records: list[dict], swept: str, measure: str, colors: di
     for name, pairs in points.items():
         xs, ys = zip(*sorted(pairs), strict=True)
         axes.plot(xs, ys, marker="o", color=colors[name], zorder=3 if name == OURS else 2)
-        label_end(axes, xs, ys, name, colors[name])
     if points:
-        axes.set_xscale("log", base=2)
+        sizes = sorted({record["sizes"][swept] for record in records})
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
         axes.set_yscale("log")
 
 
@@ -106,8 +121,9 @@ def _dots(records: list[dict]) -> Figure:
             place += 1.0
             entries.append((place, one))
         place += 1.8
-    made, axes = figure(1, len(MEASURES), width=9.0, height=1.0 + 0.17 * max(place, 6.0))
-    for axis, (label, measure) in zip(axes[:, 0], MEASURES.items(), strict=True):
+    measures = _measures(records)
+    made, axes = figure(1, len(measures), width=9.0, height=1.0 + 0.17 * max(place, 6.0))
+    for axis, (label, measure) in zip(axes[:, 0], measures.items(), strict=True):
         drawn = [(y, one, _value(one, measure)) for y, one in entries]
         drawn = [(y, one, value) for y, one, value in drawn if value is not None and value > 0]
         for y, one, value in drawn:

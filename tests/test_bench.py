@@ -432,6 +432,9 @@ def test_pictures_of_cases_without_a_sweep(tmp_path):
     assert [file.name for file in files] == ["dots.svg", "dots.png"]
     text = files[0].read_text()
     assert "dense eager torch" in text and "a  N=8" in text and "b  N=8" not in text
+    assert "peak memory" in text
+    del result["cases"][0]["memory"]
+    assert "peak memory" not in plot.draw(result, tmp_path / "dots")[0].read_text()
 
 
 def test_a_sweep_of_two_sizes_has_a_panel_for_each_of_the_second():
