@@ -48,7 +48,7 @@ lint: setup
 	    | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 bench: setup $(VENV)/peers.stamp
-	@$(RUN) -m benchmarks.run $(ARGS)
+	@$(RUN) -m contrastive_kernels bench $(ARGS)
 
 # For a machine with a GPU and no network: PYTHON itself has torch, triton, pytest and the build
 # tools. Logs and results are left in OUT.

@@ -1,21 +1,28 @@
 """What a row of the tables of cases is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from .inputs import Inputs, Sizes
-from .oracle import Oracle, Tensors
-from .peers import Loss, Peer
+from .measure import BackwardStep, Step
+from .oracle import Oracle, Tensors, Truth
+from .peers import Lazy, Loss, Peer
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A peer and the share of its time that the loss may take; None: only for comparison."""
+    """A peer and the share of its time that the loss may take; None: only for comparison.
+
+    Attributes:
+        on_request: left out unless it is asked for, since it takes long.
+    """
 
     peer: Peer
     at_most: float | None
+    on_request: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,16 @@ class Case:
         loss: the function under test; it and every peer are called with the tensors and options.
         inputs: makes the float32 tensors for a size.
         oracle: their float64 value and gradients.
-        flops: floating point operations of the schedule, a multiply-add counted as two.
+        flops: floating point operations of the schedule for sizes and one of PASSES, a
+            multiply-add counted as two.
         frozen: inputs without gradient.
-        backward: False for the forward alone, under no_grad.
-        dtype: of the features on a GPU.
+        passes: what is timed, of PASSES.
+        dtype: of the features.
+        backend: of the loss under test.
+        memory: whether peak memory is measured, on a CPU.
+        bounded: whether the bounds hold; they are those of the table's own sizes.
+        bfloat16_at_most: share of its time that it may take with bfloat16 features, on a CPU; None:
+            they are not timed beside.
         at_most_ms: bound of the time on a GPU.
         graph_at_most: share of its first peer's time that the step may take as a CUDA graph.
         graph_at_most_ms: bound of the time as a CUDA graph, where a call from Python takes longer.
@@ -45,22 +58,67 @@ class Case:
     oracle: Oracle
     options: dict = field(default_factory=dict)
     rivals: tuple[Rival, ...] = ()
-    flops: Callable[[Sizes], float] | None = None
+    flops: Callable[[Sizes, str], float] | None = None
     frozen: tuple[str, ...] = ()
-    backward: bool = True
-    dtype: torch.dtype = torch.bfloat16
+    passes: str = "both"
+    dtype: torch.dtype = torch.float32
+    backend: str = "auto"
+    memory: bool = False
+    bounded: bool = True
+    bfloat16_at_most: float | None = None
     at_most_ms: float | None = None
     graph_at_most: float | None = None
     graph_at_most_ms: float | None = None
 
-    def tensors(
-        self, sizes: Sizes, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> Tensors:
+    @property
+    def backward(self) -> bool:
+        return self.passes != "forward"
+
+    @property
+    def under_test(self) -> Loss:
+        """The loss on the backend of the case.
+
+        Raises:
+            PeerUnavailable: it stands in for another package's, which is not here.
+        """
+        loss = self.loss.load() if isinstance(self.loss, Lazy) else self.loss
+        return loss if self.backend == "auto" else partial(loss, backend=self.backend)
+
+    def tensors(self, device: str = "cpu") -> Tensors:
         """The inputs as leaves: features in dtype, scalars in float32, the same on every call."""
         with torch.device(device):
-            tensors = self.inputs(sizes, torch.Generator(device).manual_seed(0))
+            tensors = self.inputs(self.sizes, torch.Generator(device).manual_seed(0))
         for name, t in tensors.items():
             if t.is_floating_point():
-                leaf = t.to(dtype) if t.dim() > 0 else t
+                leaf = t.to(self.dtype) if t.dim() > 0 else t
                 tensors[name] = leaf.requires_grad_(self.backward and name not in self.frozen)
         return tensors
+
+    def truth(self, tensors: Tensors) -> Truth:
+        """What the oracle says of these inputs."""
+        return self.oracle(tensors, self.options, self.backward)
+
+    def step(self, loss: Loss, tensors: Tensors) -> Step:
+        """One call of a loss, ours or a peer's."""
+        kind = BackwardStep if self.passes == "backward" else Step
+        return kind(loss, tensors, self.options, self.backward)
+
+    def resized(self, sizes: Sizes) -> "Case":
+        """The case with sizes that are not the table's: without bounds."""
+        return replace(self, sizes=sizes, bounded=False)
+
+    def record(self) -> dict:
+        """What the JSON record of the case begins with."""
+        return {
+            "name": self.name,
+            "group": self.group,
+            "sizes": vars(self.sizes),
+            "frozen": self.frozen,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backward": self.backward,
+            "pass": self.passes,
+            "backend": self.backend,
+        }
+
+    def operations(self) -> float | None:
+        return None if self.flops is None else self.flops(self.sizes, self.passes)

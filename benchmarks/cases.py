@@ -4,15 +4,17 @@ Features are float32 or bfloat16, D = 128, not normalised unless frozen; the los
 and so does every peer, with the gradient through the normalisation.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import contrastive_kernels as ck
 
-from . import dense, oracle, peers, whitening
+from . import chunked, dense, gpu_peers, keops_peers, oracle, peers, whitening
 from .case import Case, Rival
 from .inputs import (
     Groups,
     Inputs,
+    Samples,
     Sizes,
     groups_and_upstream,
     image_text,
@@ -25,7 +27,7 @@ from .inputs import (
     related_views,
     views_and_permutations,
 )
-from .peers import Loss
+from .peers import Loss, Peer
 from .swap_cases import SWAPS
 
 TEMPERATURE = {"temperature": 0.1}
@@ -33,24 +35,26 @@ MEMORY_LIMIT_MB = 64
 BFLOAT16_AT_MOST = 1.0
 
 
-def two_sided(sizes: Sizes) -> float:
-    """One sweep forward (2 NMD); similarities again, and both gradients, backward (6 NMD)."""
-    return 8.0 * sizes.n * sizes.m * sizes.d
+def two_sided(sizes: Sizes, passes: str = "both") -> float:
+    """Similarities twice and two products with their gradient: 2 NMD forward and 6 backward."""
+    units = {"forward": 2.0, "backward": 6.0, "both": 8.0}[passes]
+    return units * sizes.n * sizes.m * sizes.d
 
 
-def frozen_keys(sizes: Sizes) -> float:
-    """Similarities and the gradient of the query in one sweep (4 NMD)."""
-    return 4.0 * sizes.n * sizes.m * sizes.d
+def frozen_keys(sizes: Sizes, passes: str = "both") -> float:
+    """Similarities (2 NMD), and with a gradient that of the query in the same sweep (4)."""
+    units = {"forward": 2.0, "backward": 0.0, "both": 4.0}[passes]
+    return units * sizes.n * sizes.m * sizes.d
 
 
-def forward_alone(sizes: Sizes) -> float:
-    """Similarities alone (2 NMD)."""
-    return 2.0 * sizes.n * sizes.m * sizes.d
-
-
-def half_tiles(sizes: Sizes) -> float:
+def half_tiles(sizes: Sizes, passes: str = "both") -> float:
     """A symmetric matrix of m x m, half of it computed: 1 forward and 3 backward, in m^2 D."""
-    return 4.0 * sizes.m * sizes.m * sizes.d
+    return {"forward": 1.0, "backward": 3.0, "both": 4.0}[passes] * sizes.m * sizes.m * sizes.d
+
+
+def on_request(loss: Loss, *others: Peer) -> tuple[Rival, ...]:
+    """What takes long: torch.compile of the dense baseline, and others."""
+    return tuple(Rival(peer, None, on_request=True) for peer in (peers.compiled(loss), *others))
 
 
 LARGE = (
@@ -66,6 +70,15 @@ LARGE = (
             Rival(peers.dense(dense.info_nce), 0.28),
             Rival(peers.LINEAR_CROSS_ENTROPY, 0.70),
             Rival(peers.LINEAR_CROSS_ENTROPY_512, 0.70),
+            *on_request(
+                dense.info_nce,
+                peers.chunked(chunked.info_nce),
+                peers.INFO_NCE_PYTORCH,
+                peers.SENTENCE_TRANSFORMERS,
+                keops_peers.KEOPS_INFO_NCE,
+                gpu_peers.FLEX_INFO_NCE,
+                gpu_peers.INF_CL_INFO_NCE,
+            ),
         ),
         two_sided,
     ),
@@ -77,7 +90,11 @@ LARGE = (
         pairs("query", "key"),
         oracle.by_rows(oracle.info_nce),
         TEMPERATURE | {"symmetric": True},
-        (Rival(peers.OPEN_CLIP_SYMMETRIC, 0.20), Rival(peers.dense(dense.info_nce), None)),
+        (
+            Rival(peers.OPEN_CLIP_SYMMETRIC, 0.20),
+            Rival(peers.dense(dense.info_nce), None),
+            *on_request(dense.info_nce),
+        ),
         two_sided,
     ),
     Case(
@@ -88,7 +105,16 @@ LARGE = (
         image_text,
         oracle.by_rows(oracle.clip_loss),
         {},
-        (Rival(peers.OPEN_CLIP, 0.20), Rival(peers.dense(dense.clip_loss), None)),
+        (
+            Rival(peers.OPEN_CLIP, 0.20),
+            Rival(peers.dense(dense.clip_loss), None),
+            *on_request(
+                dense.clip_loss,
+                peers.chunked(chunked.clip_loss),
+                keops_peers.KEOPS_CLIP,
+                gpu_peers.INF_CL_CLIP,
+            ),
+        ),
         two_sided,
     ),
     Case(
@@ -99,7 +125,11 @@ LARGE = (
         pairs("z1", "z2"),
         oracle.by_rows(oracle.nt_xent),
         TEMPERATURE,
-        (Rival(peers.dense(dense.nt_xent), 0.20), Rival(peers.LIGHTLY, 0.12)),
+        (
+            Rival(peers.dense(dense.nt_xent), 0.20),
+            Rival(peers.LIGHTLY, 0.12),
+            *on_request(dense.nt_xent, peers.chunked(chunked.nt_xent), gpu_peers.FLEX_NT_XENT),
+        ),
         half_tiles,
     ),
     Case(
@@ -110,7 +140,15 @@ LARGE = (
         queue,
         oracle.by_rows(oracle.info_nce),
         TEMPERATURE,
-        (Rival(peers.dense(dense.info_nce), 0.30),),
+        (
+            Rival(peers.dense(dense.info_nce), 0.30),
+            *on_request(
+                dense.info_nce,
+                peers.chunked(chunked.info_nce),
+                keops_peers.KEOPS_INFO_NCE,
+                gpu_peers.FLEX_INFO_NCE,
+            ),
+        ),
         frozen_keys,
         frozen=("negatives",),
     ),
@@ -122,7 +160,7 @@ LARGE = (
         positives_and_negatives,
         oracle.by_rows(oracle.cacr),
         {},
-        (Rival(peers.dense(dense.cacr), 0.25),),
+        (Rival(peers.dense(dense.cacr), 0.25), *on_request(dense.cacr)),
         two_sided,
     ),
     Case(
@@ -133,7 +171,11 @@ LARGE = (
         labelled,
         oracle.by_rows(oracle.sup_con),
         TEMPERATURE,
-        (Rival(peers.PYTORCH_METRIC_LEARNING, 0.05), Rival(peers.dense(dense.sup_con), None)),
+        (
+            Rival(peers.PYTORCH_METRIC_LEARNING, 0.05),
+            Rival(peers.dense(dense.sup_con), None),
+            *on_request(dense.sup_con),
+        ),
         half_tiles,
     ),
 )
@@ -147,18 +189,22 @@ def small(
     options: dict | None = None,
     *,
     k: int = 1,
+    sizes: type[Sizes] = Sizes,
     frozen: tuple[str, ...] = (),
+    flops: Callable[[Sizes, str], float] | None = None,
+    others: tuple[Peer, ...] = (),
 ) -> Case:
     """A loss at N = 256, D = 128, where it may not be slower than dense eager torch."""
     return Case(
         f"{name}_small",
         "small",
         loss,
-        Sizes(256, 256, k=k),
+        sizes(256, 256, k=k),
         inputs,
         oracle.whole(baseline),
         options or {},
-        (Rival(peers.dense(baseline), 1.0),),
+        (Rival(peers.dense(baseline), 1.0), *on_request(baseline, *others)),
+        flops,
         frozen=frozen,
     )
 
@@ -166,13 +212,21 @@ def small(
 DEBIASED = {"temperature": 0.5, "tau_plus": 0.1}
 
 SMALL = (
-    small("info_nce", ck.info_nce, dense.info_nce, pairs("query", "key"), TEMPERATURE),
+    small(
+        "info_nce",
+        ck.info_nce,
+        dense.info_nce,
+        pairs("query", "key"),
+        TEMPERATURE,
+        flops=two_sided,
+    ),
     small(
         "info_nce_symmetric",
         ck.info_nce,
         dense.info_nce,
         pairs("query", "key"),
         TEMPERATURE | {"symmetric": True},
+        flops=two_sided,
     ),
     small(
         "info_nce_frozen",
@@ -181,6 +235,7 @@ SMALL = (
         queue,
         TEMPERATURE,
         frozen=("negatives",),
+        flops=frozen_keys,
     ),
     small(
         "eqco",
@@ -188,11 +243,18 @@ SMALL = (
         dense.eqco,
         pairs("query", "key"),
         {"alpha": 65536.0, "temperature": 0.2},
+        flops=two_sided,
     ),
     small("nt_xent", ck.nt_xent, dense.nt_xent, pairs("z1", "z2"), TEMPERATURE),
-    small("clip_loss", ck.clip_loss, dense.clip_loss, image_text),
-    small("siglip_loss", ck.siglip_loss, dense.siglip_loss, image_text_bias),
-    small("sup_con", ck.sup_con, dense.sup_con, labelled, TEMPERATURE),
+    small("clip_loss", ck.clip_loss, dense.clip_loss, image_text, flops=two_sided),
+    small(
+        "siglip_loss",
+        ck.siglip_loss,
+        dense.siglip_loss,
+        image_text_bias,
+        others=(peers.chunked(chunked.siglip_loss), gpu_peers.SIGLIP_KERNEL),
+    ),
+    small("sup_con", ck.sup_con, dense.sup_con, labelled, TEMPERATURE, flops=half_tiles),
     small("dcl", ck.dcl, dense.dcl, pairs("z1", "z2"), TEMPERATURE),
     small("dclw", ck.dcl, dense.dcl, pairs("z1", "z2"), TEMPERATURE | {"sigma": 0.5}),
     small("debiased", ck.debiased, dense.debiased, pairs("z1", "z2"), DEBIASED),
@@ -215,14 +277,22 @@ SMALL = (
         views_and_permutations(1),
         {"group_size": 256},
         k=2,
+        sizes=Samples,
     ),
 )
 
 
-def whiten_flops(sizes: Sizes) -> float:
-    """n groups of m x d: six products with triangular or symmetric halves left out, and the
-    inverse of a Cholesky factor."""
-    return sizes.n * (6.0 * sizes.m * sizes.d**2 + sizes.d**3)
+def whiten_flops(sizes: Sizes, passes: str = "both") -> float:
+    """n groups of m x d: products with triangular or symmetric halves left out, two forward and
+    four backward, and the inverse of a Cholesky factor forward."""
+    units = {"forward": 2.0, "backward": 4.0, "both": 6.0}[passes]
+    inverse = 0 if passes == "backward" else sizes.d**3
+    return sizes.n * (units * sizes.m * sizes.d**2 + inverse)
+
+
+def w_mse_flops(sizes: Sizes, passes: str = "both") -> float:
+    """Four iterations of whitening k views, n / m groups each."""
+    return 4 * sizes.k * whiten_flops(Groups(sizes.n // sizes.m, sizes.m, sizes.d), passes)
 
 
 def whiten(count: int, rows: int, dim: int, at_most: float) -> Case:
@@ -252,12 +322,12 @@ WHITENING = (
         "w_mse",
         "whitening",
         ck.w_mse,
-        Sizes(1024, 256, k=4),
+        Samples(1024, 256, k=4),
         views_and_permutations(4),
         oracle.whole(whitening.w_mse_loop),
         {"group_size": 256},
         (Rival(peers.published(whitening.w_mse_loop), 0.3),),
-        lambda sizes: 4 * sizes.k * whiten_flops(Sizes(sizes.n // 256, 256)),
+        w_mse_flops,
     ),
 )
 
@@ -269,11 +339,21 @@ SCALING = tuple(
 )
 
 MILLION = SCALING[-1]
-MILLION_FORWARD = replace(
-    MILLION, name="info_nce_forward_1000000", flops=forward_alone, backward=False
-)
+MILLION_FORWARD = replace(MILLION, name="info_nce_forward_1000000", passes="forward")
+
+
+def with_memory(cases: Iterable[Case]) -> Iterator[Case]:
+    return (replace(case, memory=True) for case in cases)
+
 
 CASES = {
-    case.name: case for case in (*LARGE, *SWAPS, *SMALL, *WHITENING, *SCALING, MILLION_FORWARD)
+    case.name: case
+    for case in (
+        *with_memory(replace(case, bfloat16_at_most=BFLOAT16_AT_MOST) for case in LARGE),
+        *with_memory(SWAPS),
+        *SMALL,
+        *WHITENING,
+        *SCALING[:-1],
+        *with_memory((MILLION, MILLION_FORWARD)),
+    )
 }
-MEMORY_CASES = {case.name for case in (*LARGE, *SWAPS, MILLION, MILLION_FORWARD)}

@@ -1,6 +1,7 @@
 """Whether a contender computes what the oracle says; nobody is timed before."""
 
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from .case import Case
 from .measure import Step
 from .oracle import Tensors, Truth
-from .peers import Loss, PeerUnavailable
+from .peers import PeerUnavailable
 
 # Largest relative error of the value, and in the Frobenius norm of each gradient, or of a result
 # that is a tensor.
@@ -18,17 +19,21 @@ Tolerance = tuple[float, float]
 # For bfloat16 the oracle sees the same rounded inputs, and each entry of a gradient is rounded to
 # 8 bits.
 TOLERANCE: dict[torch.dtype, Tolerance] = {
+    torch.float64: (1e-12, 1e-10),
     torch.float32: (2e-6, 2e-5),
     torch.bfloat16: (1e-3, 2e-2),
 }
 # Most peers round logits, probabilities and the loss itself to 8 bits: what bfloat16 costs them.
 PEER_BFLOAT16: Tolerance = (2e-2, 1e-1)
 # What a peer on a CPU is let in with, where ours is held to TOLERANCE.
-PEER_FLOAT32: Tolerance = (1e-5, 1e-3)
-# On a GPU float32 convolutions round their operands to 11 bits, unless told not to.
-PEER_ON_GPU: dict[torch.dtype, Tolerance] = {
-    torch.float32: (1e-3, 3e-3),
+PEER_ON_CPU: dict[torch.dtype, Tolerance] = {
+    torch.float64: (1e-5, 1e-3),
+    torch.float32: (1e-5, 1e-3),
     torch.bfloat16: PEER_BFLOAT16,
+}
+# On a GPU float32 convolutions round their operands to 11 bits, unless told not to.
+PEER_ON_GPU: dict[torch.dtype, Tolerance] = PEER_ON_CPU | {
+    torch.float32: (1e-3, 3e-3),
 }
 
 
@@ -68,8 +73,9 @@ def reason(step: Callable[[], Tensor], truth: Truth, tolerance: Tolerance) -> st
     """Why a step cannot be timed, or None: it is wrong or it fails, in whatever way."""
     try:
         wrong = error(step, truth, tolerance)
-    except torch.OutOfMemoryError:
-        return "out of memory"
+    except torch.OutOfMemoryError as failure:
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(failure))
+        return "out of memory" + (f": asked for {asked[1]}" if asked else "")
     except Exception as failure:
         return first_line(failure)
     return f"differs from float64: {wrong}" if wrong else None
@@ -81,14 +87,6 @@ def first_line(failure: Exception) -> str:
     return f"{type(failure).__name__}: {lines[0]}"
 
 
-def checked(
-    case: Case, loss: Loss, tensors: Tensors, truth: Truth, tolerance: Tolerance
-) -> tuple[Step, str | None]:
-    """The step of a loss, and why it cannot be timed, or None."""
-    step = Step(loss, tensors, case.options, case.backward)
-    return step, reason(step, truth, tolerance)
-
-
 def checked_peers(
     case: Case,
     tensors: Tensors,
@@ -96,20 +94,18 @@ def checked_peers(
     tolerance: Tolerance,
     progress: Callable[[str], None],
     *,
-    bounded: bool,
     may_compile: bool = True,
 ) -> tuple[list[dict], dict[str, Step]]:
     """The records of all peers of a case, and the steps of those that can be timed.
 
     Args:
-        bounded: whether the bounds of the case hold; a smoke run has none.
         may_compile: False leaves out the peers that compile for long.
     """
     records, steps = [], {}
     for rival in case.rivals:
         peer = rival.peer
         progress(f"checking {peer.name}")
-        record = {"name": peer.name, "at_most": rival.at_most if bounded else None}
+        record = {"name": peer.name, "at_most": rival.at_most if case.bounded else None}
         records.append(record)
         if peer.compiles and not may_compile:
             record["reason"] = "left out: no time to compile"
@@ -123,7 +119,8 @@ def checked_peers(
             record["reason"] = first_line(failure)
             continue
         record["version"] = peer.version()
-        step, why_not = checked(case, loss, tensors, truth, tolerance)
+        step = case.step(loss, tensors)
+        why_not = reason(step, truth, tolerance)
         if why_not:
             record["reason"] = why_not
         else:

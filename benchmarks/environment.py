@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import contrastive_kernels as ck
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# An installed package has no folder for results, and no commit.
+IN_CHECKOUT = (ROOT / "pyproject.toml").exists()
 
 PEERS = (
     "lightly", "open_clip_torch", "pytorch-metric-learning", "sentence-transformers",
-    "info-nce-pytorch",
+    "info-nce-pytorch", "pykeops",
 )  # fmt: skip
 
 
@@ -38,17 +41,21 @@ def commit() -> str:
     """
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
+        if not IN_CHECKOUT:
+            raise FileNotFoundError("an installed package has no checkout")
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CK_COMMIT", "unknown")
     return done.stdout.strip()
 
 
-def _installed(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
+def _installed(*distributions: str) -> dict[str, str]:
+    """The versions of those that are installed."""
+    versions = {}
+    for name in distributions:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def backend(name: str) -> str:
@@ -78,10 +85,8 @@ def describe_gpu() -> dict:
             "contrastive_kernels": ck.__version__,
             "torch": torch.__version__,
             "CUDA": torch.version.cuda,
-            "triton": _installed("triton"),
             "python": platform.python_version(),
-            "inf_cl": _installed("inf_cl"),
-            "siglip-kernel": _installed("siglip-kernel"),
+            **_installed("triton", "inf_cl", "siglip-kernel"),
         },
         "commit": commit(),
     }
@@ -100,7 +105,7 @@ def describe(threads: int) -> dict:
             "contrastive_kernels": ck.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            **{name: _installed(name) for name in PEERS},
+            **_installed(*PEERS),
         },
         "commit": commit(),
     }
@@ -115,6 +120,8 @@ def results_path(environment: dict) -> Path:
 
 
 def save(path: Path, result: dict) -> None:
-    """Writes a result as JSON."""
+    """Writes a result as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(path)

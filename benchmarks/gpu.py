@@ -59,7 +59,7 @@ def steps() -> list[Step]:
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *smoke]
             chosen.append(Step(tool, command, 60, environment))
-    benchmarks = [python, "-m", "benchmarks.run", "--device", "cuda"]
+    benchmarks = [python, "-m", "contrastive_kernels", "bench", "--device", "cuda"]
     return [*chosen, Step("benchmarks", benchmarks, 240, reserved=True)]
 
 

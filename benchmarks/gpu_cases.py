@@ -23,14 +23,15 @@ def memory_limit_mb(sizes: Sizes) -> int:
     return 64 if sizes.d <= 256 else 600
 
 
-def kept_tiles(sizes: Sizes) -> float:
-    """Similarities once, and both gradients from them (6 NMD)."""
-    return 6.0 * sizes.n * sizes.m * sizes.d
+def kept_tiles(sizes: Sizes, passes: str = "both") -> float:
+    """Similarities once, and both gradients from them: 2 NMD and 4."""
+    units = {"forward": 2.0, "backward": 4.0, "both": 6.0}[passes]
+    return units * sizes.n * sizes.m * sizes.d
 
 
 def against(loss: Loss, in_chunks: Loss, *others: Peer) -> tuple[Rival, ...]:
     """Dense, compiled, chunked and other peers, to compare with: large cases have bounds in ms."""
-    chosen = (peers.dense(loss), gpu_peers.compiled(loss), gpu_peers.chunked(in_chunks), *others)
+    chosen = (peers.dense(loss), peers.compiled(loss), peers.chunked(in_chunks), *others)
     return tuple(Rival(peer, None) for peer in chosen)
 
 
@@ -101,7 +102,7 @@ def small(name: str, sizes: Sizes, flops: Callable[[Sizes], float]) -> Case:
         case,
         sizes=sizes,
         flops=flops,
-        rivals=(*case.rivals, Rival(gpu_peers.compiled(loss), None)),
+        rivals=(case.rivals[0], Rival(peers.compiled(loss), None)),
         graph_at_most=GRAPH_AT_MOST,
     )
 
@@ -114,11 +115,6 @@ SMALL = (
     small("sup_con", Sizes(1024, 1024), half_tiles),
     small("cacr", Sizes(1024, 4096, k=4), two_sided),
 )
-
-
-def whiten_forward_flops(sizes: Sizes) -> float:
-    """The covariance's upper half, the inverse of its factor, and a product with a triangle."""
-    return sizes.n * (2.0 * sizes.m * sizes.d**2 + sizes.d**3)
 
 
 def whiten_rivals(form: Callable[[whitening.Whiten], Loss]) -> tuple[Rival, ...]:
@@ -134,7 +130,6 @@ def whiten(count: int, rows: int, dim: int, at_most_ms: float) -> tuple[Case, Ca
         CASES[f"whiten_{dim}"],
         sizes=Groups(count, rows, dim),
         rivals=whiten_rivals(whitening.projected),
-        dtype=torch.float32,
     )
     forward = replace(
         both,
@@ -143,9 +138,8 @@ def whiten(count: int, rows: int, dim: int, at_most_ms: float) -> tuple[Case, Ca
         inputs=groups,
         oracle=oracle.result(whitening.whiten_batched),
         rivals=whiten_rivals(lambda whiten: whiten),
-        flops=whiten_forward_flops,
         frozen=(),
-        backward=False,
+        passes="forward",
         graph_at_most_ms=at_most_ms,
     )
     return forward, both
@@ -153,4 +147,5 @@ def whiten(count: int, rows: int, dim: int, at_most_ms: float) -> tuple[Case, Ca
 
 WHITENING = (*whiten(512, 128, 64, 0.040), *whiten(64, 256, 128, 0.050))
 
-GPU_CASES = {case.name: case for case in (*LARGE, *SMALL, *WHITENING)}
+IN_BFLOAT16 = tuple(replace(case, dtype=torch.bfloat16) for case in (*LARGE, *SMALL))
+GPU_CASES = {case.name: case for case in (*IN_BFLOAT16, *WHITENING)}

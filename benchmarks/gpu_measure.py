@@ -3,16 +3,17 @@
 Caches are not flushed between calls: behind an encoder, too, small features lie in them.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .case import Case
-from .check import PEER_ON_GPU, TOLERANCE, checked, checked_peers, first_line, reason
-from .console import judged, line
+from .check import PEER_ON_GPU, TOLERANCE, checked_peers, first_line, reason
+from .console import Progress, judged, line, title
+from .contenders import OURS
 from .gpu_cases import memory_limit_mb
 from .gpu_instruments import GraphStep, peak_mb, sampler
-from .inputs import Sizes
-from .measure import Step, Timing, interleave
-from .memory import OURS
+from .measure import Timing, interleave
 from .oracle import Truth
 
 # Seconds for the rounds of one case, and their least number.
@@ -24,7 +25,7 @@ def measure(
     device: str,
     gemm: float,
     *,
-    quick: bool,
+    budget: float = FULL_BUDGET,
     may_compile: bool = True,
     may_begin: bool = True,
 ) -> dict:
@@ -32,17 +33,16 @@ def measure(
 
     Args:
         gemm: operations per second of a large matrix product.
+        budget: seconds for the rounds.
         may_compile, may_begin: whether there is time for peers that compile, and for the case.
     """
-    sizes = case.sizes.quick() if quick else case.sizes
-    print(f"{case.name}  N={sizes.n} M={sizes.m} D={sizes.d} K={sizes.k}", flush=True)
-    record = {"name": case.name, "group": case.group, "sizes": vars(sizes), "frozen": case.frozen}
-    record |= {"dtype": str(case.dtype).removeprefix("torch."), "backward": case.backward}
+    record = case.record()
+    print(title(record), flush=True)
     if not may_begin:
         record["failed"] = "left out: the run took too long"
     else:
         try:
-            record |= _measured(case, sizes, device, gemm, quick, may_compile)
+            record |= _measured(case, device, gemm, budget, may_compile)
         except Exception as failure:
             # even an error that leaves the device unusable must not lose the cases before
             record["failed"] = first_line(failure)
@@ -51,20 +51,16 @@ def measure(
     return record
 
 
-def _progress(text: str) -> None:
-    print(f"  ... {text}", flush=True)
-
-
-def _measured(
-    case: Case, sizes: Sizes, device: str, gemm: float, quick: bool, may_compile: bool
-) -> dict:
+def _measured(case: Case, device: str, gemm: float, budget: float, may_compile: bool) -> dict:
     if device != "cpu":
         torch.cuda.empty_cache()
-    _progress("float64 oracle")
-    tensors = case.tensors(sizes, case.dtype, device)
-    truth = case.oracle(tensors, case.options, case.backward)
-    _progress(f"checking {OURS}")
-    step, wrong = checked(case, case.loss, tensors, truth, TOLERANCE[case.dtype])
+    progress = Progress(case.name)
+    progress("float64 oracle")
+    tensors = case.tensors(device)
+    truth = case.truth(tensors)
+    progress(f"checking {OURS}")
+    step = case.step(case.under_test, tensors)
+    wrong = reason(step, truth, TOLERANCE[case.dtype])
     if wrong:
         return {"failed": wrong}
     peers, steps = checked_peers(
@@ -72,24 +68,24 @@ def _measured(
         tensors,
         truth,
         PEER_ON_GPU[case.dtype],
-        _progress,
-        bounded=not quick,
+        progress,
         may_compile=may_compile,
     )
     steps = {OURS: step} | steps
     memory = {name: peak_mb(one, device) for name, one in steps.items()}
     graphs, captured = [], {}
     if device != "cpu":
-        graphs, captured = _graphs(case, sizes, truth, bounded=not quick)
-    _progress(f"timing {len(steps) + len(captured)} contenders")
+        graphs, captured = _graphs(case, truth, progress)
+    progress(f"timing {len(steps) + len(captured)} contenders")
     timings = interleave(
         steps | captured,
-        QUICK_BUDGET if quick else FULL_BUDGET,
-        lambda _: None,
+        budget,
+        progress.passing,
         sampler(device, host_bound=case.group == "small"),
         MIN_ROUNDS,
     )
-    ours = _ours(case, sizes, timings[OURS], memory[OURS], gemm, bounded=not quick)
+    progress.close()
+    ours = _ours(case, timings[OURS], memory[OURS], gemm)
     for peer in peers:
         if peer["name"] in timings:
             ratio = timings[OURS].median / timings[peer["name"]].median
@@ -104,7 +100,7 @@ def _measured(
 
 
 def _graphs(
-    case: Case, sizes: Sizes, truth: Truth, *, bounded: bool
+    case: Case, truth: Truth, progress: Callable[[str], None]
 ) -> tuple[list[dict], dict[str, GraphStep]]:
     """The records of the CUDA graphs that the case has bounds of, and those that can be timed:
     ours, and beside a share of its first peer's time that peer."""
@@ -112,19 +108,18 @@ def _graphs(
     share, milliseconds = case.graph_at_most, case.graph_at_most_ms
     contenders = []
     if share is not None or milliseconds is not None:
-        bounds = {"at_most": share, "at_most_ms": milliseconds} if bounded else {}
-        contenders.append((OURS, case.loss, TOLERANCE[case.dtype], bounds))
+        bounds = {"at_most": share, "at_most_ms": milliseconds} if case.bounded else {}
+        contenders.append((OURS, case.under_test, TOLERANCE[case.dtype], bounds))
     if share is not None:
         peer = case.rivals[0].peer
         contenders.append((peer.name, peer.load(), PEER_ON_GPU[case.dtype], {}))
     for name, loss, tolerance, bounds in contenders:
         record = {"name": f"{name}, CUDA graph", "at_most": None, "at_most_ms": None} | bounds
         records.append(record)
-        _progress(f"checking {record['name']}")
+        progress(f"checking {record['name']}")
         try:
             # its own: a replay overwrites gradients
-            tensors = case.tensors(sizes, case.dtype, "cuda")
-            graph = GraphStep(Step(loss, tensors, case.options, case.backward))
+            graph = GraphStep(case.step(loss, case.tensors("cuda")))
             why_not = reason(graph, truth, tolerance)
         except Exception as failure:
             why_not = first_line(failure)
@@ -135,23 +130,15 @@ def _graphs(
     return records, steps
 
 
-def _ours(
-    case: Case,
-    sizes: Sizes,
-    timing: Timing,
-    memory_mb: float | None,
-    gemm: float,
-    *,
-    bounded: bool,
-) -> dict:
+def _ours(case: Case, timing: Timing, memory_mb: float | None, gemm: float) -> dict:
     """The record of our own time, rate and memory, which it prints."""
-    rate = case.flops(sizes) / (1e-3 * timing.median)
-    at_most = case.at_most_ms if bounded else None
+    rate = case.operations() / (1e-3 * timing.median)
+    at_most = case.at_most_ms if case.bounded else None
     note = f"{rate / 1e12:.3g} TFLOP/s, {rate / gemm:.0%} of GEMM"
     if at_most is not None:
         note += f" ({_met(timing.median, at_most, 'ms')})"
     if memory_mb is not None:
-        note += f"{_megabytes(memory_mb)} ({_met(memory_mb, memory_limit_mb(sizes), 'MB')})"
+        note += f"{_megabytes(memory_mb)} ({_met(memory_mb, memory_limit_mb(case.sizes), 'MB')})"
     line(OURS, timing, note)
     return {
         "milliseconds": timing._asdict(),
@@ -159,7 +146,7 @@ def _ours(
         "tflops": rate / 1e12,
         "gemm_fraction": rate / gemm,
         "memory_mb": memory_mb,
-        "memory_at_most_mb": memory_limit_mb(sizes),
+        "memory_at_most_mb": memory_limit_mb(case.sizes),
     }
 
 

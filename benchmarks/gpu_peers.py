@@ -1,4 +1,4 @@
-"""What else a trainer may use on a GPU; all are optional, and one that cannot run says why."""
+"""Kernels that were written for GPUs; all are optional, and one that cannot run says why."""
 
 import math
 from collections.abc import Callable
@@ -13,16 +13,6 @@ from .peers import Loss, Peer, PeerUnavailable, missing
 VALUE_WIDTH = 16
 # The widest head of inf_cl's kernels.
 INF_CL_WIDTH = 256
-
-
-def compiled(loss: Loss) -> Peer:
-    """torch.compile of the dense baseline."""
-    return Peer("torch.compile of dense", lambda: torch.compile(loss, dynamic=False), compiles=True)
-
-
-def chunked(loss: Loss) -> Peer:
-    """A loss of chunked.py."""
-    return Peer("chunks, checkpointed", lambda: loss)
 
 
 def attention_lse(attention: Callable[..., tuple]) -> Callable[..., Tensor]:

@@ -1,5 +1,6 @@
 """Pieces of the tables in README.md."""
 
+import re
 from collections.abc import Iterable
 
 
@@ -20,3 +21,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     head = list(head)
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def asked_for(reason: str) -> int | None:
+    """How many bytes torch could not allocate, if that is the reason."""
+    match = re.search(r"tried to allocate (\d+) bytes", reason)
+    return int(match[1]) if match else None

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -16,11 +16,19 @@ from .peers import Loss
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
 MIN_SAMPLE_SECONDS = 0.01
 
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64,
+}  # fmt: skip
+
 # Seconds per call of so many calls.
 Sample = Callable[[Callable[[], object], int], float]
 
 # Large multiplies, and the shapes of one tile against a block of keys.
 GEMM_SHAPES = ((2048, 2048, 2048), (4096, 4096, 512), (1024, 4096, 128), (256, 512, 128))
+
+
+# What a step times: the forward pass under no_grad, the backward pass, or one after the other.
+PASSES = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,24 @@ class Step:
         return {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
 
 
+@dataclass(frozen=True)
+class BackwardStep(Step):
+    """The backward pass alone, of a forward pass that `prepare` makes for each call."""
+
+    graph: list[Tensor] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        self.graph[:] = [self.loss(**self.tensors, **self.options)]
+
+    def __call__(self) -> Tensor:
+        if not self.graph:
+            self.prepare()
+        self.clear()
+        value = self.graph.pop()
+        value.backward()
+        return value.detach()
+
+
 class Timing(NamedTuple):
     """Milliseconds per call: median, 20th and 80th percentile, over so many samples."""
 
@@ -65,6 +91,17 @@ def host_sample(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def _sampled(sample: Sample, call: Callable[[], object], repeats: int) -> float:
+    """Seconds per call, without what it has to prepare for each."""
+    if not isinstance(call, BackwardStep):
+        return sample(call, repeats)
+    seconds = 0.0
+    for _ in range(repeats):
+        call.prepare()
+        seconds += sample(call, 1)
+    return seconds / repeats
+
+
 def interleave(
     calls: Mapping[str, Callable[[], object]],
     budget: float,
@@ -79,16 +116,16 @@ def interleave(
     most 40.
     """
     names = list(calls)
-    first = {name: sample(calls[name], 1) for name in names}
+    first = {name: _sampled(sample, calls[name], 1) for name in names}
     repeats = {n: max(1, round(MIN_SAMPLE_SECONDS / seconds)) for n, seconds in first.items()}
     round_seconds = sum(first[name] * repeats[name] for name in names)
     rounds = max(min_rounds, min(MAX_ROUNDS, int(budget / round_seconds)))
     samples: dict[str, list[float]] = {name: [] for name in names}
     for done in range(rounds):
-        progress(f"round {done + 1} of {rounds}")
+        progress(f"timing {len(names)} contenders, round {done + 1} of {rounds}")
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(1e3 * sample(calls[name], repeats[name]))
+            samples[name].append(1e3 * _sampled(sample, calls[name], repeats[name]))
     return {name: _timing(values) for name, values in samples.items()}
 
 
@@ -105,6 +142,8 @@ def gemm_flops(dtype: torch.dtype) -> float:
     """
     best = 0.0
     one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if dtype == torch.float64:  # which oneDNN has not
+        one_dnn = None
     for m, n, k in GEMM_SHAPES:
         x, y, out = (torch.rand(s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
         calls = [partial(torch.mm, x, y.T, out=out)]

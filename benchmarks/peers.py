@@ -71,6 +71,16 @@ def dense(loss: Loss) -> Peer:
     return Peer("dense eager torch", lambda: loss)
 
 
+def compiled(loss: Loss) -> Peer:
+    """torch.compile of the dense baseline."""
+    return Peer("torch.compile of dense", lambda: torch.compile(loss, dynamic=False), compiles=True)
+
+
+def chunked(loss: Loss) -> Peer:
+    """A loss of chunked.py."""
+    return Peer("chunks, checkpointed", lambda: loss)
+
+
 def published(loss: Loss) -> Peer:
     """The procedure as public code writes it."""
     return Peer("loop over the groups, as published", lambda: loss)
@@ -82,7 +92,7 @@ def batched(loss: Loss) -> Peer:
 
 
 def missing(distribution: str) -> PeerUnavailable:
-    return PeerUnavailable(f"{distribution} is not installed (see benchmarks/README.md)")
+    return PeerUnavailable(f"not installed: pip install {distribution}")
 
 
 # Operators stay declared only as long as their library is referred to.
@@ -179,6 +189,31 @@ def _pytorch_metric_learning() -> Loss:
     return sup_con
 
 
+def _info_nce_pytorch() -> Loss:
+    loss_class = load_class("info-nce-pytorch", "info_nce", "InfoNCE")
+
+    def info_nce(
+        query: Tensor, key: Tensor, *, negatives: Tensor | None = None, temperature: float
+    ) -> Tensor:
+        return loss_class(temperature=temperature)(query, key, negatives)
+
+    return info_nce
+
+
+def _sentence_transformers() -> Loss:
+    loss_class = load_class(
+        "sentence-transformers",
+        "sentence_transformers.sentence_transformer.losses",
+        "MultipleNegativesRankingLoss",
+    )
+
+    def info_nce(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
+        loss = loss_class(None, scale=1 / temperature)
+        return loss.compute_loss_from_embeddings([query, key], None)
+
+    return info_nce
+
+
 LINEAR_CROSS_ENTROPY = Peer("F.linear_cross_entropy, automatic chunks", _linear_cross_entropy())
 LINEAR_CROSS_ENTROPY_512 = Peer(
     "F.linear_cross_entropy, chunks of 512 rows", _linear_cross_entropy(batch_chunk_size=512)
@@ -188,4 +223,10 @@ OPEN_CLIP_SYMMETRIC = Peer("open_clip ClipLoss", _open_clip_symmetric, "open_cli
 LIGHTLY = Peer("lightly NTXentLoss", _lightly, "lightly")
 PYTORCH_METRIC_LEARNING = Peer(
     "pytorch-metric-learning SupConLoss", _pytorch_metric_learning, "pytorch-metric-learning"
+)
+INFO_NCE_PYTORCH = Peer("info-nce-pytorch InfoNCE", _info_nce_pytorch, "info-nce-pytorch")
+SENTENCE_TRANSFORMERS = Peer(
+    "sentence-transformers MultipleNegativesRankingLoss",
+    _sentence_transformers,
+    "sentence-transformers",
 )

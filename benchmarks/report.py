@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import gpu_report
-from .markdown import milliseconds, share, table
+from .markdown import asked_for, milliseconds, share, table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -93,8 +93,8 @@ def small_row(record: dict) -> list[str]:
 
 def brief(reason: str) -> str:
     """Why a peer has no time; of torch's message that memory is out, what it asked for."""
-    asked = re.search(r"tried to allocate (\d+) bytes", reason)
-    return f"out of memory: asked for {int(asked[1]) / 1e9:.0f} GB" if asked else reason
+    asked = asked_for(reason)
+    return reason if asked is None else f"out of memory: asked for {asked / 1e9:.0f} GB"
 
 
 def swap_row(record: dict) -> list[str]:
@@ -169,9 +169,10 @@ def section(result: dict) -> list[str]:
         lines += ["only after value and gradients agreed with float64 in the same run.", ""]
         lines += [*large_table(groups["large"]), ""]
         half = [record for record in groups["large"] if "bfloat16" in record]
-        lines += ["bfloat16 inputs beside float32:", ""]
-        head = ["case", "float32", "bfloat16", "bfloat16 / float32", "of GEMM rate"]
-        lines += [*table(head, map(bfloat16_row, half)), ""]
+        if half:
+            lines += ["bfloat16 inputs beside float32:", ""]
+            head = ["case", "float32", "bfloat16", "bfloat16 / float32", "of GEMM rate"]
+            lines += [*table(head, map(bfloat16_row, half)), ""]
     if "whitening" in groups:
         lines += [
             "Whitening, forward and backward, float32: N groups of n x D; for `w_mse` N samples"

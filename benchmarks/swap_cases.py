@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import dense, oracle
 from .case import Case, Rival
-from .inputs import Inputs, Sizes, image_text, image_text_bias, labelled, pairs, queue
+from .inputs import Inputs, Sizes, image_text, image_text_bias, labelled, of_sizes, pairs, queue
 from .oracle import Tensors
 from .peers import Lazy, Loss, Peer
 
@@ -70,10 +70,10 @@ def unit(inputs: Inputs) -> Inputs:
     """Features of length 1, for losses that do not normalise them."""
 
     def make(sizes: Sizes, generator: torch.Generator) -> Tensors:
-        tensors = inputs(sizes, generator)
+        tensors = inputs.make(sizes, generator)
         return {n: F.normalize(t, dim=1) if t.dim() > 1 else t for n, t in tensors.items()}
 
-    return make
+    return inputs._replace(make=make)
 
 
 def info_nce(module: ModuleType) -> Loss:
@@ -94,6 +94,7 @@ def sup_con(module: ModuleType) -> Loss:
     return call
 
 
+@of_sizes("nd")
 def pairs_of_labels(sizes: Sizes, generator: torch.Generator) -> Tensors:
     """n features of m labels each."""
     tensors = pairs("first", "second")(sizes, generator)
@@ -147,6 +148,7 @@ def guided(module: ModuleType) -> Loss:
     return call
 
 
+@of_sizes("nd")
 def with_guide(sizes: Sizes, generator: torch.Generator) -> Tensors:
     """Loosely related pairs (cosine 0.24), and what a guide makes of the same texts: every anchor
     comes twice, with a near and with a far positive; others are far from the limit, where rounding

@@ -5,6 +5,7 @@ with the inputs. Signatures are those of `contrastive_kernels`, restricted to wh
 """
 
 from collections.abc import Callable
+from functools import wraps
 from itertools import combinations
 
 import torch
@@ -17,8 +18,10 @@ Whiten = Callable[..., Tensor]
 def projected(whiten: Whiten) -> Callable[..., Tensor]:
     """<whiten(x), upstream> of groups (G, n, D): its gradient is the backward of `whiten`."""
 
-    def product(x: Tensor, upstream: Tensor) -> Tensor:
-        return torch.dot(whiten(x).flatten(), upstream.flatten())
+    @wraps(whiten)
+    def product(x: Tensor, upstream: Tensor, **options) -> Tensor:
+        z = whiten(x, **options)
+        return torch.dot(z.flatten(), upstream.flatten().to(z.dtype))
 
     return product
 

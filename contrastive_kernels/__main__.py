@@ -1,9 +1,10 @@
-"""The command line: `python -m contrastive_kernels info|demo|tune`."""
+"""The command line: `python -m contrastive_kernels info|demo|bench|tune`."""
 
 import argparse
 import platform
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -40,6 +41,15 @@ def _info() -> int:
     return 0
 
 
+def _bench(argv: list[str]) -> int:
+    package = Path(__file__).parent
+    installed = (package / "benchmarks").is_dir()
+    if not installed:  # a checkout has them beside the package
+        sys.path.insert(0, str(package.parent))
+    name = f"{package.name}.benchmarks" if installed else "benchmarks"
+    return import_module(f"{name}.run").main(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; return its exit status."""
     parser = argparse.ArgumentParser(
@@ -59,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         help="train small encoders on real images, fused beside dense (demo --help: its options)",
     )
     commands.add_parser(
+        "bench",
+        add_help=False,
+        help="time and memory beside dense torch and other packages (bench --help: its options)",
+    )
+    commands.add_parser(
         "tune",
         add_help=False,
         help="find the tiles of the Triton kernels for this GPU (tune --help: its options)",
@@ -66,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         return import_module("contrastive_kernels.demo").main(rest)
+    if arguments.command == "bench":
+        return _bench(rest)
     if arguments.command == "tune":
         if TRITON_ERROR is not None:
             print(f"tune cannot run: {TRITON_ERROR}", file=sys.stderr)

@@ -58,13 +58,13 @@ def step_of(loss, inputs, options, sizes, frozen=()):
 def test_inputs_and_oracle_of_a_case(case):
     sizes = Sizes(16, 16 * max(1, case.sizes.m // case.sizes.n // 64), case.sizes.d, case.sizes.k)
     if case.group == "whitening":
-        sizes = case.sizes.quick()
-    tensors = case.tensors(sizes, case.dtype, "cpu")
-    truth = case.oracle(tensors, case.options, case.backward)
+        sizes = case.sizes.tiny()
+    tensors = case.resized(sizes).tensors()
+    truth = case.truth(tensors)
     wanted = {name for name, t in tensors.items() if t.requires_grad}
     assert set(truth.gradients) <= wanted
     assert (set(truth.gradients) == wanted) == (truth.rows is None)
-    assert case.flops(case.sizes) > 0
+    assert case.operations() > 0
 
 
 def test_bounds_of_the_table():
@@ -98,7 +98,7 @@ def test_bounds_of_whitening():
     }
     assert [[rival.at_most for rival in case.rivals] for case in cases] == [[0.1, 0.01]] * 4
     assert [case.backward for case in cases] == [False, True] * 2
-    assert Groups(512, 128, 64).quick() == Groups(8, 128, 64)
+    assert Groups(512, 128, 64).tiny() == Groups(8, 128, 64)
 
 
 def test_a_result_that_is_a_tensor_is_compared_whole():
@@ -122,7 +122,8 @@ def test_a_result_that_is_a_tensor_is_compared_whole():
 )
 def test_a_case_is_measured(name):
     case = GPU_CASES[name]
-    record = gpu_measure.measure(case, DEVICE, 1e12, quick=True, may_compile=False)
+    tiny = case.resized(case.sizes.tiny())
+    record = gpu_measure.measure(tiny, DEVICE, 1e12, budget=0.1, may_compile=False)
     assert "failed" not in record
     on_gpu = DEVICE == "cuda"
     assert (record["ours"]["memory_mb"] is not None) == on_gpu
@@ -144,36 +145,32 @@ def test_a_case_is_measured(name):
 
 def test_a_graph_is_held_to_a_bound_in_milliseconds(monkeypatch, capsys):
     case, tensors = GPU_CASES["whiten_64_forward"], Case.tensors
-    monkeypatch.setattr(Case, "tensors", lambda self, *where: tensors(self, *where[:2], DEVICE))
+    monkeypatch.setattr(Case, "tensors", lambda self, device: tensors(self, DEVICE))
     monkeypatch.setattr(gpu_measure, "GraphStep", lambda step: step)
-    sizes = case.sizes.quick()
-    truth = case.oracle(case.tensors(sizes, case.dtype), {}, False)
-    (record,), steps = gpu_measure._graphs(case, sizes, truth, bounded=True)
+    few = replace(case, sizes=case.sizes.tiny())
+    truth = few.truth(few.tensors(DEVICE))
+    (record,), steps = gpu_measure._graphs(few, truth, print)
     assert record["at_most_ms"] == 0.04 and list(steps) == [record["name"]]
     gpu_measure._add_timing(record, {record["name"]: Timing(0.05, 0.05, 0.05, 3)})
     assert "at most 0.04 ms: NOT MET" in capsys.readouterr().out
-    (record,), _ = gpu_measure._graphs(case, sizes, truth, bounded=False)
+    (record,), _ = gpu_measure._graphs(replace(few, bounded=False), truth, print)
     assert record["at_most_ms"] is None
     both = GPU_CASES["info_nce_small"]
-    sizes = both.sizes.quick()
-    truth = both.oracle(both.tensors(sizes, both.dtype), both.options)
-    records, steps = gpu_measure._graphs(both, sizes, truth, bounded=True)
+    few = replace(both, sizes=both.sizes.tiny())
+    records, steps = gpu_measure._graphs(few, few.truth(few.tensors(DEVICE)), print)
     assert [record["at_most"] for record in records] == [0.5, None] and len(steps) == 2
-
-
-def case_truth(case):
-    tensors = case.tensors(case.sizes.quick(), torch.bfloat16, "cpu")
-    return case.oracle(tensors, case.options)
 
 
 def test_a_case_that_is_wrong_or_late_has_no_number():
     case = GPU_CASES["info_nce_small"]
-    hotter = replace(case, options={"temperature": 0.05}, oracle=lambda *_: case_truth(case))
-    wrong = gpu_measure.measure(hotter, "cpu", 1e12, quick=True)
+    case = case.resized(case.sizes.tiny())
+    truth = case.truth(case.tensors())
+    hotter = replace(case, options={"temperature": 0.05}, oracle=lambda *_: truth)
+    wrong = gpu_measure.measure(hotter, "cpu", 1e12)
     assert wrong["failed"].startswith("differs from float64: value") and "ours" not in wrong
-    broken = replace(case, options={"colour": 1}, oracle=lambda *_: case_truth(case))
-    assert "TypeError" in gpu_measure.measure(broken, "cpu", 1e12, quick=True)["failed"]
-    late = gpu_measure.measure(case, "cpu", 1e12, quick=True, may_begin=False)
+    broken = replace(case, options={"colour": 1}, oracle=lambda *_: truth)
+    assert "TypeError" in gpu_measure.measure(broken, "cpu", 1e12)["failed"]
+    late = gpu_measure.measure(case, "cpu", 1e12, may_begin=False)
     assert late["failed"] == "left out: the run took too long"
 
 
@@ -253,7 +250,7 @@ def made_up_result():
     environment = {"device": "Imaginary GPU", "capability": "sm_90", "driver": "1.2"}
     environment |= {"backend": "triton", "versions": {"torch": "2.11.0"}, "commit": "abc"}
     return {
-        "command": "python -m benchmarks.run --device cuda",
+        "command": "python -m contrastive_kernels bench --device cuda",
         "date": "2026-01-01",
         "device_type": "cuda",
         "environment": environment,
@@ -314,9 +311,7 @@ def test_a_run_is_written_case_by_case(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run.gpu_instruments, "gemm_flops", lambda device: 7.9e14)
     monkeypatch.setattr(run.gpu_measure, "measure", measure)
     names = ["info_nce", "nt_xent", "cacr_small", "whiten_64_forward"]
-    arguments = ["run", "--device", "cuda", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", arguments + [f"--case={name}" for name in names])
-    assert run.main() == 1
+    assert run.main(["--device", "cuda", "--json", str(path), "--case", *names]) == 1
     assert kept == [0, 1, 2, 3]
     result = json.loads(path.read_text())
     assert result["cases"] == made_up["cases"] and result["device_type"] == "cuda"

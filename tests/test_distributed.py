@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from statistics import median_low
+from statistics import median_high
 
 import distributed_cases
 import distributed_faults
@@ -255,7 +255,8 @@ def test_memory_of_a_ring_does_not_grow_with_the_ranks():
 
     def peak(reports: list[dict], exchange: str) -> float:
         shard = 4 * PEAK_ROWS * PEAK_DIM
-        return median_low(report[exchange][1] / shard for report in reports)
+        # on a busy machine a rank may come when the others have let their keys go
+        return median_high(report[exchange][1] / shard for report in reports)
 
     three, four = ([report["peak"] for report in results(world)] for world in (3, 4))
     six = gloo.run(6, peaks, ("ring",))
