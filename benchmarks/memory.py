@@ -28,10 +28,10 @@ from . import dense, headroom
 from .case import Case
 from .cases import CASES
 from .check import first_line
+from .contenders import OURS
 from .measure import BackwardStep, Step
 from .peers import PeerUnavailable
 
-OURS = "ours"
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MADV_POPULATE_READ = 22
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from .console import Progress
+from .contenders import OURS
 from .environment import RESULTS, ROOT, describe, results_path, save
-from .memory import OURS
 from .scaling_cases import RESIDENT_BYTES, STUDIES, Study
 from .scaling_plot import draw
 from .scaling_point import LONG_SECONDS, Task, apart, attempt, find_truth, timings, write_keys

@@ -50,7 +50,8 @@ class Study:
 def _at(case: Case, sampled: Oracle, n: int, m: int, d: int = FEATURES) -> Case:
     """The case of these sizes; large ones are checked by a sample."""
     oracle = case.oracle if n * m <= BLOCK else sampled
-    return replace(case, sizes=Sizes(n, m, d), oracle=oracle)
+    rivals = tuple(rival for rival in case.rivals if not rival.on_request)
+    return replace(case, sizes=Sizes(n, m, d), oracle=oracle, rivals=rivals)
 
 
 INFO_NCE = replace(

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import pictures
-from .memory import OURS
+from .contenders import OURS
 from .report import brief
 
 # Below it a peak is the noise of the system's pages.

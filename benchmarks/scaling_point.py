@@ -16,9 +16,10 @@ from torch import Tensor
 import contrastive_kernels as ck
 
 from . import dense
-from .check import PEER_FLOAT32, TOLERANCE, error, first_line
+from .check import PEER_ON_CPU, TOLERANCE, error, first_line
+from .contenders import OURS
 from .measure import Step, interleave
-from .memory import OURS, peak_of, unsupported
+from .memory import peak_of, unsupported
 from .oracle import Tensors, Truth
 from .peers import Loss
 from .scaling_cases import STUDIES, Point
@@ -59,8 +60,8 @@ class Task:
         """Negatives of a file stay there for ours, and are read for a peer."""
         case = self.point.case
         if not self.point.streamed:
-            return case.tensors(case.sizes)
-        tensors = case.tensors(replace(case.sizes, m=1))
+            return case.tensors()
+        tensors = replace(case, sizes=replace(case.sizes, m=1)).tensors()
         first = First(ck.FileNegatives(self.keys, case.sizes.d, torch.float32), case.sizes.m)
         return tensors | {"negatives": first if contender == OURS else first.read()}
 
@@ -126,7 +127,7 @@ def find_truth(task: Task) -> dict:
     """Leaves the oracle's answer in the file."""
     torch.set_num_threads(task.threads)
     case = task.point.case
-    truth = case.oracle(task.tensors(OURS), case.options)
+    truth = case.truth(task.tensors(OURS))
     torch.save(tuple(truth), task.truth)
     return {}
 
@@ -139,11 +140,12 @@ def attempt(task: Task, contender: str) -> dict:
     tiny = [torch.randn(64, 128, requires_grad=True) for _ in range(2)]
     dense.info_nce(*tiny, temperature=0.1).backward()
     if contender != OURS:
-        Step(loss, case.tensors(replace(case.sizes, n=64, m=64)), case.options)()
-    once = Once(Step(loss, task.tensors(contender), case.options))
+        few = replace(case, sizes=replace(case.sizes, n=64, m=64))
+        few.step(loss, few.tensors())()
+    once = Once(case.step(loss, task.tensors(contender)))
     mb = peak_of(once) if unsupported() is None else None
     truth = Truth(*torch.load(task.truth))
-    wrong = error(once, truth, TOLERANCE[torch.float32] if contender == OURS else PEER_FLOAT32)
+    wrong = error(once, truth, (TOLERANCE if contender == OURS else PEER_ON_CPU)[case.dtype])
     return {"reason": f"differs from float64: {wrong}"} if wrong else {
         "mb": mb, "seconds": once.seconds,
     }  # fmt: skip
@@ -152,8 +154,8 @@ def attempt(task: Task, contender: str) -> dict:
 def timings(task: Task, contenders: list[str], budget: float) -> dict:
     """The times of contenders that are known to run, in turn."""
     task.prepare()
-    options = task.point.case.options
-    steps = {name: Step(task.loss(name), task.tensors(name), options) for name in contenders}
+    case = task.point.case
+    steps = {name: case.step(task.loss(name), task.tensors(name)) for name in contenders}
     measured = interleave(steps, budget, lambda text: None, min_rounds=2)
     return {name: timing._asdict() for name, timing in measured.items()}
 

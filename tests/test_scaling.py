@@ -23,7 +23,7 @@ SIZES = Sizes(40, 40, 7)
 @pytest.mark.parametrize("name, symmetric", [("info_nce", False), ("clip_loss", True)])
 def test_the_oracle_of_a_sample_has_rows_of_the_whole(name, symmetric):
     case = CASES[name]
-    tensors = case.tensors(SIZES)
+    tensors = replace(case, sizes=SIZES).tensors()
     first, second = list(tensors)[:2]
     sampled = scaling_oracle.directions(first, second, symmetric=symmetric)
     truth = sampled(tensors, case.options)
@@ -38,7 +38,7 @@ def test_the_oracle_of_a_sample_has_rows_of_the_whole(name, symmetric):
 def test_the_oracle_of_a_sample_against_negatives(chunked, monkeypatch):
     monkeypatch.setattr(scaling_oracle, "KEYS", 20)
     case = CASES["info_nce_frozen"]
-    tensors = case.tensors(replace(SIZES, m=90))
+    tensors = replace(case, sizes=replace(SIZES, m=90)).tensors()
     whole = case.oracle(tensors, case.options)
     if chunked:
         tensors["negatives"] = Chunks(tensors["negatives"])
