@@ -15,6 +15,9 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when contrastive_kernels is imported
 else:
     torch.set_default_device(DEVICE)
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share the cores, with one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
