@@ -1,16 +1,19 @@
 """How many negatives do InfoNCE, EqCo and CACR need? Trains encoders on photographs with 4 to
 65,536 of them: accuracy, gradients and time. About 25 minutes on one core.
 
-python -m benchmarks.negatives           # train, and write the result
+python -m benchmarks.negatives           # train, and write result, plot and page
 python -m benchmarks.negatives --quick   # a few steps, seconds: does everything run?
 """
 
 import argparse
+import json
 import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ from torch import nn
 from contrastive_kernels.demo.evaluate import Accuracy, evaluate
 from contrastive_kernels.demo.train import fit, untrained
 
+from . import negatives_report
 from .console import Progress
 from .environment import RESULTS, describe, results_path, save
 from .negatives_training import (
@@ -33,10 +37,11 @@ from .negatives_training import (
     TEST,
     WIDTH,
     CropRun,
+    Scenes,
     begun,
     filled,
     loss_of,
-    pull,
+    pulls,
     scenes,
     supervised,
 )
@@ -82,73 +87,107 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="nothing is kept, but by --json")
     parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--only", choices=PARTS, help="measure this part of the result again")
+    parser.add_argument("--plot", action="store_true", help="only draw the result again")
+    parser.add_argument("--report", action="store_true", help="only write the page again")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare the page; 1 when it disagrees"
+    )
     options = parser.parse_args()
-    try:
-        measure(options)
-    except KeyboardInterrupt:
-        print("\nstopped; what was trained so far is kept", file=sys.stderr)
-        return 130
+    if options.check:
+        return negatives_report.check()
+    if not (options.plot or options.report):
+        try:
+            measure(options)
+        except KeyboardInterrupt:
+            print("\nstopped; what was trained so far is kept", file=sys.stderr)
+            return 130
+    whole = not (options.plot or options.report or options.quick or options.json)
+    if options.plot or whole:
+        for path in negatives_report.plot():
+            print(f"wrote {path.name}")
+    if options.report or whole:
+        negatives_report.write()
     return 0
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Trains everything; the result is saved after each training."""
+    """Trains and measures; the result is saved after each record."""
     torch.set_num_threads(1)
     settings = QUICK if options.quick else Settings()
     environment = describe(1, PACKAGES)
     path = options.json
-    if path is None and not options.quick:
+    if path is None and (options.only or not options.quick):
         path = RESULTS / "negatives" / results_path(environment).name
     chosen = scenes()
-    result = {
+    source = {
         "command": " ".join(["python -m benchmarks.negatives", *map(shlex.quote, sys.argv[1:])]),
         "date": date.today().isoformat(),
-        "environment": environment,
-        "settings": settings._asdict() | FIXED,
-        "crops": {"positions": len(chosen.crops), "pixels": len(chosen.crops.pixels)},
-        "baselines": [],
-        "trainings": [],
-        "gradients": [],
-        "costs": [],
+        "commit": environment["commit"],
     }
-
-    def keep(kind: str, record: dict) -> None:
-        result[kind].append(record)
-        print("  ".join(f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in record.values()))
-        if path is not None:
-            save(path, result)
-
-    def accuracy(network: nn.Module | None) -> dict:
-        # the same labels and the same turns for all: the spread is that of training
-        scores = Accuracy(*map(float, evaluate(network, chosen.images, seed=0)))
-        return scores._asdict()
-
-    keep("baselines", {"name": "raw pixels", "seed": 0} | accuracy(None))
-    for seed in range(settings.seeds):
-        network = untrained(chosen.images, seed, WIDTH)
-        keep("baselines", {"name": "untrained", "seed": seed} | accuracy(network))
-        network = supervised(chosen, seed, settings.steps)
-        keep("baselines", {"name": "supervised", "seed": seed} | accuracy(network))
-        start = filled(chosen, seed, settings.queue)
-        for count in settings.counts:
-            for name in POSITIVES:
-                run = begun(start, name, count)
-                record = {"loss": name, "negatives": count, "seed": seed}
-                record |= trained(run, settings.steps)
-                keep("trainings", record | accuracy(run.network[0]))
-                if (name, count) == ("InfoNCE", settings.counts[len(settings.counts) // 2]):
-                    teacher = run
-        # with the encoder of one training, so that only the number differs
-        for count in settings.counts:
-            for name in POSITIVES:
-                record = {"loss": name, "negatives": count, "seed": seed}
-                keep("gradients", record | pull(teacher, name, count, settings.draws)._asdict())
-    for count in settings.counts:
-        for name in POSITIVES:
-            record = {"loss": name, "negatives": count}
-            keep("costs", record | {"loss_ms": loss_cost(name, count, settings.repeats)})
+    if options.only:
+        result = json.loads(path.read_text())
+        result.setdefault("again", {})[options.only] = source
+    else:
+        result = source | {
+            "environment": environment,
+            "settings": settings._asdict() | FIXED,
+            "crops": {"positions": len(chosen.crops), "pixels": len(chosen.crops.pixels)},
+            **{part: [] for part in PARTS},
+        }
+    for part in [options.only] if options.only else PARTS:
+        result[part] = []
+        for record in PARTS[part](chosen, settings):
+            result[part].append(record)
+            values = record.values()
+            print("  ".join(f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in values))
+            if path is not None:
+                save(path, result)
     if path is not None:
         print(f"wrote {path.name}")
+
+
+def costs(chosen: Scenes, settings: Settings) -> Iterator[dict]:
+    for count, name in product(settings.counts, POSITIVES):
+        milliseconds = loss_cost(name, count, settings.repeats)
+        yield {"loss": name, "negatives": count, "loss_ms": milliseconds}
+
+
+def baselines(chosen: Scenes, settings: Settings) -> Iterator[dict]:
+    yield {"name": "raw pixels", "seed": 0} | accuracy(None, chosen)
+    for seed in range(settings.seeds):
+        network = untrained(chosen.images, seed, WIDTH)
+        yield {"name": "untrained", "seed": seed} | accuracy(network, chosen)
+        network = supervised(chosen, seed, settings.steps)
+        yield {"name": "supervised", "seed": seed} | accuracy(network, chosen)
+
+
+def trainings(chosen: Scenes, settings: Settings) -> Iterator[dict]:
+    for seed in range(settings.seeds):
+        start = filled(chosen, seed, settings.queue)
+        for count, name in product(settings.counts, POSITIVES):
+            run = begun(start, name, count)
+            record = {"loss": name, "negatives": count, "seed": seed} | trained(run, settings.steps)
+            yield record | accuracy(run.network[0], chosen)
+
+
+def gradients(chosen: Scenes, settings: Settings) -> Iterator[dict]:
+    """With one encoder for each seed, so that only loss and number differ."""
+    middle = settings.counts[len(settings.counts) // 2]
+    for seed in range(settings.seeds):
+        run = begun(filled(chosen, seed, settings.queue), "InfoNCE", middle)
+        trained(run, settings.steps)
+        for count, name, pull in pulls(run, settings.counts, settings.draws):
+            yield {"loss": name, "negatives": count, "seed": seed} | pull._asdict()
+
+
+# A run that is stopped has finished the first ones; trainings take nearly all of the time.
+PARTS = {"costs": costs, "gradients": gradients, "baselines": baselines, "trainings": trainings}
+
+
+def accuracy(network: nn.Module | None, chosen: Scenes) -> dict:
+    # the same labels and the same turns for all: the spread over seeds is that of training
+    return Accuracy(*map(float, evaluate(network, chosen.images, seed=0)))._asdict()
 
 
 def trained(run: CropRun, steps: int) -> dict:

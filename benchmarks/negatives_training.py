@@ -5,7 +5,7 @@ training, so that their number changes neither the batch nor the age of the keys
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ BATCH = 64
 DIM = 32
 WIDTH = 16
 FRESH = 512  # keys that enter the queue each step: the batch's, and those of further patches
+QUERIES = 256  # of a measured gradient
 FILL = 2048  # keys per pass while the queue is filled
 POSITIVES = {"InfoNCE": 1, "EqCo": 1, "CACR": 4}
 TEMPERATURE = 0.2
@@ -164,37 +165,30 @@ def begun(start: CropRun, name: str, count: int) -> CropRun:
 class Pull(NamedTuple):
     """The gradient of the loss of a query with respect to the unit query, over random negatives."""
 
-    length: float  # the root mean square of its norm
+    length: float  # of its expectation, as the root mean square over the queries
     noise: float  # the share of its mean square that is variance over the draws of the negatives
 
 
 @torch.no_grad()
-def pull(run: CropRun, name: str, count: int, draws: int) -> Pull:
-    """Measured on one batch and `draws` draws of the negatives from the queue of a run."""
+def pulls(run: CropRun, counts: Iterable[int], draws: int) -> Iterator[tuple[int, str, Pull]]:
+    """Of every number and loss, on the same queries and with the same draws from the queue."""
+    run.method = run.method._replace(batch=QUERIES)
     images = run.draw()
-    positives, _ = run.keys_of(images, POSITIVES[name])
+    positives, _ = run.keys_of(images, max(POSITIVES.values()))
     query = F.normalize(run.views(images, 1)[0], dim=1)
-    return pull_on(
-        query, positives, [run.negatives(count) for _ in range(draws)], 
-        lambda *tensors: loss_of(name, *tensors),
-    )  # fmt: skip
+    for count in counts:
+        negatives = [run.negatives(count) for _ in range(draws)]
+        for name, keys in POSITIVES.items():
+            yield count, name, pull(name, query, positives[:keys], negatives)
 
 
-def pull_on(
-    query: Tensor,
-    positives: Tensor,
-    draws: list[Tensor],
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Pull:
-    """The same of given tensors and a loss (N,)."""
+def pull(name: str, query: Tensor, keys: Tensor, draws: list[Tensor]) -> Pull:
+    """Of one loss, from each draw (K, D) of the negatives; at least two draws."""
     query = query.detach().requires_grad_()
-    gradients = []
     with torch.enable_grad():
-        for negatives in draws:
-            total = loss(query, positives, negatives).sum()
-            gradients.append(torch.autograd.grad(total, query)[0])
-    stacked = torch.stack(gradients)
-    square = stacked.square().sum(2).mean()
-    # unbiased, unlike the square of the mean over few draws
-    variance = stacked.var(0).sum(1).mean()
-    return Pull(square.sqrt().item(), (variance / square).item())
+        losses = (loss_of(name, query, keys, negatives).sum() for negatives in draws)
+        gradients = torch.stack([torch.autograd.grad(loss, query)[0] for loss in losses])
+    square = gradients.square().sum(2).mean()
+    # |E g|^2 = E |g|^2 - var g: the square of the mean of a few draws would be too large
+    variance = gradients.var(0).sum(1).mean()
+    return Pull((square - variance).clamp(min=0).sqrt().item(), (variance / square).item())
