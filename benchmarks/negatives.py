@@ -7,7 +7,6 @@ python -m benchmarks.negatives --quick   # a few steps, seconds: does everything
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -117,11 +116,13 @@ def measure(options: argparse.Namespace) -> None:
     settings = QUICK if options.quick else Settings()
     environment = describe(1, PACKAGES)
     path = options.json
-    if path is None and (options.only or not options.quick):
+    if path is None and not options.quick:
         path = RESULTS / "negatives" / results_path(environment).name
+    if options.only and not (path and path.exists()):
+        raise SystemExit("--only needs the result of a whole run, in its place or at --json")
     chosen = scenes()
     source = {
-        "command": " ".join(["python -m benchmarks.negatives", *map(shlex.quote, sys.argv[1:])]),
+        "command": command(options),
         "date": date.today().isoformat(),
         "commit": environment["commit"],
     }
@@ -145,6 +146,14 @@ def measure(options: argparse.Namespace) -> None:
                 save(path, result)
     if path is not None:
         print(f"wrote {path.name}")
+
+
+def command(options: argparse.Namespace) -> str:
+    """What gives the result again; where it is written does not matter."""
+    words = ["python -m benchmarks.negatives"]
+    words += ["--quick"] * options.quick
+    words += [f"--only {options.only}"] if options.only else []
+    return " ".join(words)
 
 
 def costs(chosen: Scenes, settings: Settings) -> Iterator[dict]:

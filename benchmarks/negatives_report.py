@@ -175,24 +175,24 @@ def draw(study: Study, stem: Path) -> list[Path]:
     made, axes = pictures.figure(3, 2)
     for one, (field, title) in zip(axes[0], MEASURES.items(), strict=True):
         curves(one, study, "trainings", field, 100)
-        one.set_title(f"{title}, %")
+        one.set_title(f"{title}, %", loc="left")
         scale_lines(one, study, field)
     length, noise, cost = axes[1]
     curves(length, study, "gradients", "length", 1)
-    length.set_title("length of a query's expected gradient")
+    length.set_title("length of a query's expected gradient", loc="left")
     length.set_ylim(bottom=0)
     curves(noise, study, "gradients", "noise", 100)
-    noise.set_title("its noise, % of the mean square")
+    noise.set_title("its noise, % of the mean square", loc="left")
     curves(cost, study, "costs", "loss_ms", 1)
     cost.set_yscale("log")
-    cost.set_title("CPU ms of the loss, one thread")
+    cost.set_title("CPU ms of the loss, one thread", loc="left")
     for one in axes.flat:
         one.set_xscale("log", base=4)
         one.set_xticks(study.counts, [f"{count:,}" for count in study.counts], rotation=45)
         one.minorticks_off()
     for one in axes[1]:
         one.set_xlabel("negatives K")
-    axes[0, 0].legend()
+    axes[0, 0].legend(frameon=False, fontsize=8, loc=(0.05, 0.2))
     return pictures.save(made, stem)
 
 

@@ -173,6 +173,8 @@ def test_one_part_is_measured_again(quick, scenes, monkeypatch, tmp_path):
     result = json.loads(path.read_text())
     assert len(result["costs"]) == 6 and result["trainings"] == quick["trainings"]
     assert "--only costs" in negatives_report.section(result)
+    with pytest.raises(SystemExit, match="--only needs the result of a whole run"):
+        quick_run(monkeypatch, scenes, tmp_path / "absent.json", "--only", "costs")
 
 
 def test_a_result_that_was_stopped_has_gaps(quick, tmp_path):
