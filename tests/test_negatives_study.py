@@ -181,3 +181,15 @@ def test_a_result_that_was_stopped_has_gaps(quick, tmp_path):
     cut = quick | {"gradients": [], "trainings": quick["trainings"][:4]}
     assert re.search(r"\| 64 \| [\d.]+ ± 0\.0 \| – \| – \|", negatives_report.section(cut))
     assert negatives_report.draw(negatives_report.Study(cut), tmp_path / "plot")
+
+
+def test_the_page_agrees_with_the_results(monkeypatch, capsys, tmp_path):
+    assert negatives_report.results() and negatives_report.check() == 0
+    changed = tmp_path / "negatives.md"
+    page = negatives_report.PAGE.read_text()
+    changed.write_text(page.replace(" ± ", " - ", 3))
+    monkeypatch.setattr(negatives_report, "PAGE", changed)
+    assert negatives_report.check() == 1
+    assert "python -m benchmarks.negatives --report" in capsys.readouterr().out
+    negatives_report.write()
+    assert changed.read_text() == page
