@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -92,8 +93,8 @@ def describe_gpu() -> dict:
     }
 
 
-def describe(threads: int) -> dict:
-    """Device, threads, load, backend and versions, for the JSON."""
+def describe(threads: int, packages: Iterable[str] = PEERS) -> dict:
+    """Device, threads, load, backend and versions, of these packages too, for the JSON."""
     return {
         "device": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -105,7 +106,7 @@ def describe(threads: int) -> dict:
             "contrastive_kernels": ck.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            **_installed(*PEERS),
+            **_installed(*packages),
         },
         "commit": commit(),
     }

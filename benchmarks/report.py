@@ -223,10 +223,10 @@ def replaced(readme: str, text: str, begin: str, end: str) -> str:
         ValueError: the markers are missing, repeated or in the wrong order.
     """
     if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise ValueError(f"README.md must contain {begin} and {end} once each")
+        raise ValueError(f"the page must contain {begin} and {end} once each")
     head, _, rest = readme.partition(begin)
     if end not in rest:
-        raise ValueError(f"README.md must contain {begin} before {end}")
+        raise ValueError(f"the page must contain {begin} before {end}")
     return head + begin + "\n" + text + end + rest.partition(end)[2]
 
 

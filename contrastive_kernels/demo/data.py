@@ -26,6 +26,7 @@ PHOTOGRAPHS = (
     "stereo_motorcycle",
 )
 PATCH = 24
+LEAST_CONTRAST = 0.03  # the standard deviation of a patch that has something to see
 
 
 class Warp(NamedTuple):
@@ -111,10 +112,9 @@ def photographs(seed: int) -> ImageSet:
     rng = np.random.default_rng(seed)
     train, test = [], []
     for name in PHOTOGRAPHS:
-        photograph = _photograph(name)
-        border = round(0.65 * photograph.shape[1])
-        train.append(_patches(photograph[:, :border], stride=PATCH // 2, most=250, rng=rng))
-        test.append(_patches(photograph[:, border:], stride=PATCH, most=50, rng=rng))
+        left, right = sides(name)
+        train.append(_patches(left, stride=PATCH // 2, most=250, rng=rng))
+        test.append(_patches(right, stride=PATCH, most=50, rng=rng))
     classes = np.arange(len(PHOTOGRAPHS))
     scene = {"mid": 0.5, "padding": "reflection"}
     return ImageSet(
@@ -136,6 +136,13 @@ def photographs(seed: int) -> ImageSet:
 IMAGES = {"digits": digits, "photograph patches": photographs}
 
 
+def sides(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The left two thirds of a photograph, to train on, and the rest of it, to test on."""
+    photograph = _photograph(name)
+    border = round(0.65 * photograph.shape[1])
+    return photograph[:, :border], photograph[:, border:]
+
+
 def _photograph(name: str) -> np.ndarray:
     """A bundled photograph as a grey image in [0, 1], its shorter side at most 384 pixels."""
     image = getattr(data, name)()
@@ -150,7 +157,7 @@ def _patches(image: np.ndarray, stride: int, most: int, rng: np.random.Generator
     """At most `most` patches (n, PATCH, PATCH) of the image, without the empty ones."""
     windows = np.lib.stride_tricks.sliding_window_view(image, (PATCH, PATCH))
     patches = windows[::stride, ::stride].reshape(-1, PATCH, PATCH)
-    patches = patches[patches.std((1, 2)) > 0.03]
+    patches = patches[patches.std((1, 2)) > LEAST_CONTRAST]
     return patches[rng.permutation(len(patches))[:most]]
 
 

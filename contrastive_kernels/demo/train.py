@@ -12,7 +12,7 @@ import contrastive_kernels as ck
 
 from .data import ImageSet
 
-FEATURES = 128
+WIDTH = 32  # channels of the first convolution
 MOMENTUM = 0.99  # of the key encoder, per step
 QUEUE = 512  # keys that info_nce remembers
 FEW = 16  # negatives of eqco
@@ -28,25 +28,32 @@ class Method(NamedTuple):
     batch: int = 256
     dim: int = 64
     key_encoder: bool = False
+    queue: int = QUEUE
+    width: int = WIDTH
 
 
-def encoder() -> nn.Sequential:
-    """Three convolutions and a mean over the pixels: images (N, 1, S, S) to features (N, 128).
+def encoder(width: int = WIDTH) -> nn.Sequential:
+    """Three convolutions and a mean over the pixels: images (N, 1, S, S) to (N, 4 width) features.
 
     SiLU, not ReLU: at a kink the last bit of a number decides about a whole gradient, so that after
     a hundred steps no two float32 trainings would be alike, whatever their loss is computed with.
     """
     layers: list[nn.Module] = []
-    for inputs, outputs, stride in [(1, 32, 1), (32, 64, 2), (64, FEATURES, 2)]:
+    for inputs, outputs, stride in [
+        (1, width, 1),
+        (width, 2 * width, 2),
+        (2 * width, 4 * width, 2),
+    ]:
         convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(outputs), nn.SiLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def head(dim: int) -> nn.Sequential:
+def head(dim: int, width: int = WIDTH) -> nn.Sequential:
     """Features to the embeddings that the loss compares; thrown away after training."""
-    hidden = nn.Linear(FEATURES, FEATURES, bias=False)
-    return nn.Sequential(hidden, nn.BatchNorm1d(FEATURES), nn.SiLU(), nn.Linear(FEATURES, dim))
+    features = 4 * width
+    hidden = nn.Linear(features, features, bias=False)
+    return nn.Sequential(hidden, nn.BatchNorm1d(features), nn.SiLU(), nn.Linear(features, dim))
 
 
 class Run:
@@ -61,9 +68,9 @@ class Run:
         self.method = method
         self.losses = losses
         self.generator = Generator().manual_seed(seed)
-        self.network = nn.Sequential(encoder(), head(method.dim))
+        self.network = nn.Sequential(encoder(method.width), head(method.dim, method.width))
         self.key_network = copy.deepcopy(self.network) if method.key_encoder else None
-        self.queue = ck.FeatureQueue(QUEUE, method.dim)
+        self.queue = ck.FeatureQueue(method.queue, method.dim)
 
     def draw(self, extra: int = 0) -> Tensor:
         """The images of one step, all different, `extra` more than the batch."""
@@ -140,6 +147,11 @@ def train(
     Equal seeds give equal networks, batches and views.
     """
     run = Run(images, method, losses, seed)
+    return run.network[0], fit(run, steps, on_step)
+
+
+def fit(run: Run, steps: int, on_step: Callable[[], None]) -> list[float]:
+    """Train the network of a run; the loss of every step."""
     peak_rate = 5e-3
     # With the usual eps of 1e-8, a gradient that is nothing but rounding moves its weight as far as
     # a real one, and two float32 trainings part.
@@ -151,7 +163,7 @@ def train(
     )
     curve = []
     for _ in range(steps):
-        loss, keys = method.loss(run)
+        loss, keys = run.method.loss(run)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -160,13 +172,13 @@ def train(
             run.queue.enqueue(keys)
         curve.append(loss.item())
         on_step()
-    return run.network[0], curve
+    return curve
 
 
-def untrained(images: ImageSet, seed: int) -> nn.Module:
+def untrained(images: ImageSet, seed: int, width: int = WIDTH) -> nn.Module:
     """The encoder as it starts, with batch norm statistics of the training images."""
     torch.manual_seed(seed)
-    network = encoder()
+    network = encoder(width)
     with torch.no_grad():
         for batch in images.plain(images.train).split(256):
             network(batch)
