@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -87,8 +88,8 @@ def describe_gpu() -> dict:
     }
 
 
-def describe(threads: int) -> dict:
-    """Device, threads, load, backend and versions, for the JSON."""
+def describe(threads: int, packages: Iterable[str] = PEERS) -> dict:
+    """Device, threads, load, backend and versions, of these packages too, for the JSON."""
     return {
         "device": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -100,7 +101,7 @@ def describe(threads: int) -> dict:
             "contrastive_kernels": ck.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            **{name: _installed(name) for name in PEERS},
+            **{name: _installed(name) for name in packages},
         },
         "commit": commit(),
     }
