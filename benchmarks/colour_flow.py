@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 LAYERS = 6
-HIDDEN = 16
+HIDDEN = 8
 
 
 class ColourFlow(nn.Module):

@@ -30,25 +30,30 @@ CONSTANTS = {
 }
 
 
-def measure(part: str, settings: Settings, command: str) -> dict:
-    """The result of one part, its records printed as they come."""
+def measure(part: str, settings: Settings, command: str, path: Path | None) -> None:
+    """Runs one part; what it has is saved after each seed, and its records are printed."""
     start = time.process_time()
-    environment = describe(1, PACKAGES)
-    records = []
-    for record in PARTS[part](settings):
-        print("  ".join(f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in record.values()))
-        sys.stdout.flush()
-        records.append(record)
-    return {
+    result = {
         "part": part,
         "command": command,
         "date": date.today().isoformat(),
         "note": "one thread",
-        "cpu_minutes": round((time.process_time() - start) / 60, 1),
-        "environment": environment,
+        "environment": describe(1, PACKAGES),
         "settings": settings._asdict() | CONSTANTS,
-        "records": records,
+        "records": [],
     }
+    for seed in range(settings.seeds):
+        for record in PARTS[part](settings, seed):
+            result["records"].append({"seed": seed, **record})
+            print("  ".join(map(_shown, result["records"][-1].values())), flush=True)
+        result["settings"]["seeds"] = seed + 1
+        result["cpu_minutes"] = round((time.process_time() - start) / 60, 1)
+        if path is not None:
+            save(path, result)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else f"{value}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,11 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
         try:
             for part in options.part or PARTS:
-                result = measure(part, QUICK if options.quick else Settings(), command)
-                if folder is not None:
-                    save(folder / f"{part}.json", result)
+                path = None if folder is None else folder / f"{part}.json"
+                measure(part, QUICK if options.quick else Settings(), command, path)
         except KeyboardInterrupt:
-            print("\nstopped; the parts that were finished are kept", file=sys.stderr)
+            print("\nstopped; the parts and seeds that were finished are kept", file=sys.stderr)
             return 130
         finally:
             torch.set_num_threads(threads)

@@ -1,13 +1,14 @@
-"""The experiments of `python -m benchmarks.infomin`; each yields a record for each training."""
+"""The experiments of `python -m benchmarks.infomin`: for one seed, a record of each training."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from .colour_flow import views
+from .colour_flow import ColourFlow, views
 from .photographs import NAMES, ROWS, Photographs, below, drawn
 from .view_training import (
     BATCH,
@@ -22,6 +23,8 @@ from .view_training import (
     probe,
     settle,
 )
+
+Split = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels to two views
 
 DIRECTIONS = 8
 LEAST_COHERENCE = 0.3  # of the gradients of a patch, for it to have a direction
@@ -55,7 +58,7 @@ class Settings(NamedTuple):
 QUICK = Settings(seeds=1, steps=2, view_steps=2, batches=1, stride=48, distances=(8, 192))
 
 
-def distance(settings: Settings) -> Iterator[dict]:
+def distance(settings: Settings, seed: int) -> Iterator[dict]:
     """Views: two grey patches, one `distance` pixels above the other; one encoder for both."""
     photographs = Photographs("grey")
     train, test = (photographs.grid(split, settings.stride) for split in ("train", "test"))
@@ -79,45 +82,39 @@ def distance(settings: Settings) -> Iterator[dict]:
 
         return draw
 
-    for seed in range(settings.seeds):
-        yield {"views": "untrained", "seed": seed} | measured(
-            pairs(settings.distances[0]), settings, seed, labelled, trained=False, shared=True
-        )
-        for apart in settings.distances:
-            record = {"views": f"{apart}", "seed": seed}
-            yield record | measured(pairs(apart), settings, seed, labelled, shared=True)
+    near = pairs(settings.distances[0])
+    yield {"views": "untrained"} | measured(
+        near, settings, seed, labelled, trained=False, shared=True
+    )
+    for apart in settings.distances:
+        yield {"views": f"{apart}"} | measured(pairs(apart), settings, seed, labelled, shared=True)
 
 
-def colour(settings: Settings) -> Iterator[dict]:
+def colour(settings: Settings, seed: int) -> Iterator[dict]:
     """Views: one and two channels of a patch, as they are or as the view generator gives them."""
+    scene = _scene("rgb", settings.stride)
+    if seed == 0:
+        yield {"views": "colour covariance"} | covariance_probe(scene)
+    yield {"views": "untrained"} | scene.measured(_split(0), settings, seed, trained=False)
     for name, (space, first) in FIXED.items():
-        scene = Scene(space, settings.stride)
-        order = [first] + [channel for channel in range(3) if channel != first]
-        split = _split(order)
-        if name == "R, GB":
-            yield {"views": "colour covariance", "seed": 0} | covariance_probe(scene)
-        for seed in range(settings.seeds):
-            if name == "R, GB":
-                record = {"views": "untrained", "seed": seed}
-                yield record | scene.measured(split, settings, seed, trained=False)
-            yield {"views": name, "seed": seed} | scene.measured(split, settings, seed)
+        scene = _scene(space, settings.stride)
+        yield {"views": name} | scene.measured(_split(first), settings, seed)
     for start, (space, volume_preserving) in FLOWS.items():
-        scene = Scene(space, settings.stride)
+        scene = _scene(space, settings.stride)
         for mode, draw_labelled in (
             ("unsupervised", None),
             ("semi-supervised", scene.draw_labelled),
         ):
-            for seed in range(settings.seeds):
-                flow = learn_views(
-                    scene.draw,
-                    volume_preserving=volume_preserving,
-                    draw_labelled=draw_labelled,
-                    classes=len(NAMES) * ROWS,
-                    steps=settings.view_steps,
-                    seed=seed,
-                )
-                record = scene.measured(lambda x, g=flow: views(g(x)[0]), settings, seed)
-                yield {"views": f"{start}, {mode}", "seed": seed} | record
+            flow = learn_views(
+                scene.draw,
+                volume_preserving=volume_preserving,
+                draw_labelled=draw_labelled,
+                classes=len(NAMES) * ROWS,
+                steps=settings.view_steps,
+                seed=seed,
+            )
+            record = scene.measured(_learned(flow), settings, seed)
+            yield {"views": f"{start}, {mode}"} | record
 
 
 PARTS = {"distance": distance, "colour": colour}
@@ -150,7 +147,7 @@ class Scene:
 
     def measured(
         self,
-        split: Callable[[Tensor], tuple[Tensor, Tensor]],
+        split: Split,
         settings: Settings,
         seed: int,
         trained: bool = True,
@@ -214,5 +211,15 @@ def covariance_probe(scene: Scene) -> dict[str, float]:
     return {name: probe(*both, *labels) for name, labels in scene.tasks().items()}
 
 
-def _split(order: list[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _split(first: int) -> Split:
+    order = [first] + [channel for channel in range(3) if channel != first]
     return lambda patches: views(patches[:, order])
+
+
+def _learned(flow: ColourFlow) -> Split:
+    return lambda patches: views(flow(patches)[0])
+
+
+@cache
+def _scene(space: str, stride: int) -> Scene:
+    return Scene(space, stride)

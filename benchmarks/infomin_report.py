@@ -9,13 +9,28 @@ from matplotlib.axes import Axes
 
 from . import pictures
 from .environment import RESULTS, ROOT
+from .infomin_parts import FIXED, FLOWS
 from .markdown import table
 from .report import replaced
 
 PAGE = ROOT / "docs" / "infomin.md"
 IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- infomin:begin -->", "<!-- infomin:end -->"
-CHANCE_AND_BASELINES = ("colour covariance", "untrained")
+TASK_COLORS = {
+    "photograph": pictures.OTHERS[0],
+    "region": pictures.OURS,
+    "direction": pictures.OTHERS[1],
+}
+FLOW_COLORS = (pictures.OURS, pictures.OTHERS[2], pictures.OTHERS[3])
+MARKERS = {"unsupervised": "v", "semi-supervised": "^"}
+LABEL_SHIFTS = {  # in points, and which side of the label is there
+    "R, GB": ((-5, -11), "right"),
+    "G, RB": ((5, -11), "right"),
+    "B, RG": ((0, 8), "left"),
+    "Y, DbDr": ((5, 5), "left"),
+    "L, ab": ((-5, 5), "right"),
+    "V, HS": ((-5, -11), "left"),
+}
 
 
 def results() -> dict[str, dict]:
@@ -107,24 +122,17 @@ def plot() -> list[Path]:
     ]
 
 
-def _points(axes: Axes, result: dict, views: str, task: str, **style) -> tuple[float, float]:
-    """One cross of means and deviations, I_NCE against accuracy in %; where it is."""
+def _cross(axes: Axes, result: dict, views: str, task: str, **style) -> tuple[float, float]:
+    """Means and deviations of I_NCE and of the accuracy in %; where their middle is."""
     bounds = values(result, views, "bound")
     accuracies = [100 * value for value in values(result, views, task)]
-    x, y = statistics.fmean(bounds), statistics.fmean(accuracies)
-    axes.errorbar(
-        x, y, xerr=spread(bounds), yerr=spread(accuracies), capsize=0, elinewidth=1, **style
-    )
-    return x, y
+    point = statistics.fmean(bounds), statistics.fmean(accuracies)
+    axes.errorbar(*point, spread(accuracies), spread(bounds), elinewidth=1, **style)
+    return point
 
 
 def _plot_distance(result: dict) -> list[Path]:
     distances = [views for views in kinds(result) if views.isdigit()]
-    tasks = {
-        "photograph": pictures.OTHERS[0],
-        "region": pictures.OURS,
-        "direction": pictures.OTHERS[1],
-    }
     made, axes = pictures.figure(3)
     left, middle, right = axes[0]
     xs = [int(views) for views in distances]
@@ -133,8 +141,9 @@ def _plot_distance(result: dict) -> list[Path]:
         xs, list(map(statistics.fmean, bounds)), list(map(spread, bounds)),
         marker="o", color=pictures.OURS,
     )  # fmt: skip
-    left.set(title="What the views share", ylabel="I_NCE, nats", ylim=(0, None))
-    for task, color in tasks.items():
+    left.set_title("What the views share", loc="left")
+    left.set(ylabel="I_NCE, nats", ylim=(0, None))
+    for task, color in TASK_COLORS.items():
         untrained = statistics.fmean(values(result, "untrained", task))
         accuracies = [values(result, views, task) for views in distances]
         means = [statistics.fmean(each) / untrained for each in accuracies]
@@ -146,35 +155,37 @@ def _plot_distance(result: dict) -> list[Path]:
         right.annotate(
             task, curve[0], xytext=(-2, 7), textcoords="offset points", color=color, fontsize=8
         )
-    middle.set(title="What a linear probe finds", ylabel="accuracy / untrained encoder's")
+    middle.set_title("What a linear probe finds", loc="left")
+    middle.set(ylabel="accuracy / untrained encoder's")
     for each in (left, middle):
         each.set(xscale="log", xticks=xs, xlabel="distance of the patches, pixels")
         each.set_xticklabels(distances)
         each.minorticks_off()
-    right.set(title="One against the other", xlabel="I_NCE, nats", ylabel="accuracy / untrained's")
+    right.set_title("One against the other", loc="left")
+    right.set(xlabel="I_NCE, nats", ylabel="accuracy / untrained encoder's")
     return pictures.save(made, IMAGES / "infomin_distance")
 
 
 def _plot_colour(result: dict) -> list[Path]:
-    made, axes = pictures.figure(2, width=5.4, height=4.2)
-    marks = {"unsupervised": "v", "semi-supervised": "^"}
+    made, axes = pictures.figure(2, width=5.0, height=4.4)
+    untrained = {"color": pictures.OTHERS[4], "linewidth": 1, "linestyle": ":"}
     for each, task in zip(axes[0], ("photograph", "region"), strict=True):
-        for views in kinds(result):
-            if views in CHANCE_AND_BASELINES:
-                continue
-            learned = [mark for name, mark in marks.items() if views.endswith(f", {name}")]
-            if learned:
-                color = pictures.OURS if views.startswith("RGB,") else pictures.OTHERS[2]
-                full = "full" if ", affine, " in views else "none"
-                style = {"marker": learned[0], "color": color, "fillstyle": full, "markersize": 7}
-                _points(each, result, views, task, **style)
-            else:
-                point = _points(each, result, views, task, marker="o", color=pictures.OTHERS[0])
-                each.annotate(
-                    views, point, xytext=(5, 5), textcoords="offset points", fontsize=8,
-                    color=pictures.OTHERS[0],
-                )  # fmt: skip
-        untrained = 100 * statistics.fmean(values(result, "untrained", task))
-        each.axhline(untrained, color=pictures.OTHERS[4], linewidth=1, linestyle=":")
-        each.set(title=f"Which {task}", xlabel="I_NCE, nats", ylabel="accuracy, %")
+        for views in FIXED:
+            point = _cross(each, result, views, task, marker="o", color=pictures.OTHERS[0])
+            shift, side = LABEL_SHIFTS[views]
+            each.annotate(
+                views, point, xytext=shift, textcoords="offset points", ha=side,
+                color=pictures.OTHERS[0], fontsize=8,
+            )  # fmt: skip
+        for start, color in zip(FLOWS, FLOW_COLORS, strict=True):
+            for mode, marker in MARKERS.items():
+                views = f"{start}, {mode}"
+                style = {"marker": marker, "color": color, "markersize": 7, "linestyle": "none"}
+                _cross(each, result, views, task, label=f"from {views}", **style)
+        level = 100 * statistics.fmean(values(result, "untrained", task))
+        each.axhline(level, label="untrained encoders", **untrained)
+        each.set_title(f"Which {task}", loc="left")
+        each.set(xlabel="I_NCE, nats", ylabel="accuracy, %")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return pictures.save(made, IMAGES / "infomin_colour")
