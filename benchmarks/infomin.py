@@ -1,5 +1,5 @@
 """How much should two views share? InfoMin's experiments (Tian et al. 2020) on photographs: patches
-at growing distance, and colour channels, fixed or learned. About 30 minutes on one core.
+at growing distance, and colour channels, fixed or learned. About 20 minutes on one core.
 
 python -m benchmarks.infomin           # train, and write results, plots and page
 python -m benchmarks.infomin --quick   # two steps of everything, seconds: does it run?

@@ -16,6 +16,10 @@ from .report import replaced
 PAGE = ROOT / "docs" / "infomin.md"
 IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- infomin:begin -->", "<!-- infomin:end -->"
+TITLES = {  # of each part, and of the first column of its table
+    "distance": ("Two patches", "distance in pixels"),
+    "colour": ("Colour channels", "views"),
+}
 TASK_COLORS = {
     "photograph": pictures.OTHERS[0],
     "region": pictures.OURS,
@@ -23,20 +27,21 @@ TASK_COLORS = {
 }
 FLOW_COLORS = (pictures.OURS, pictures.OTHERS[2], pictures.OTHERS[3])
 MARKERS = {"unsupervised": "v", "semi-supervised": "^"}
+BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
 LABEL_SHIFTS = {  # in points, and which side of the label is there
-    "R, GB": ((-5, -11), "right"),
-    "G, RB": ((5, -11), "right"),
-    "B, RG": ((0, 8), "left"),
-    "Y, DbDr": ((5, 5), "left"),
-    "L, ab": ((-5, 5), "right"),
-    "V, HS": ((-5, -11), "left"),
+    "R, GB": ((-7, -3), "right"),
+    "G, RB": ((0, -14), "center"),
+    "B, RG": ((-7, -12), "right"),
+    "Y, DbDr": ((2, 19), "center"),
+    "L, ab": ((6, 5), "left"),
+    "V, HS": ((-6, -13), "right"),
 }
 
 
 def results() -> dict[str, dict]:
-    """The results by part."""
-    paths = sorted((RESULTS / "infomin").glob("*.json"), reverse=True)
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    """The results by part, in the order of the page."""
+    paths = {part: RESULTS / "infomin" / f"{part}.json" for part in TITLES}
+    return {part: json.loads(path.read_text()) for part, path in paths.items() if path.exists()}
 
 
 def values(result: dict, views: str, field: str) -> list[float]:
@@ -80,12 +85,6 @@ def provenance(result: dict) -> str:
         " deviation over the seeds. I_NCE in nats, of held-out pairs with"
         f" {settings['batch']} candidates; accuracy of a linear probe in % of the held-out patches."
     )
-
-
-TITLES = {
-    "distance": ("Two patches", "distance in pixels"),
-    "colour": ("Colour channels", "views"),
-}
 
 
 def section(result: dict) -> list[str]:
@@ -152,9 +151,7 @@ def _plot_distance(result: dict) -> list[Path]:
         pictures.label_end(middle, xs, means, task, color)
         curve = sorted(zip(map(statistics.fmean, bounds), means, strict=True))
         right.plot(*zip(*curve, strict=True), marker="o", color=color)
-        right.annotate(
-            task, curve[0], xytext=(-2, 7), textcoords="offset points", color=color, fontsize=8
-        )
+        pictures.label_end(right, *zip(*curve, strict=True), task, color)
     middle.set_title("What a linear probe finds", loc="left")
     middle.set(ylabel="accuracy / untrained encoder's")
     for each in (left, middle):
@@ -175,7 +172,7 @@ def _plot_colour(result: dict) -> list[Path]:
             shift, side = LABEL_SHIFTS[views]
             each.annotate(
                 views, point, xytext=shift, textcoords="offset points", ha=side,
-                color=pictures.OTHERS[0], fontsize=8,
+                color=pictures.OTHERS[0], fontsize=8, bbox=BACKGROUND,
             )  # fmt: skip
         for start, color in zip(FLOWS, FLOW_COLORS, strict=True):
             for mode, marker in MARKERS.items():
@@ -185,6 +182,7 @@ def _plot_colour(result: dict) -> list[Path]:
         level = 100 * statistics.fmean(values(result, "untrained", task))
         each.axhline(level, label="untrained encoders", **untrained)
         each.set_title(f"Which {task}", loc="left")
+        each.margins(0.1)
         each.set(xlabel="I_NCE, nats", ylabel="accuracy, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
