@@ -9,7 +9,7 @@ DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
 # What these test does not depend on the device.
 CPU_ONLY = (
     "test_build", "test_demo", "test_distributed", "test_examples", "test_fold", "test_imports",
-    "test_readme", "test_whiten_block",
+    "test_infomin", "test_readme", "test_whiten_block",
 )  # fmt: skip
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when contrastive_kernels is imported
