@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench report clean
 
 setup: $(VENV)/build.stamp
 
@@ -49,6 +49,13 @@ lint: setup
 
 bench: setup $(VENV)/peers.stamp
 	@$(RUN) -m contrastive_kernels bench $(ARGS)
+
+# README, pages and pictures from benchmarks/results.
+report: setup
+	@$(RUN) -m benchmarks.report
+	@$(RUN) -m benchmarks.scaling --plot
+	@$(RUN) -m benchmarks.negatives --plot --report
+	@$(RUN) -m benchmarks.infomin --plot --report
 
 # For a machine with a GPU and no network: PYTHON itself has torch, triton, pytest and the build
 # tools. Logs and results are left in OUT.

@@ -26,13 +26,20 @@ PEERS = (
 
 
 def processor() -> str:
-    """The name of the processor, as the system tells it."""
+    """The name of the processor, as the system tells it; with family and model where it has them,
+    since a cloud's "AMD EPYC" may be of several generations."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        first = ""
+    pairs = (line.partition(":") for line in first.splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    name = fields["model name"]
+    if "cpu family" in fields:
+        name += f", family {fields['cpu family']} model {fields['model']}"
+    return name
 
 
 def commit() -> str:

@@ -156,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     path = options.json
     if path is None:
         path = RESULTS / "scaling" / results_path(describe(options.threads)).name
+        others = sorted(path.parent.glob("*.json"))
+        if options.plot and others and not path.exists():
+            path = others[-1]  # of another device
     kept = options.json is not None or not (options.quick or options.study)
     if options.plot:
         if not path.exists():
