@@ -10,20 +10,22 @@ from pathlib import Path
 
 import torch
 
-from contrastive_kernels.backends import backends, unusable_reason
+import contrastive_kernels as ck
+from contrastive_kernels.backends import unusable_reason
 
-from .case import Case, Rival
-from .cases import CASES
-from .gpu_cases import GPU_CASES
-from .measure import DTYPES, PASSES
-from .peers import Lazy
+from .baselines.baseline import Baseline
+from .baselines.loading import Lazy
+from .cases import table
+from .cases.case import Case
+from .cases.step import DTYPES, PASSES
+from .gpu import cases as gpu_cases
 
 PROGRAM = "python -m contrastive_kernels bench"
 SIZES = ("n", "m", "d", "k")
 DESCRIPTION = """\
 Time, and peak memory, of the losses beside dense torch and other packages, on this machine.
-Every contender is first compared with float64: what is wrong has no number. Without options the
-whole table of cases is measured, which takes many minutes; nothing else should run meanwhile."""
+Every implementation is first compared with float64: what is wrong has no number. Without options
+the whole table of cases is measured, for many minutes; nothing else should run meanwhile."""
 EXAMPLES = f"""\
 examples:
   {PROGRAM} --quick
@@ -32,9 +34,13 @@ examples:
   {PROGRAM} --loss info_nce --peer all --json info_nce.json
   {PROGRAM} --group whitening --pass forward --dtype float64
   {PROGRAM} --device cuda --case info_nce --backend triton
+  {PROGRAM} --base main --case info_nce nt_xent dcl_small
 
-A peer is named by the beginning of its name: dense, torch.compile, lightly. Those of other packages
-are optional: pip install 'contrastive_kernels[bench]'"""
+--peer takes the beginning of a baseline's name: dense, torch.compile, lightly. Those of other
+packages are optional: pip install 'contrastive_kernels[bench]'
+
+--base builds the commit in build/base the first time, and measures its package and this one in turn
+with the cases of this checkout: ours and base in milliseconds, and ours / base. No peak memory."""
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
@@ -50,6 +56,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
             raise ValueError("--plot needs matplotlib: pip install 'contrastive_kernels[bench]'")
         if options.device == "cuda" and not options.list and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a GPU: torch.cuda.is_available() is False")
+        if options.base and options.peer:
+            raise ValueError("--base takes the place of the baselines: --peer does not go with it")
         for flag, path in (("--json", options.json), ("--plot", options.plot)):
             _check_file(flag, path)
         return options, chosen(options)
@@ -73,12 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     several(what, "--loss", metavar="NAME", help="the table's case of this function")
     several(what, "--case", metavar="NAME", help="a case of the table (--list names them)")
     several(what, "--group", metavar="NAME", help="all cases of a group")
-    several(what, "--peer", metavar="NAME", help="these peers alone; none; or all, slow ones too")
+    several(what, "--peer", metavar="NAME", help="these baselines alone; none; all, slow ones too")
     what.add_argument(
         "--quick", action="store_true",
-        help="a minute: the large cases at a smaller size, with two peers and few rounds",
+        help="a minute: the large cases at a smaller size, with two baselines and few rounds",
     )  # fmt: skip
-    what.add_argument("--list", action="store_true", help="print the cases and their peers")
+    what.add_argument(
+        "--base", metavar="REF",
+        help="the cases on the build of this git commit, or in this folder, instead of baselines",
+    )  # fmt: skip
+    what.add_argument("--list", action="store_true", help="print the cases and their baselines")
 
     how = parser.add_argument_group("sizes and circumstances (several values: every combination)")
     for name, meaning in zip(
@@ -95,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of the features: {', '.join(DTYPES)}",
     )
     how.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu by default")
-    how.add_argument("--backend", choices=backends(), default="auto", help="of our loss: auto")
+    how.add_argument("--backend", choices=ck.backends(), default="auto", help="of our loss: auto")
     how.add_argument(
         "--pass", dest="passes", choices=PASSES,
         help="time the forward pass under no_grad, the backward pass, or both",
@@ -106,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     how.add_argument(
         "--memory", action=argparse.BooleanOptionalAction, default=True,
-        help="peak memory, in a process of its own for each contender; always on a GPU",
+        help="peak memory, in a process of its own for each implementation; always on a GPU",
     )  # fmt: skip
 
     output = parser.add_argument_group("results")
@@ -140,10 +152,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def table(device: str) -> dict[str, Case]:
-    return GPU_CASES if device == "cuda" else CASES
-
-
 def named(options: argparse.Namespace) -> bool:
     """Whether cases were chosen, in any way."""
     sizes = any(getattr(options, name) for name in SIZES)
@@ -157,12 +165,12 @@ def chosen(options: argparse.Namespace) -> list[Case]:
         ValueError: an option does not go with the table, or with another.
     """
     cases = [changed for case in _rows(options) for changed in _changed(case, options)]
-    return list(_with_peers(cases, options))
+    return list(_with_baselines(cases, options))
 
 
 def _rows(options: argparse.Namespace) -> list[Case]:
     """The rows of the table."""
-    cases = table(options.device)
+    cases = (gpu_cases if options.device == "cuda" else table).CASES
     if not named(options):
         return list(cases.values())
     losses = _losses(cases.values())
@@ -197,7 +205,7 @@ def _changed(case: Case, options: argparse.Namespace) -> Iterator[Case]:
     """A row with the sizes, dtypes, pass and backend that were asked for."""
     if options.quick:
         case = replace(case.resized(case.sizes.quick()), bfloat16_at_most=None)
-        case = replace(case, rivals=case.rivals[:2])
+        case = replace(case, baselines=case.baselines[:2])
     if options.backend != "auto":
         if isinstance(case.loss, Lazy):
             raise ValueError(f"--backend: {case.name} stands in for a class without that option")
@@ -233,23 +241,25 @@ def _resized(case: Case, options: argparse.Namespace) -> Iterator[Case]:
         yield replace(case.resized(replace(made, **sizes)), memory=True)
 
 
-def _with_peers(cases: list[Case], options: argparse.Namespace) -> Iterator[Case]:
-    """The cases with those of their peers that are asked for."""
-    every = {rival.peer.name: None for case in cases for rival in case.rivals}
+def _with_baselines(cases: list[Case], options: argparse.Namespace) -> Iterator[Case]:
+    """The cases with those of their baselines that are asked for."""
+    every = {baseline.name: None for case in cases for baseline in case.baselines}
     for name in options.peer or ():
-        begins = any(_plain(peer).startswith(_plain(name)) for peer in every)
+        begins = any(_plain(known).startswith(_plain(name)) for known in every)
         if not begins and name not in ("all", "none"):
             choice = ", ".join(("none", "all", *every))
             raise ValueError(f"--peer must be the beginning of one of {choice}, got {name}")
     names = [_plain(name) for name in options.peer or ()]
 
-    def wanted(rival: Rival) -> bool:
+    def wanted(baseline: Baseline) -> bool:
+        if options.base:
+            return False
         if not names:
-            return not rival.on_request
-        return "all" in names or any(_plain(rival.peer.name).startswith(name) for name in names)
+            return not baseline.on_request
+        return "all" in names or any(_plain(baseline.name).startswith(name) for name in names)
 
     for case in cases:
-        yield replace(case, rivals=tuple(filter(wanted, case.rivals)))
+        yield replace(case, baselines=tuple(filter(wanted, case.baselines)))
 
 
 def _plain(name: str) -> str:

@@ -9,17 +9,15 @@ import json
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-from . import gpu_report
-from .markdown import asked_for, milliseconds, share, table
+from .gpu import report as gpu_report
+from .harness import pages
+from .harness.markdown import brief, milliseconds, share, table, versions
+from .harness.paths import DOCS, RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-INTEGRATIONS = ROOT / "docs" / "integrations.md"
-RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-GPU_BEGIN, GPU_END = "<!-- gpu-benchmarks:begin -->", "<!-- gpu-benchmarks:end -->"
+INTEGRATIONS = DOCS / "integrations.md"
+NAME, GPU_NAME = "benchmarks", "gpu-benchmarks"
 
 
 def megabytes(memory: dict, name: str, limit: float | None = None) -> str:
@@ -45,13 +43,14 @@ def speed_rows(record: dict) -> Iterable[list[str]]:
         yield [title(record), "FAILED: " + record["failed"], "", "", "", ""]
         return
     ours = record["ours"]
-    for peer in record["peers"]:
-        row = [title(record), peer["name"]]
-        if "ratio" not in peer:
-            yield [*row, milliseconds(ours), peer["reason"], "", ""]
+    for theirs in record["peers"]:
+        row = [title(record), theirs["name"]]
+        if "ratio" not in theirs:
+            yield [*row, milliseconds(ours), theirs["reason"], "", ""]
             continue
-        ratio = share(peer["ratio"], peer["at_most"])
-        yield [*row, milliseconds(ours), milliseconds(peer), ratio, f"{ours['gemm_fraction']:.0%}"]
+        fraction = f"{ours['gemm_fraction']:.0%}"
+        ratio = share(theirs["ratio"], theirs["at_most"])
+        yield [*row, milliseconds(ours), milliseconds(theirs), ratio, fraction]
 
 
 def large_table(records: list[dict]) -> list[str]:
@@ -61,12 +60,12 @@ def large_table(records: list[dict]) -> list[str]:
 
 def memory_rows(record: dict, limit: float) -> list[str]:
     memory = record["memory"]
-    peers = [f"{p['name']} {megabytes(memory, p['name'])}" for p in record["peers"]]
+    others = [f"{b['name']} {megabytes(memory, b['name'])}" for b in record["peers"]]
     return [
         title(record),
         megabytes(memory, "ours", limit),
         megabytes(memory, "ours, bfloat16", limit),
-        "; ".join(peers) or "–",
+        "; ".join(others) or "–",
     ]
 
 
@@ -86,35 +85,29 @@ def bfloat16_row(record: dict) -> list[str]:
 def small_row(record: dict) -> list[str]:
     if "failed" in record:
         return [title(record), "FAILED: " + record["failed"], "", ""]
-    peer = record["peers"][0]
-    ratio = share(peer["ratio"], peer["at_most"])
-    return [title(record), milliseconds(record["ours"]), milliseconds(peer), ratio]
-
-
-def brief(reason: str) -> str:
-    """Why a peer has no time; of torch's message that memory is out, what it asked for."""
-    asked = asked_for(reason)
-    return reason if asked is None else f"out of memory: asked for {asked / 1e9:.0f} GB"
+    dense = record["peers"][0]
+    ratio = share(dense["ratio"], dense["at_most"])
+    return [title(record), milliseconds(record["ours"]), milliseconds(dense), ratio]
 
 
 def swap_row(record: dict) -> list[str]:
     if "failed" in record:
         return [title(record), "FAILED: " + record["failed"], "", "", "", ""]
-    ours, peer = record["ours"], record["peers"][0]
+    ours, theirs = record["ours"], record["peers"][0]
     memory = record.get("memory", {})
     row = [title(record), milliseconds(ours)]
-    if "ratio" in peer:
-        row += [milliseconds(peer), share(peer["ratio"], peer["at_most"])]
+    if "ratio" in theirs:
+        row += [milliseconds(theirs), share(theirs["ratio"], theirs["at_most"])]
     else:
-        row += [brief(peer["reason"]), ""]
-    return [*row, megabytes(memory, "ours"), megabytes(memory, peer["name"])]
+        row += [brief(theirs["reason"]), ""]
+    return [*row, megabytes(memory, "ours"), megabytes(memory, theirs["name"])]
 
 
 def gain(record: dict) -> str:
-    """How much faster, and how much smaller, a drop-in is than its peer."""
-    peer, memory = record["peers"][0], record["memory"]
-    text = f"{1 / peer['ratio']:.1f} x as fast" if "ratio" in peer else "runs where theirs cannot"
-    ours, theirs = memory["ours"].get("mb"), memory[peer["name"]].get("mb")
+    """How much faster, and how much smaller, a drop-in is than the package's own."""
+    other, memory = record["peers"][0], record["memory"]
+    text = f"{1 / other['ratio']:.1f} x as fast" if "ratio" in other else "runs where theirs cannot"
+    ours, theirs = memory["ours"].get("mb"), memory[other["name"]].get("mb")
     return text + (f", {theirs:.0f} MB to {ours:.0f}" if ours and theirs else "")
 
 
@@ -146,11 +139,10 @@ def scaling_row(record: dict) -> list[str]:
 def provenance(result: dict) -> str:
     """Device, versions, date and command in one sentence."""
     environment = result["environment"]
-    versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items())
     rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in result["gemm_gflops"].items())
     return (
         f"{environment['device']} ({environment['capability']}), {environment['threads']} threads; "
-        f"backend {environment['backend']}; {versions}; {result['date']}, "
+        f"backend {environment['backend']}; {versions(environment)}; {result['date']}, "
         f"commit {environment['commit']}. GEMM rate of the same run: {rates}. "
         f"Measured with `{result['command']}`."
     )
@@ -216,51 +208,28 @@ def sections(device_type: str) -> str:
     return "\n".join(["", *lines]) if lines else ""
 
 
-def replaced(readme: str, text: str, begin: str, end: str) -> str:
-    """readme with `text` between the markers.
-
-    Raises:
-        ValueError: the markers are missing, repeated or in the wrong order.
-    """
-    if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise ValueError(f"the page must contain {begin} and {end} once each")
-    head, _, rest = readme.partition(begin)
-    if end not in rest:
-        raise ValueError(f"the page must contain {begin} before {end}")
-    return head + begin + "\n" + text + end + rest.partition(end)[2]
-
-
 def updated(readme: str) -> str:
     """readme with the tables of all results.
 
     Those of GPUs get markers of their own with the first result.
     """
-    readme = replaced(readme, sections("cpu") or "\nNo results yet.\n", BEGIN, END)
-    gpu = sections("cuda")
-    if gpu and GPU_BEGIN not in readme:
-        readme = readme.replace(END, f"{END}\n\n{GPU_BEGIN}\n{GPU_END}")
-    return replaced(readme, gpu, GPU_BEGIN, GPU_END) if GPU_BEGIN in readme else readme
+    readme = pages.replaced(readme, NAME, sections("cpu") or "\nNo results yet.\n")
+    gpu, (begin, end) = sections("cuda"), pages.markers(GPU_NAME)
+    if gpu and begin not in readme:
+        _, cpu_end = pages.markers(NAME)
+        readme = readme.replace(cpu_end, f"{cpu_end}\n\n{begin}\n{end}")
+    return pages.replaced(readme, GPU_NAME, gpu) if begin in readme else readme
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare; 1 when they disagree")
     options = parser.parse_args()
-    try:
-        changed = {
-            path: new
-            for path, make in ((README, updated), (INTEGRATIONS, with_gains))
-            if (new := make(old := path.read_text())) != old
-        }
-    except (OSError, ValueError) as error:
-        print(error)
-        return 1
-    for path, new in changed.items():
-        if options.check:
-            print(f"{path.name} and benchmarks/results disagree: run python -m benchmarks.report")
-        else:
-            path.write_text(new)
-    return int(options.check and bool(changed))
+    return pages.update(
+        {README: updated, INTEGRATIONS: with_gains},
+        "python -m benchmarks.report",
+        check=options.check,
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The benchmark command: python -m contrastive_kernels bench --help"""
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -10,18 +12,26 @@ import torch
 
 import contrastive_kernels as ck
 
-from . import cpu_measure, gpu_instruments, gpu_measure, gpu_report, memory
-from .case import Case
-from .cases import MEMORY_LIMIT_MB
-from .console import HEAD, rows, summary
-from .environment import IN_CHECKOUT, describe, describe_gpu, results_path, save
-from .measure import DTYPES, gemm_flops
+from .base import builds, compare
+from .base.worker import Ended, Worker
+from .cases.case import Case
+from .cases.step import DTYPES
+from .cases.table import MEMORY_LIMIT_MB
+from .gpu import instruments as gpu_instruments
+from .gpu import measure as gpu_measure
+from .gpu import report as gpu_report
+from .harness import measure as cpu_measure
+from .harness import memory
+from .harness.console import HEAD, rows, summary
+from .harness.environment import describe, describe_gpu, results_path, save
+from .harness.paths import IN_CHECKOUT
+from .harness.timing import gemm_flops
 from .options import PROGRAM, SIZES, named, parse
 
-# Seconds into a run of the whole table on a GPU after which no peer is compiled, and no case
+# Seconds into a run of the whole table on a GPU after which no baseline is compiled, and no case
 # begins.
 COMPILE_UNTIL, CASES_UNTIL = 110.0, 200.0
-INTERRUPTED = 130
+UNUSABLE, INTERRUPTED = 2, 130
 # measure(case, how many come before it)
 Measure = Callable[[Case, int], dict]
 
@@ -32,16 +42,22 @@ def main(argv: list[str]) -> int:
     if options.list:
         print("\n".join(_listed(case) for case in cases))
         return 0
+    begin = _on_gpu if options.device == "cuda" else _on_cpu
+    if options.base:
+        begin = _against_base
     records: list[dict] = []
     try:
-        head, measure = (_on_gpu if options.device == "cuda" else _on_cpu)(options, cases)
-        result = head | {"cases": records}
-        path = _path(options, result["environment"])
-        for done, case in enumerate(cases):
-            records.append(measure(case, done))
-            if path is not None:
-                # after each case: a run that is cut short leaves what it has measured
-                save(path, result)
+        with begin(options, cases) as (head, measure):
+            result = head | {"cases": records}
+            path = _path(options, result["environment"])
+            for done, case in enumerate(cases):
+                records.append(measure(case, done))
+                if path is not None:
+                    # after each case: a run that is cut short leaves what it has measured
+                    save(path, result)
+    except (builds.Unusable, Ended) as reason:
+        print(f"--base: {reason}", file=sys.stderr)
+        return UNUSABLE
     except KeyboardInterrupt:
         print(f"\nstopped: {len(records)} of {len(cases)} cases are measured")
         if records:
@@ -72,8 +88,8 @@ def command_line(options: argparse.Namespace) -> str:
 
 def _listed(case: Case) -> str:
     sizes = " ".join(f"{name.upper()}={value}" for name, value in vars(case.sizes).items())
-    peers = "; ".join(rival.peer.name for rival in case.rivals)
-    return f"{case.name:58s} {case.group:10s} {sizes:32s} {peers}"
+    baselines = "; ".join(baseline.name for baseline in case.baselines)
+    return f"{case.name:58s} {case.group:10s} {sizes:32s} {baselines}"
 
 
 def _head(options: argparse.Namespace, environment: dict) -> dict:
@@ -90,8 +106,8 @@ def _path(options: argparse.Namespace, environment: dict) -> Path | None:
     """Where the result goes; None: a part of the table is not kept unless it is asked for."""
     if options.json is not None:
         return options.json
-    whole = not (named(options) or options.dtype or options.peer or options.passes)
-    if whole and options.backend == "auto" and IN_CHECKOUT:
+    part = named(options) or options.dtype or options.peer or options.passes or options.base
+    if not part and options.backend == "auto" and IN_CHECKOUT:
         return results_path(environment)
     return None
 
@@ -99,13 +115,13 @@ def _path(options: argparse.Namespace, environment: dict) -> Path | None:
 def _end(options: argparse.Namespace, result: dict, path: Path | None) -> int:
     """Says what came out and where it is; the exit status."""
     records = result["cases"]
-    if options.device == "cuda":
+    if options.device == "cuda" and not options.base:
         print("\n".join(["", *gpu_report.section(result)]))
     text = summary(records)
     if text is not None:
         print(text)
     if options.plot is not None:
-        from .plot import draw  # its packages are optional
+        from .harness.plot import draw  # its packages are optional
 
         print("drew " + ", ".join(file.name for file in draw(result, options.plot)))
     if path is not None:
@@ -117,7 +133,8 @@ def _end(options: argparse.Namespace, result: dict, path: Path | None) -> int:
     return 1 if failed else 0
 
 
-def _on_gpu(options: argparse.Namespace, cases: list[Case]) -> tuple[dict, Measure]:
+@contextmanager
+def _on_gpu(options: argparse.Namespace, cases: list[Case]) -> Iterator[tuple[dict, Measure]]:
     """The head of the result, and how a case is measured."""
     start = time.monotonic()
     environment = describe_gpu()
@@ -144,10 +161,11 @@ def _on_gpu(options: argparse.Namespace, cases: list[Case]) -> tuple[dict, Measu
             may_begin=elapsed < CASES_UNTIL,
         )
 
-    return _head(options, environment) | {"gemm_tflops": gemm / 1e12}, measure
+    yield _head(options, environment) | {"gemm_tflops": gemm / 1e12}, measure
 
 
-def _on_cpu(options: argparse.Namespace, cases: list[Case]) -> tuple[dict, Measure]:
+@contextmanager
+def _on_cpu(options: argparse.Namespace, cases: list[Case]) -> Iterator[tuple[dict, Measure]]:
     """The head of the result, and how a case is measured."""
     with_memory, reason = options.memory, memory.unsupported()
     if with_memory and reason:
@@ -186,4 +204,34 @@ def _on_cpu(options: argparse.Namespace, cases: list[Case]) -> tuple[dict, Measu
         "gemm_gflops": {name: rate / 1e9 for name, rate in gemm.items()},
         "memory_limit_mb": MEMORY_LIMIT_MB,
     }
-    return head, measure
+    yield head, measure
+
+
+@contextmanager
+def _against_base(options: argparse.Namespace, cases: list[Case]) -> Iterator[tuple[dict, Measure]]:
+    """The head of the result, and how a case is measured, on two builds that work meanwhile."""
+    base = builds.find(options.base)
+    on_gpu = options.device == "cuda"
+    environment = describe_gpu() if on_gpu else describe(options.threads, ())
+    settings = options.device, options.threads
+    with (
+        closing(Worker(builds.current(), *settings)) as ours,
+        closing(Worker(base, *settings)) as theirs,
+    ):
+        threads = "" if on_gpu else f", {options.threads} threads"
+        print(f"{environment['device']}{threads}, torch {torch.__version__}")
+        for name, worker in (("ours", ours), ("base", theirs)):
+            print(f"{name}: {worker.build.name}, contrastive_kernels {worker.version}")
+            if worker.reason is not None:
+                print(f"warning: {name} is the dense reference: {worker.reason}")
+        print(compare.HEAD, flush=True)
+        effort = cpu_measure.QUICK if options.quick else cpu_measure.FULL
+
+        def measure(case: Case, done: int) -> dict:
+            count = f"[{done + 1}/{len(cases)}] "
+            record = compare.measure(case, ours, theirs, effort, count)
+            print(compare.row(record), flush=True)
+            return record
+
+        head = _head(options, environment)
+        yield head | {"base": {"commit": base.name, "version": theirs.version}}, measure

@@ -1,30 +1,31 @@
 """The table of cases on a CPU under pytest-benchmark: pytest benchmarks/ --sizes quick
 
-Every contender is compared with float64 before it is timed. `python -m contrastive_kernels bench`
-interleaves its contenders, and measures memory; this keeps results of its own, and compares them:
---benchmark-autosave, --benchmark-compare, --benchmark-compare-fail=median:10%.
+Every implementation is compared with float64 before it is timed. The command `python -m
+contrastive_kernels bench` interleaves them, and measures memory; this keeps results of its own, and
+compares them: --benchmark-autosave, --benchmark-compare, --benchmark-compare-fail=median:10%.
 """
 
 from functools import lru_cache
 
 import pytest
 
-from . import headroom
-from .case import Case
-from .cases import CASES
-from .check import PEER_ON_CPU, TOLERANCE, reason
-from .contenders import OURS
-from .measure import MAX_ROUNDS, MIN_ROUNDS, MIN_SAMPLE_SECONDS, host_sample
-from .oracle import Tensors, Truth
-from .peers import Peer, PeerUnavailable
+from .baselines.baseline import Baseline
+from .baselines.loading import Unavailable
+from .cases.case import Case
+from .cases.oracle import Tensors, Truth
+from .cases.table import CASES
+from .harness import memory_limit
+from .harness.check import BASELINE_ON_CPU, TOLERANCE, reason
+from .harness.implementations import OURS
+from .harness.timing import MAX_ROUNDS, MIN_ROUNDS, MIN_SAMPLE_SECONDS, host_sample
 
-BUDGET = 3.0  # seconds for the rounds of one contender
-PAIRS = [
-    pytest.param(name, peer, id=f"{name}-{peer.name if peer else OURS}")
+BUDGET = 3.0  # seconds for the rounds of one implementation
+PARAMETERS = [
+    pytest.param(name, baseline, id=f"{name}-{baseline.name if baseline else OURS}")
     for name, case in CASES.items()
-    for peer in (None, *(rival.peer for rival in case.rivals if not rival.on_request))
+    for baseline in (None, *(each for each in case.baselines if not each.on_request))
 ]
-# Our median time, for the ratios of the peers, which come after.
+# Our median time, for the ratios of the baselines, which come after.
 our_seconds: dict[str, float] = {}
 
 
@@ -38,16 +39,16 @@ def prepared(name: str, sizes: str) -> tuple[Case, Tensors, Truth]:
     return case, tensors, case.truth(tensors)
 
 
-@pytest.mark.parametrize(("name", "peer"), PAIRS)
-def test_case(name: str, peer: Peer | None, benchmark, request) -> None:
-    with headroom.limited():
+@pytest.mark.parametrize(("name", "baseline"), PARAMETERS)
+def test_case(name: str, baseline: Baseline | None, benchmark, request) -> None:
+    with memory_limit.limited():
         case, tensors, truth = prepared(name, request.config.getoption("--sizes"))
         try:
-            step = case.step(case.under_test if peer is None else peer.load(), tensors)
-        except PeerUnavailable as unavailable:
+            step = case.step(case.under_test if baseline is None else baseline.load(), tensors)
+        except Unavailable as unavailable:
             pytest.skip(str(unavailable))
-        wrong = reason(step, truth, (PEER_ON_CPU if peer else TOLERANCE)[case.dtype])
-        if wrong and peer:
+        wrong = reason(step, truth, (BASELINE_ON_CPU if baseline else TOLERANCE)[case.dtype])
+        if wrong and baseline:
             pytest.skip(wrong)
         assert wrong is None
         seconds = host_sample(step, 1)
@@ -55,11 +56,11 @@ def test_case(name: str, peer: Peer | None, benchmark, request) -> None:
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(BUDGET / (seconds * repeats))))
         benchmark.group = name
         benchmark.pedantic(step, rounds=rounds, iterations=repeats)
-    benchmark.extra_info |= case.record() | {"contender": peer.name if peer else OURS}
+    benchmark.extra_info |= case.record() | {"implementation": baseline.name if baseline else OURS}
     if benchmark.stats is None:  # --benchmark-disable
         return
     median = benchmark.stats.stats.median
-    if peer is None:
+    if baseline is None:
         our_seconds[name] = median
         if case.operations() is not None:
             benchmark.extra_info["flops"] = case.operations()

@@ -1,4 +1,4 @@
-"""What each backend needs, whether it is usable here, and why not.
+"""What each backend needs, whether it is usable here, and why not; what each of them can do.
 
 Loads the compiled extensions: `_cpu` registers its ops with torch, `_cuda` knows no torch. Imported
 once, with the package.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 _REBUILD = "pip install --no-build-isolation -e ."
 TRITON_AT_LEAST = (3, 6)
@@ -97,6 +98,60 @@ def unusable_reason(name: str, device: str) -> str | None:
         if device != "cuda":
             wrong_device = "it takes cuda tensors only"
     return "; ".join(reason for reason in (error, wrong_device) if reason) or None
+
+
+def available_backends(device: str = "cpu") -> list[str]:
+    """Names of the backends that can run on `device` here, the dense reference first."""
+    names = ("reference", "cpu", "triton")
+    return [name for name in names if unusable_reason(name, device) is None]
+
+
+def resolve_backend(
+    backend: str, device: torch.device, kernels: tuple[str, ...] = ("cpu", "triton")
+) -> str:
+    """The backend that runs on `device`: the fastest usable one for "auto", else the one named.
+
+    An explicit name never falls back. `kernels`: the backends that the operation has kernels of.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the named backend cannot run here; the message lists every reason.
+    """
+    if backend == "reference":
+        return backend
+    if backend == "auto":
+        preferred = "cpu" if device.type == "cpu" else "triton"
+        return preferred if unusable_reason(preferred, device.type) is None else "reference"
+    if backend not in ("cpu", "triton", "cuda"):
+        raise ValueError(
+            'backend must be "auto", "reference", "cpu", "triton" or "cuda", got ' + repr(backend)
+        )
+    reason = unusable_reason(backend, device.type)
+    if backend not in kernels:
+        reason = "; ".join(filter(None, ("it has no kernels for this operation", reason)))
+    if reason is not None:
+        raise RuntimeError(f'backend="{backend}" cannot run on {device.type} tensors: {reason}')
+    return backend
+
+
+def resident_dim(x_dtype: torch.dtype, y_dtype: torch.dtype) -> int:
+    """The longest vectors of which the Triton kernels hold a gradient at once: those of longer ones
+    go through stored parts of dL/dz."""
+    single = x_dtype != y_dtype or x_dtype == torch.float32
+    return 128 if single else 256
+
+
+def can_attend(backend: str, x: Tensor, keys_dtype: torch.dtype, frozen: bool) -> bool:
+    """Whether the forward sweep may bring the gradient of the queries x too, where the keys are
+    frozen or not."""
+    if backend == "reference":
+        return False
+    return frozen if backend == "cpu" else x.shape[1] <= resident_dim(x.dtype, keys_dtype)
+
+
+def can_sum(backend: str) -> bool:
+    """Whether a softplus sweep can sum over the rows, which brings every gradient forward."""
+    return backend == "triton"
 
 
 def _no_gpu() -> str | None:

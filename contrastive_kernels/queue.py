@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributed import Group, Meeting, gather_uneven, resolve_group
-from .ops import check_features, check_ids
+from .checks import check_features, check_ids
+from .distributed import GroupCall, Shards, join, resolve_group
+from .types import Group
 
 
 class FeatureQueue(nn.Module):
@@ -87,15 +88,16 @@ class FeatureQueue(nn.Module):
         With a group: the features of all ranks, of which some may have none.
         """
         rows, dim = self.features.shape
-        meet = nullcontext() if self.group is None else Meeting(self.group, [features])
-        with meet as group:
+        alone = self.group is None
+        with nullcontext() if alone else GroupCall(self.group, "enqueue", [features]) as group:
             check_features("features", features, (2,), rows=group is None)
             if features.shape[1] != dim:
                 raise ValueError(
                     f"features must have shape (N, {dim}), got {tuple(features.shape)}"
                 )
-            if group is not None:
-                features = gather_uneven(group, features)
+            batch, _ = join(group, features.shape[0], features=features.detach())
+            if isinstance(batch, Shards):
+                features = batch.gather(features.detach())
         if (self.features.dtype, self.features.device) != (features.dtype, features.device):
             self.features = self.features.to(features)
             self.position = self.position.to(features.device)

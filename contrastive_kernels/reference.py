@@ -8,38 +8,14 @@ The losses never use row statistics, so that an error in the algebra of `losses.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import combinations
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IdPair = tuple[Tensor, Tensor]
-
-
-class Sweep(NamedTuple):
-    """What one sweep over a similarity matrix gives; what was not asked for is None.
-
-    lse, mean, rank, total and count have one entry per row, col_lse and col_mean one per column.
-    """
-
-    lse: Tensor
-    mean: Tensor | None = None
-    col_lse: Tensor | None = None
-    col_mean: Tensor | None = None
-    rank: Tensor | None = None
-    total: Tensor | None = None
-    count: Tensor | None = None
-
-
-class SoftplusSweep(NamedTuple):
-    """Row sums of softplus, with the same optional statistics as `Sweep`."""
-
-    value: Tensor
-    rank: Tensor | None = None
-    total: Tensor | None = None
-    count: Tensor | None = None
+from .types import IdPair, SoftplusSweep, Sweep
 
 
 def promote(x: Tensor) -> Tensor:
@@ -118,12 +94,15 @@ def sweep(
     kept = kept_pairs(z, exclude, keep)
     lse, row_mean = masked_softmax_stats(z, kept)
     col_lse, col_mean = masked_softmax_stats(z.T, kept.T) if columns else (None, None)
+    rank, total, count = threshold_stats(z, kept, threshold)
     return Sweep(
-        lse,
-        row_mean if mean else None,
-        col_lse,
-        col_mean if mean else None,
-        *threshold_stats(z, kept, threshold),
+        lse=lse,
+        mean=row_mean if mean else None,
+        col_lse=col_lse,
+        col_mean=col_mean if mean else None,
+        rank=rank,
+        total=total,
+        count=count,
     )
 
 
@@ -132,7 +111,7 @@ def softplus_sweep(
     y: Tensor | None,
     *,
     scale: float | Tensor = 1.0,
-    bias: float | Tensor = 0.0,
+    bias: float | Tensor | None = None,
     exclude: IdPair | None = None,
     keep: IdPair | None = None,
     normalize: bool = False,
@@ -140,7 +119,9 @@ def softplus_sweep(
 ) -> SoftplusSweep:
     """sum_j softplus(scale <x_i, y_j> + bias) over the kept pairs, shape (N,); 0 for an empty
     row."""
-    z = scale * similarity(x, y, normalize) + bias
+    z = scale * similarity(x, y, normalize)
+    if bias is not None:
+        z = z + bias
     kept = kept_pairs(z, exclude, keep)
     # F.softplus turns linear above 20, too coarse for float64; logsigmoid is exact everywhere
     value = torch.where(kept, -F.logsigmoid(-torch.where(kept, z, 0.0)), 0.0).sum(1)
@@ -318,6 +299,124 @@ def siglip_loss(
     logits = logit_scale * similarity(image_features, text_features, normalize) + logit_bias
     sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
     return reduce(-F.logsigmoid(sign * logits).sum(1), reduction)
+
+
+def clip_distill(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: float | Tensor,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """-sum_j q_ij log p_ij, the mean of images over texts and texts over images: q and p are the
+    softmax of the teacher's and of the student's logits (Hinton et al. 2015, as in open_clip).
+    reduction="none" gives one value per pair, (N,)."""
+    student = logit_scale * similarity(image_features, text_features, normalize)
+    teacher = teacher_logit_scale * similarity(
+        teacher_image_features, teacher_text_features, normalize
+    )
+    images = -(teacher.softmax(1) * student.log_softmax(1)).sum(1)
+    texts = -(teacher.T.softmax(1) * student.T.log_softmax(1)).sum(1)
+    return reduce((images + texts) / 2, reduction)
+
+
+def mnrl(
+    query: Tensor,
+    documents: Tensor | Sequence[Tensor],
+    *,
+    scale: float | Tensor = 20.0,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """log sum_c e^{z_ic} - z_i+ over the candidates c of all directions ("joint"), or the mean of
+    one such loss for each ("per_direction"), z = scale s (Henderson et al. 2017; GTE, Li et al.
+    2023).
+
+    query (N, D); documents (N (1 + K), D) or a sequence of 1 + K blocks (N, D): block by block one
+    document of every query, the positives first. hardness_mode names the logits from queries to
+    documents that hardness_strength times their detached similarity is added to (Lan et al. 2025).
+    """
+    documents = documents if isinstance(documents, Tensor) else torch.cat(tuple(documents))
+    n, m = len(query), len(documents)
+    index = torch.arange(m, device=query.device)
+    positive = documents[:n]
+    own = index[:n, None] == index[None, :] % n  # documents of the same query
+    own_positive = index[:n, None] == index[None, :]
+    harder = {
+        None: torch.zeros_like(own),
+        "in_batch_negatives": ~own,
+        "hard_negatives": own & ~own_positive,
+        "all_negatives": ~own_positive,
+    }[hardness_mode]
+    s = similarity(query, documents, normalize)
+    forward = scale * s + hardness_strength * harder * s.detach()
+    queries = scale * similarity(query, None, normalize)
+    positives = scale * similarity(positive, documents, normalize)
+    matrices = {
+        "query_to_doc": forward,
+        "query_to_query": queries.masked_fill(own[:, :n], -torch.inf),
+        "doc_to_query": scale * similarity(positive, query, normalize),
+        "doc_to_doc": positives.masked_fill(own, -torch.inf),
+    }
+    logits = [matrices[name] for name in directions]
+    if partition_mode == "joint":
+        logits = [torch.cat(logits, 1)]
+    rows = torch.stack([z.logsumexp(1) for z in logits]).mean(0) - forward.diagonal()
+    return reduce(rows, reduction)
+
+
+def gist(
+    anchor: Tensor,
+    positive: Tensor,
+    anchor_guide: Tensor,
+    positive_guide: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    negatives_guide: Tensor | None = None,
+    temperature: float = 0.01,
+    scale: float | Tensor | None = None,
+    margin: float = 0.0,
+    margin_strategy: str = "absolute",
+    contrast_anchors: bool = True,
+    contrast_positives: bool = True,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross entropy of each positive among the pairs that a guide does not call more similar than
+    the positive less a margin (GISTEmbed, Solatorio 2024).
+
+    anchor and positive (N, D), negatives (M, D), their guides (N, G) and (M, G). The pairs: anchor
+    and other positives, anchors and anchors, positives and positives, anchor and negatives.
+    margin_strategy: "absolute", g+ - margin, or "relative", g+ - |g+| margin.
+    """
+    scale = 1 / temperature if scale is None else scale
+    anchor_guide, positive_guide = anchor_guide.double(), positive_guide.double()
+    limit = row_dot(anchor_guide, positive_guide, normalize=normalize)
+    limit = limit - margin * (limit.abs() if margin_strategy == "relative" else 1)
+    anchors, positives = (anchor, anchor_guide), (positive, positive_guide)
+    contrasts = [(anchors, positives)]
+    if contrast_anchors:
+        contrasts.append((anchors, anchors))
+    if contrast_positives:
+        contrasts.append((positives, positives))
+    if negatives is not None:
+        contrasts.append((anchors, (negatives, negatives_guide.double())))
+    logits, kept = [], []
+    for (x, x_guide), (y, y_guide) in contrasts:
+        logits.append(scale * similarity(x, y, normalize))
+        kept.append(similarity(x_guide, y_guide, normalize) <= limit[:, None])
+    kept[0].fill_diagonal_(False)  # the positive itself
+    dot = scale * row_dot(anchor, positive, normalize=normalize)
+    rows = cross_entropy_rows(dot, torch.cat(logits, 1), torch.cat(kept, 1), None)
+    return reduce(rows, reduction)
 
 
 def sup_con(

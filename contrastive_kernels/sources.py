@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .types import FLOATS
+
 CHUNK_BYTES = 2**25
 
 

@@ -8,8 +8,10 @@ import torch
 DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
 # What these test does not depend on the device.
 CPU_ONLY = (
-    "test_bench", "test_build", "test_demo", "test_distributed", "test_examples", "test_fold",
-    "test_imports", "test_infomin", "test_negatives_study", "test_readme", "test_whiten_block",
+    "test_bench_base", "test_bench_cases", "test_bench_installed", "test_bench_options",
+    "test_bench_output", "test_bench_run", "test_build", "test_demo", "test_distributed",
+    "test_examples", "test_fold", "test_imports", "test_infomin", "test_negatives_study",
+    "test_readme", "test_whiten_block",
 )  # fmt: skip
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when contrastive_kernels is imported
@@ -28,15 +30,3 @@ def device(request):
             yield
     else:
         yield
-
-
-def pytest_collection_modifyitems(config, items):
-    """Leaves out the whitening losses on the Triton backend, which has no kernels for them."""
-
-    def there_is_one(item) -> bool:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        names = (item.name, str(parameters.get("name")))
-        whitens = any(name.startswith(("test_w_mse", "w_mse", "intl")) for name in names)
-        return not (whitens and parameters.get("backend") == "triton")
-
-    items[:] = [item for item in items if there_is_one(item)]

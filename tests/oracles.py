@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from contrastive_kernels.ops import available_backends
+from contrastive_kernels.backends import available_backends
 
 DEVICE = torch.get_default_device().type
 BACKENDS = available_backends(DEVICE)
@@ -23,6 +23,13 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
     return torch.randn(shape, dtype=DOUBLE, generator=generator(seed)).to(dtype)
 
 
+def views(n: int, dim: int, *others: tuple[int, ...]) -> list[Tensor]:
+    """Two correlated views (n, dim), then further features of the given shapes."""
+    z1 = randn(n, dim, seed=1)
+    z2 = z1 + 0.5 * randn(n, dim, seed=2)
+    return [z1, z2, *(randn(*shape, seed=3 + i) for i, shape in enumerate(others))]
+
+
 def sample(backend: str, combinations: list, seed: int, every: int = 5) -> list:
     """All combinations; of interpreted kernels, which are slow, a fifth, by the seed."""
     interpreted = backend == "triton" and DEVICE == "cpu"
@@ -32,9 +39,12 @@ def sample(backend: str, combinations: list, seed: int, every: int = 5) -> list:
 def value_and_gradients(
     function: Callable[..., Tensor], inputs: list[Tensor], seed: int = 99
 ) -> list[Tensor]:
-    """function(*inputs), and the gradient of every floating input that an upstream gradient of
-    random numbers gives."""
-    inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    """function(*inputs), and the gradients that an upstream gradient of random numbers gives: of
+    the inputs that require one, or if none does of every floating one."""
+    learned = [t.requires_grad for t in inputs]
+    if not any(learned):
+        learned = [t.is_floating_point() for t in inputs]
+    inputs = [t.detach().requires_grad_(need) for t, need in zip(inputs, learned, strict=True)]
     value = function(*inputs)
     upstream = randn(*value.shape, seed=seed).to(value.dtype)
     return [value.detach(), *torch.autograd.grad(value, differentiable(inputs), upstream)]

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common import count_equal_ids
-from ..ops import softplus_sweep, sweep
-from ..self_similarity import SupConRows, sup_con_rows
+from ..backends import resolve_backend
+from ..losses.algebra import count_equal_ids
+from ..losses.sup_con import SupConRows, sup_con_rows
+from ..ops import checked_operands, row_dot, softplus_sweep, sweep
 
 
 class LabelPairs:
@@ -49,6 +50,13 @@ class Candidates(NamedTuple):
     normalize: bool
 
     @property
+    def backend(self) -> str:
+        return resolve_backend("auto", self.x.device)
+
+    def row_dot(self, x: Tensor, y: Tensor) -> Tensor:
+        return row_dot(x, y, normalize=self.normalize, backend=self.backend)
+
+    @property
     def few(self) -> bool:
         """Whether the peer finds too few pairs for a loss."""
         n, m = len(self.labels), len(self.ref_labels)
@@ -62,20 +70,23 @@ class Candidates(NamedTuple):
     def sup_con_rows(self) -> SupConRows:
         return sup_con_rows(
             self.x, self.labels, ref=self.y, ref_labels=self.ref_labels, own=self.own,
-            scale=self.scale, normalize=self.normalize,
+            scale=self.scale, normalize=self.normalize, backend=self.backend,
         )  # fmt: skip
 
     def pair_losses(self) -> Tensor:
         """(M,): of each reference, the sum over its anchors a of -log(e^s / (e^s + sum_n e^s_an)),
         n the negatives of a. That is softplus(log sum_n e^s_an - s)."""
-        options = {"normalize": self.normalize}
         negatives = sweep(
-            self.x, self.y, scale=self.scale, exclude=(self.labels, self.ref_labels), **options
-        )
+            checked_operands(
+                self.x, self.y, scale=self.scale, exclude=(self.labels, self.ref_labels),
+                normalize=self.normalize,
+            )
+        )  # fmt: skip
         itself = None
         if self.own is not None:
             itself = torch.arange(len(self.ref_labels), device=self.own.device), self.own
-        return softplus_sweep(
+        flipped = checked_operands(
             self.x if self.y is None else self.y, self.x, scale=-self.scale, bias=negatives.lse,
-            keep=(self.ref_labels, self.labels), exclude=itself, **options,
-        ).value  # fmt: skip
+            keep=(self.ref_labels, self.labels), exclude=itself, normalize=self.normalize,
+        )  # fmt: skip
+        return softplus_sweep(flipped).value

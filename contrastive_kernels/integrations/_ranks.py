@@ -12,10 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common import check_views, own_ids, scalar, softplus
-from ..distributed import Group, Meeting, all_gather, collective, join
-from ..losses import info_nce
-from ..ops import row_dot, sweep
+from ..backends import resolve_backend
+from ..checks import check_views, scalar
+from ..distributed import GroupCall, all_gather, collective, join
+from ..losses.algebra import softplus
+from ..losses.info_nce import info_nce
+from ..ops import operands, row_dot, sweep
+from ..types import Group
 
 
 def world_size() -> int:
@@ -66,15 +69,15 @@ def own_clip_loss(
     return loss(image_features, text_features, scalar("logit_scale", logit_scale), group)
 
 
-def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: Meeting) -> Tensor:
+def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: GroupCall) -> Tensor:
     """Both directions from one sweep."""
-    shards, _ = join(group, "auto", "ClipLoss", len(x), images=x, texts=y, logit_scale=scale)
+    batch, _ = join(group, len(x))
+    backend = resolve_backend("auto", x.device)
     value = scale.detach() if isinstance(scale, Tensor) else scale
-    dot = row_dot(x, y, shards=shards)
-    out = sweep(
-        x, y, scale=value, exclude=own_ids(len(x), x, shards), mean=True, columns=True,
-        shards=shards,
-    )  # fmt: skip
+    dot = row_dot(x, y, backend=backend)
+    ids = batch.own_ids(x.device)
+    given = operands(x, y, scale=value, exclude=(ids, ids), backend=backend, batch=batch)
+    out = sweep(given, mean=True, columns=True)
 
     def direction(lse: Tensor, mean: Tensor) -> Tensor:
         # d lse / d scale = mean / scale. The sweep itself would give this rank the gradient of its
@@ -86,7 +89,7 @@ def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: Meeting) -> T
     return own_mean(direction(out.lse, out.mean) + direction(out.col_lse, out.col_mean)) / 2
 
 
-def _own_queries(x: Tensor, y: Tensor, scale: float | Tensor, group: Meeting) -> Tensor:
+def _own_queries(x: Tensor, y: Tensor, scale: float | Tensor, group: GroupCall) -> Tensor:
     directions = [
         info_nce(
             query, key.detach(), scale=scale, normalize=False, reduction="none", group=group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import losses
+from ..losses.info_nce import info_nce as fused
 from .swap import Peer, Unfused
 
 PEER = Peer("info_nce", "info-nce-pytorch", ("0.1", "0.2"))
@@ -27,7 +27,7 @@ def info_nce(
             return Unfused("a batch of one has no negatives")
     elif negative_keys.dim() != dims:
         return Unfused(f"negatives do not fit negative_mode={negative_mode!r}")
-    return losses.info_nce(
+    return fused(
         query, positive_key, negatives=negative_keys, scale=1 / temperature, reduction=reduction
     )
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import info_nce
-from ..ops import keeps_frozen_keys, statistics_dtype
-from ..self_similarity import dcl, nt_xent
+from ..backends import resolve_backend
+from ..losses.info_nce import info_nce
+from ..losses.nt_xent import dcl, nt_xent
+from ..ops import keeps_frozen_keys
+from ..types import statistics_dtype
 from ._ranks import group_if, own_mean
 from .swap import Peer, Unfused
 
@@ -37,7 +39,7 @@ def _nt_xent(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
     if bank.bank.dim() == 1:
         bank(out1)  # lightly 1.5 makes a bank of unknown dim when it sees features
     negatives = bank.bank.to(dtype) if dtype == torch.float64 else bank.bank
-    if keeps_frozen_keys(out0, negatives):
+    if keeps_frozen_keys(out0, negatives, resolve_backend("auto", out0.device)):
         negatives = negatives.clone()  # the queue moves on before the backward pass
     loss = info_nce(out0, out1, negatives=negatives, scale=scale, normalize=False)
     bank(out1, update=out0.requires_grad)

@@ -15,10 +15,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..common import scalar
-from ..distillation import clip_distill
-from ..distributed import Group
-from ..losses import clip_loss, siglip_loss
+from ..checks import scalar
+from ..losses.clip import clip_loss, siglip_loss
+from ..losses.clip_distill import clip_distill
+from ..types import Group
 from ._ranks import group_if, own_clip_loss, own_mean, whole_loss_inputs, world_size
 from .swap import Peer, Unfused, check_option
 

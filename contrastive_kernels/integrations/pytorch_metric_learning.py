@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import row_dot, statistics_dtype
+from ..types import statistics_dtype
 from ._pml_pairs import Candidates, LabelPairs
 from .swap import Peer, Unfused
 
@@ -92,7 +92,7 @@ def _sup_con(
         # the peer's logits are relative to the largest one, here the positive's or the anchor's own
         x = c.x.detach()
         own = x if c.y is None else c.y.detach()[c.own]
-        beside = c.scale * row_dot(x, own, normalize=c.normalize) - out.positive
+        beside = c.scale * c.row_dot(x, own) - out.positive
     return _by_anchor(_reducer(self), rows, beside)
 
 

@@ -17,9 +17,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..guided import gist
-from ..ranking import mnrl
-from ..registration import statistics_dtype
+from ..losses.gist import gist
+from ..losses.mnrl import mnrl
+from ..types import statistics_dtype
 from ._ranks import group_if, own_mean
 from .swap import Peer, Unfused
 

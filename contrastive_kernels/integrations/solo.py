@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..common import own_ids, softplus
-from ..losses import info_nce
-from ..ops import sweep
+from ..losses.algebra import softplus
+from ..losses.info_nce import info_nce
+from ..ops import checked_operands, sweep
 from ..whitening import whiten
-from ..whitening_ops import view_distance
+from ..whitening.operators import view_distance
 from ._ranks import world_size
 
 
@@ -28,10 +28,12 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     A row without a positive raises in neither package: it makes the loss inf.
     """
     _one_process()
-    own = own_ids(len(z), z)
-    options = {"scale": 1 / temperature, "normalize": True}
-    positives = sweep(z, None, exclude=own, keep=(indexes, indexes), **options)
-    negatives = sweep(z, None, exclude=(indexes, indexes), **options)
+    own = torch.arange(len(z), dtype=torch.int32, device=z.device)
+    given = checked_operands(
+        z, None, scale=1 / temperature, normalize=True, exclude=(own, own), keep=(indexes, indexes)
+    )
+    positives = sweep(given)
+    negatives = sweep(given._replace(exclude=(indexes, indexes), keep=None))
     return softplus(negatives.lse - positives.lse).mean()
 
 

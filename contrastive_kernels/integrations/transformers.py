@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..losses import clip_loss, siglip_loss
-from ..ops import statistics_dtype
+from ..losses.clip import clip_loss, siglip_loss
+from ..types import statistics_dtype
 from .swap import Peer, Unfused
 
 PEER = Peer("transformers", "transformers", ("5.12", "5.25"))

@@ -1,6 +1,7 @@
-"""The registered operators on Triton kernels; their arguments and results are in registration.py.
+"""The registered operators on Triton kernels; their schemas are in registration.py.
 
-The first eight arguments of those on pairs are x, y, scale, bias and the ids.
+Features x and y, scale and bias of the logits, ids that exclude pairs or keep them: as in
+`ops.sweep`. A result that was not asked for is an empty tensor.
 """
 
 from __future__ import annotations
@@ -10,96 +11,165 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from . import backward, forward, pairs
-from .backward import Upstream
-from .engine import COLUMNS, ROWS, Problem
+from . import backward, forward, row_dots
+from .backward import Gradients, Upstream
+from .engine import COLUMNS, ROWS, Needs, Problem
 from .sweep import Outputs
 
 
-def row_stats(*arguments) -> tuple[Tensor, ...]:
-    threshold, mean, normalize, columns, attend = arguments[8:]
-    with _device(arguments[0]):
-        problem = _problem(arguments[:8], normalize)
-        empty = [problem.empty(0) for _ in range(9)]
+def row_stats(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude_rows: Tensor | None,
+    exclude_cols: Tensor | None,
+    keep_rows: Tensor | None,
+    keep_cols: Tensor | None,
+    threshold: Tensor | None,
+    mean: bool,
+    normalize: bool,
+    columns: bool,
+    attend: bool,
+) -> tuple[Tensor, ...]:
+    """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope)."""
+    exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
+    with _device(x):
+        problem = _problem(x, y, scale, bias, exclude, keep, normalize)
         if problem.unit and not mean and threshold is None and (columns or problem.symmetric):
             lse, col_lse = forward.two_way(problem)
-            return (lse, empty[0], col_lse if columns else empty[1], *empty[2:8])
-        if threshold is not None:
-            threshold = threshold.contiguous()
-        out = forward.stats(problem, ROWS, mean=mean, threshold=threshold, attend=attend)
-        col = forward.stats(problem, COLUMNS, mean=mean) if columns else Outputs()
-        results = (*out[:2], *col[:2], *out[2:5], out.gradient, out.slope)
-        return tuple(e if t is None else t for t, e in zip(results, empty, strict=True))
+            row, col = Outputs(lse), Outputs(col_lse if columns else None)
+        else:
+            row = forward.stats(problem, ROWS, mean=mean, threshold=threshold, attend=attend)
+            col = forward.stats(problem, COLUMNS, mean=mean) if columns else Outputs()
+        statistics = (row.first, row.second, col.first, col.second)
+        counts = (row.rank, row.total, row.count)
+        return _or_empty(problem, *statistics, *counts, row.gradient, row.slope)
 
 
-def row_stats_backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lse, mean, col_lse, col_mean, attended, slope, *grads, normalize, needs = arguments[8:]
-    x, y = arguments[:2]
+def row_stats_backward(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude_rows: Tensor | None,
+    exclude_cols: Tensor | None,
+    keep_rows: Tensor | None,
+    keep_cols: Tensor | None,
+    lse: Tensor,
+    mean: Tensor,
+    col_lse: Tensor,
+    col_mean: Tensor,
+    attended: Tensor,
+    slope: Tensor,
+    grad_lse: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_col_lse: Tensor | None,
+    grad_col_mean: Tensor | None,
+    normalize: bool,
+    needs: list[bool],
+) -> Gradients:
+    exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
+    wanted = Needs(*needs)
+    # by an `attend` the forward pass has made the gradients of x and of the scale
+    made = attended.numel() > 0
+    missing = wanted._replace(x=False, scale=False) if made else wanted
     with _device(x):
-        dx = dscale = None
-        if attended.numel() > 0:
-            grad = grads[0].masked_fill(lse == -torch.inf, 0.0)
-            if needs[0]:
-                dx = torch.mul(attended, grad[:, None], out=torch.empty_like(attended))
-            if needs[2]:
-                dscale = (grad * slope).sum()
-            needs = [False, needs[1], False, needs[3]]
-        if any(needs):
-            problem = _problem(arguments[:8], normalize)
+        if any(missing):
+            problem = _problem(x, y, scale, bias, exclude, keep, normalize)
             upstream = Upstream()
             half = x.dtype == torch.float16
-            upstream.add(ROWS, lse, mean, *grads[:2], half)
-            upstream.add(COLUMNS, col_lse, col_mean, *grads[2:], half)
-            out = backward.gradients(problem, upstream, needs)
+            upstream.add(ROWS, lse, mean, grad_lse, grad_mean, half)
+            upstream.add(COLUMNS, col_lse, col_mean, grad_col_lse, grad_col_mean, half)
+            out = backward.gradients(problem, upstream, missing)
         else:
-            out = tuple(t.new_empty(0) for t in (x, x if y is None else y, lse, lse))
-        return out[0] if dx is None else dx, out[1], out[2] if dscale is None else dscale, out[3]
+            out = backward.no_gradients(x, x if y is None else y, lse.dtype)
+        if made:
+            grad = grad_lse.masked_fill(lse == -torch.inf, 0.0)
+            if wanted.x:
+                dx = torch.mul(attended, grad[:, None], out=torch.empty_like(attended))
+                out = out._replace(x=dx)
+            if wanted.scale:
+                out = out._replace(scale=(grad * slope).sum())
+        return out
 
 
-def row_softplus(*arguments) -> tuple[Tensor, ...]:
-    threshold, normalize, attend = arguments[8:]
-    with _device(arguments[0]):
-        problem = _problem(arguments[:8], normalize)
-        if any(attend):
-            value, *made = backward.summed_softplus(problem, attend)
-            return value.reshape(1), *(problem.empty(0) for _ in range(3)), *made
-        if threshold is not None:
-            threshold = threshold.contiguous()
-        out = forward.stats(problem, ROWS, softplus=True, threshold=threshold)
-        values = (out.first, out.rank, out.total, out.count)
-        dtypes = (*(t.dtype for t in problem.inputs), problem.dtype, problem.dtype)
-        absent = (problem.empty(0, dtype=dtype) for dtype in dtypes)
-        return *(problem.empty(0) if t is None else t for t in values), *absent
-
-
-def row_softplus_backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad, normalize, needs = arguments[8:]
-    x = arguments[0]
+def row_softplus(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude_rows: Tensor | None,
+    exclude_cols: Tensor | None,
+    keep_rows: Tensor | None,
+    keep_cols: Tensor | None,
+    threshold: Tensor | None,
+    normalize: bool,
+    attend: list[bool],
+) -> tuple[Tensor, ...]:
+    """(value, rank, total, count, dx, dy, dscale, dbias); gradients of the sum over the rows."""
+    exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
+        problem = _problem(x, y, scale, bias, exclude, keep, normalize)
+        if any(attend):
+            value, gradients = backward.summed_softplus(problem, Needs(*attend))
+            row = Outputs(value.reshape(1))
+        else:
+            row = forward.stats(problem, ROWS, softplus=True, threshold=threshold)
+            gradients = backward.no_gradients(*problem.inputs, problem.dtype)
+        return *_or_empty(problem, row.first, row.rank, row.total, row.count), *gradients
+
+
+def row_softplus_backward(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude_rows: Tensor | None,
+    exclude_cols: Tensor | None,
+    keep_rows: Tensor | None,
+    keep_cols: Tensor | None,
+    grad: Tensor,
+    normalize: bool,
+    needs: list[bool],
+) -> Gradients:
+    exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
+    with _device(x):
+        problem = _problem(x, y, scale, bias, exclude, keep, normalize)
         upstream = Upstream(softplus=True)
         upstream.add(ROWS, None, None, grad, None, x.dtype == torch.float16)
-        return backward.gradients(_problem(arguments[:8], normalize), upstream, needs)
+        return backward.gradients(problem, upstream, Needs(*needs))
 
 
 def row_dot(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
     with _device(x):
-        return pairs.products(x, y, normalize)
+        return row_dots.products(x, y, normalize)
 
 
 def row_dot_backward(
     x: Tensor, y: Tensor, grad: Tensor, normalize: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
+    needs_x, needs_y = needs
     with _device(x):
-        return pairs.products_backward(x, y, grad.contiguous(), normalize, needs)
+        return row_dots.products_backward(x, y, grad.contiguous(), normalize, needs_x, needs_y)
 
 
-def _problem(arguments: tuple, normalize: bool) -> Problem:
-    x, y, scale, bias, exclude_rows, exclude_columns, keep_rows, keep_columns = arguments
-    products = None
-    if y is not None and y.dim() == 3:
-        products = pairs.products(x, y, normalize)
-    ids = (exclude_rows, exclude_columns), (keep_rows, keep_columns)
-    return Problem(x, y, scale, bias, *ids, normalize, products)
+def _problem(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude: tuple[Tensor | None, Tensor | None],
+    keep: tuple[Tensor | None, Tensor | None],
+    normalize: bool,
+) -> Problem:
+    own_keys = y is not None and y.dim() == 3
+    products = row_dots.products(x, y, normalize) if own_keys else None
+    return Problem(x, y, scale, bias, exclude, keep, normalize, products)
+
+
+def _or_empty(problem: Problem, *results: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(problem.empty(0) if t is None else t for t in results)
 
 
 def _device(x: Tensor) -> AbstractContextManager:

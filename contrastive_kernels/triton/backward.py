@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import engine, folds, forward, pairs
+from . import engine, folds, forward, row_dots
 from .configs import Tile
-from .engine import COLUMNS, ROWS, Problem, cdiv, next_power_of_2
+from .engine import COLUMNS, ROWS, Needs, Problem, cdiv, next_power_of_2
 from .gradient import coefficient_kernel, finish_kernel, gradient_kernel
 from .tiles import Side
+
+
+class Gradients(NamedTuple):
+    """What is not needed is empty."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor
 
 
 class Upstream:
@@ -42,37 +53,42 @@ class Upstream:
                 self.largest = self.largest + 32 * grad_mean.abs().amax()
 
 
-def gradients(
-    problem: Problem, upstream: Upstream, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dy, dscale, dbias); what is not needed is empty. 4 N M D for each side."""
-    out = [problem.empty(0, dtype=t.dtype) for t in problem.inputs]
-    slope = bias = None
+def no_gradients(x: Tensor, y: Tensor, dtype: torch.dtype) -> Gradients:
+    """Of scale and bias in this type."""
+    scale, bias = (x.new_empty(0, dtype=dtype) for _ in range(2))
+    return Gradients(x.new_empty(0), y.new_empty(0), scale, bias)
+
+
+def gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Gradients:
+    """4 N M D for each side."""
     problem.pack(*upstream.sides)
     if problem.paired:
         return paired_gradients(problem, upstream, needs)
-    by_side = [needs[0] or (needs[2] and not needs[1]), needs[1] or needs[3]]
-    if problem.symmetric:
-        by_side = [needs[0] or needs[2], False]
+    by_side: list[Tensor | None] = [None, None]
+    slope = bias = None
+    rows = needs.x or (needs.scale and (problem.symmetric or not needs.y))
+    columns = not problem.symmetric and (needs.y or needs.bias)
     if problem.dim > problem.resident:
         own = problem.stored_side(needs)
-        both = all(by_side) and not problem.symmetric
-        results, slope, bias = stored_gradients(problem, upstream, own, both, needs[3])
-        out = [t if results[w] is None else results[w] for w, t in enumerate(out)]
+        by_side, slope, bias = stored_gradients(
+            problem, upstream, own, rows and columns, needs.bias
+        )
     else:
-        for which in (ROWS, COLUMNS):
-            if by_side[which]:
-                out[which], slope, sums = side_gradient(
-                    problem, upstream, which, needs[3] and which == COLUMNS
-                )  # fmt: skip
-                bias = sums if which == COLUMNS else None
-    dscale = slope.sum() * (0.5 if problem.symmetric else 1.0) if needs[2] else problem.empty(0)
-    return out[0], out[1], dscale, problem.empty(0) if bias is None or not needs[3] else bias
+        if rows:
+            by_side[ROWS], slope, _ = side_gradient(problem, upstream, ROWS, False)
+        if columns:
+            by_side[COLUMNS], slope, bias = side_gradient(problem, upstream, COLUMNS, needs.bias)
+    dx, dy = by_side
+    absent = no_gradients(*problem.inputs, problem.dtype)
+    return Gradients(
+        dx if needs.x else absent.x,
+        dy if needs.y else absent.y,
+        slope.sum() * (0.5 if problem.symmetric else 1.0) if needs.scale else absent.scale,
+        bias if needs.bias else absent.bias,
+    )
 
 
-def summed_softplus(
-    problem: Problem, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def summed_softplus(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
     """The sum of softplus over all pairs, and its gradients: 6 N M D by stored parts, else 8."""
     n = problem.size(ROWS)
     upstream = Upstream(softplus=True)
@@ -81,11 +97,14 @@ def summed_softplus(
     if problem.dim > problem.resident:
         upstream.values = problem.empty(problem.size(problem.stored_side(needs)))
         made = gradients(problem, upstream, needs)
-        return upstream.values.sum(), *made
+        return upstream.values.sum(), made
     out = forward.stats(problem, ROWS, softplus=True, attend=True)
-    rest = gradients(problem, upstream, [False, needs[1], False, needs[3]])
-    dx = out.gradient if needs[0] else rest[0]
-    return out.first.sum(), dx, rest[1], out.slope.sum() if needs[2] else rest[2], rest[3]
+    made = gradients(problem, upstream, needs._replace(x=False, scale=False))
+    if needs.x:
+        made = made._replace(x=out.gradient)
+    if needs.scale:
+        made = made._replace(scale=out.slope.sum())
+    return out.first.sum(), made
 
 
 def side_gradient(
@@ -95,7 +114,7 @@ def side_gradient(
     chosen = problem.tile("gradient")
     other = problem.side(1 - which)
     n = problem.size(which)
-    gain = problem.gain(upstream.largest, other)
+    float16_scale = problem.float16_scale(upstream.largest, other)
     gradient = problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype)
     slope, bias = problem.empty(n), problem.empty(n) if with_bias else None
     for start, stop in problem.blocks(which):
@@ -105,23 +124,26 @@ def side_gradient(
         bias_sums = problem.empty(count, own.size) if with_bias else None
         engine.launch(
             gradient_kernel, (cdiv(own.size, chosen.block_m), count), own, other,
-            problem.scale, gain, parts, bias_sums, each, COEFFICIENT=upstream.coefficient,
-            **problem.constants(chosen),
+            problem.scale, float16_scale, parts, bias_sums, each,
+            COEFFICIENT=upstream.coefficient, **problem.constants(chosen),
         )  # fmt: skip
-        finish(problem, own, gain, gradient[start:stop], slope[start:stop], parts, scaled=False)
+        finish(
+            problem, own, float16_scale, gradient[start:stop], slope[start:stop], parts,
+            scaled=False,
+        )  # fmt: skip
         if bias is not None:
             torch.sum(bias_sums, 0, out=bias[start:stop])
     return gradient, slope, bias
 
 
 def finish(
-    problem: Problem, own: Side, gain: Tensor | None, gradient: Tensor, slope: Tensor | None,
-    parts: Tensor, scaled: bool,
+    problem: Problem, own: Side, float16_scale: Tensor | None, gradient: Tensor,
+    slope: Tensor | None, parts: Tensor, scaled: bool,
 ) -> None:  # fmt: skip
     width = next_power_of_2(problem.dim)
     block = max(1, min(128, 2048 // width))
     engine.launch(
-        finish_kernel, (cdiv(own.size, block),), own, problem.scale, gain, gradient,
+        finish_kernel, (cdiv(own.size, block),), own, problem.scale, float16_scale, gradient,
         slope, parts, parts.shape[0], DIM=problem.dim, SCALED=scaled, BLOCK_M=block, BLOCK_K=width,
     )  # fmt: skip
 
@@ -133,7 +155,7 @@ def stored_gradients(
     each side. Returns them by side, the derivative by the scale, and sums of dL/dz."""
     chosen = problem.tile("coefficient")
     own, other = problem.side(which), problem.side(1 - which)
-    gain = problem.gain(upstream.largest, own, other)
+    float16_scale = problem.float16_scale(upstream.largest, own, other)
     operand = problem.inputs[which].dtype
     if operand != problem.inputs[1 - which].dtype:
         operand = problem.dtype
@@ -159,7 +181,9 @@ def stored_gradients(
             tiles_here = cdiv(theirs.size, chosen.block_n)
             bias_sums = problem.empty(tiles_here, mine.size) if with_bias else None
             values = None if upstream.values is None else problem.empty(tiles_here, mine.size)
-            coefficients(problem, upstream, mine, theirs, gain, c, values, bias_sums, chosen)
+            coefficients(
+                problem, upstream, mine, theirs, float16_scale, c, values, bias_sums, chosen
+            )
             for total_of, sums in ((bias, bias_sums), (upstream.values, values)):
                 if sums is not None:
                     total_of[start:stop] += sums.sum(0)
@@ -167,26 +191,27 @@ def stored_gradients(
             if both:
                 add_product(other_sum[begin:end], c.T, mine.features)
         finish(
-            problem, mine, gain, gradient[start:stop], slope[start:stop], total.unsqueeze(0),
-            scaled=True,
+            problem, mine, float16_scale, gradient[start:stop], slope[start:stop],
+            total.unsqueeze(0), scaled=True,
         )  # fmt: skip
     results: list[Tensor | None] = [None, None]
     results[which] = gradient
     if both:
         results[1 - which] = problem.empty(m, dim, dtype=problem.inputs[1 - which].dtype)
         finish(
-            problem, other, gain, results[1 - which], None, other_sum.unsqueeze(0), scaled=True
+            problem, other, float16_scale, results[1 - which], None, other_sum.unsqueeze(0),
+            scaled=True,
         )  # fmt: skip
     return results, slope, bias
 
 
 def coefficients(
-    problem: Problem, upstream: Upstream, own: Side, other: Side, gain: Tensor | None, c: Tensor,
-    values: Tensor | None, bias_sums: Tensor | None, chosen: Tile,
+    problem: Problem, upstream: Upstream, own: Side, other: Side, float16_scale: Tensor | None,
+    c: Tensor, values: Tensor | None, bias_sums: Tensor | None, chosen: Tile,
 ) -> None:  # fmt: skip
     tiles_here = cdiv(own.size, chosen.block_m) * cdiv(other.size, chosen.block_n)
     engine.launch(
-        coefficient_kernel, (tiles_here,), own, other, problem.scale, gain, c, values,
+        coefficient_kernel, (tiles_here,), own, other, problem.scale, float16_scale, c, values,
         bias_sums, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
         DONE=folds.softplus_done, **problem.constants(chosen),
     )  # fmt: skip
@@ -203,17 +228,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
 
 
-def paired_gradients(
-    problem: Problem, upstream: Upstream, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def paired_gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Gradients:
     """`gradients` for keys of their own: dL/dz is as large as the products, y is D times larger."""
     chosen = problem.tile("stats")
     own, other = problem.side(ROWS), problem.side(COLUMNS)
     c = torch.empty_like(problem.products)
     coefficients(problem, upstream, own, other, None, c, None, None, chosen)
-    dbias = c.sum(0) if needs[3] else problem.empty(0)
-    dscale = (c * problem.products).sum() if needs[2] else problem.empty(0)
-    dx, dy = pairs.products_backward(
-        *problem.features, c.mul_(problem.scale), problem.normalize, needs
-    )  # fmt: skip
-    return dx, dy, dscale, dbias
+    dbias = c.sum(0) if needs.bias else problem.empty(0)
+    dscale = (c * problem.products).sum() if needs.scale else problem.empty(0)
+    dx, dy = row_dots.products_backward(
+        *problem.features, c.mul_(problem.scale), problem.normalize, needs.x, needs.y
+    )
+    return Gradients(dx, dy, dscale, dbias)

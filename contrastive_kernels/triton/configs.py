@@ -64,7 +64,7 @@ def row(*resident: tuple[int, ...], wide: tuple[int, ...] | None = None) -> dict
 
 
 # float32 is multiplied as three products of TF32, whose operands take twice the registers: beyond
-# D = 128 gradients go through stored parts (registration.resident_dim).
+# D = 128 gradients go through stored parts (backends.resident_dim).
 SINGLE_80 = {
     "stats": row(*3 * [(64, 64, 32, 8, 3)], wide=(64, 64, 32, 8, 3)),
     "attend": row((32, 32, 4, 2), (16, 32, 4, 2)),

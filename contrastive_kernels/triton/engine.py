@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..registration import resident_dim, statistics_dtype
+from ..backends import resident_dim
+from ..types import statistics_dtype
 from . import tiles
 from .configs import INTERPRETED, Tile, arithmetic, processors, tile
 from .tiles import RANGE, Side
@@ -21,9 +22,9 @@ CHUNK_BYTES, CHUNK_COLUMNS = 256 << 20, 1 << 20
 PARTIAL_BYTES = 32 << 20
 # Offsets within a tile are of 32 bit.
 LARGEST_STRIDE = 1 << 22
-# log2 of the largest term of a sum with a fixed shift, times their number; less where terms are
+# log2 of the largest sum that a fixed shift allows, in the range of float32; less where terms are
 # multiplied by 1 / norm, which is at most 1e12.
-HEADROOM, HEADROOM_WEIGHTED = 120.0, 80.0
+SUM_EXPONENT, SUM_EXPONENT_WEIGHTED = 120.0, 80.0
 # What is packed for a side is padded to a multiple of the largest tile.
 PADDING = 256
 # From so many pairs on, what a fixed shift saves is more than the launches it may take.
@@ -65,6 +66,15 @@ def plain(features: Tensor) -> Tensor:
     return features if widest < LARGEST_STRIDE else features.contiguous()
 
 
+class Needs(NamedTuple):
+    """Which gradients are needed."""
+
+    x: bool
+    y: bool
+    scale: bool
+    bias: bool
+
+
 class Problem:
     """A similarity matrix: its two sides, and how their products are computed.
 
@@ -91,7 +101,7 @@ class Problem:
         self.exclude, self.keep = narrow(*exclude), narrow(*keep)
         self.packed: tuple[Side, Side] | None = None
         self.dim = x.shape[-1]
-        self.resident = resident_dim(*self.inputs)
+        self.resident = resident_dim(*(t.dtype for t in self.inputs))
         self.products = products
         if self.paired:
             self.dim = 0
@@ -192,13 +202,13 @@ class Problem:
         n = self.size(which)
         return [(start, min(start + height, n)) for start in range(0, n, height)]
 
-    def stored_side(self, needs: list[bool]) -> int:
+    def stored_side(self, needs: Needs) -> int:
         """The side whose vectors' coefficients are stored as rows: sums over these are cheap."""
-        if self.symmetric or not (needs[1] or needs[3]):
+        if self.symmetric or not (needs.y or needs.bias):
             return ROWS
-        return COLUMNS if needs[3] or not needs[0] else ROWS
+        return COLUMNS if needs.bias or not needs.x else ROWS
 
-    def gain(self, weights: Tensor | float, *sides: Side) -> Tensor | None:
+    def float16_scale(self, weights: Tensor | float, *sides: Side) -> Tensor | None:
         """A power of two that brings weights of this size, times 1 / norm of sides, into the range
         of float16; None for types that have the range of float32."""
         if self.arithmetic.operand != tl.float16:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import engine, folds, sweep
 from .configs import Tile, bucket, processors
-from .engine import COLUMNS, HEADROOM, ROWS, Problem, cdiv
+from .engine import COLUMNS, ROWS, SUM_EXPONENT, SUM_EXPONENT_WEIGHTED, Problem, cdiv
 from .sweep import Outputs, Partial
 from .tiles import Side
 
@@ -25,12 +25,16 @@ def stats(
     """Statistics of every row (which = ROWS) or column, 2 N M D; with `attend` their gradient by
     the own vectors too, 4 N M D."""
     n = problem.size(which)
-    monitors = [problem.empty(n) if threshold is not None else None for _ in range(3)]
-    out = Outputs(
-        problem.empty(n), problem.empty(n) if mean else None, *monitors,
-        problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype) if attend else None,
-        problem.empty(n) if attend else None,
-    )  # fmt: skip
+    out = Outputs(first=problem.empty(n))
+    if mean:
+        out = out._replace(second=problem.empty(n))
+    if threshold is not None:
+        threshold = threshold.contiguous()
+        counts = {name: problem.empty(n) for name in ("rank", "total", "count")}
+        out = out._replace(**counts)
+    if attend:
+        gradient = problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype)
+        out = out._replace(gradient=gradient, slope=problem.empty(n))
     if not attend:
         stats_of(problem, problem.side(which), problem.side(1 - which), softplus, threshold, out)
         return out
@@ -49,8 +53,8 @@ def stats_of(
     """The sweep, the merge of its parts, and the same again for rows that underflowed."""
     attend = out.gradient is not None
     chosen = problem.tile("attend" if attend else "stats")
-    gain = problem.gain(1.0, other) if attend else None
-    fixed = problem.unit and not softplus and gain is None
+    float16_scale = problem.float16_scale(1.0, other) if attend else None
+    fixed = problem.unit and not softplus and float16_scale is None
     fixed = fixed and own.size * other.size >= engine.FIXED_PAIRS
     parts, each = problem.parts(own.size, other.size, chosen, attend)
     partial = Partial()
@@ -60,45 +64,47 @@ def stats_of(
             problem.empty(parts, own.size, problem.dim) if attend else None,
         )
     fold = SOFTPLUS if softplus else SOFTMAX
-    fold = fold | {"HEADROOM": engine.HEADROOM_WEIGHTED if attend else HEADROOM}
+    fold = fold | {"SUM_EXPONENT": SUM_EXPONENT_WEIGHTED if attend else SUM_EXPONENT}
     shifted = fold | {"PUSH": folds.shifted_push} if fixed else fold
-    arguments = (problem, own, other, gain, threshold, out, partial, chosen)
+    arguments = (problem, own, other, float16_scale, threshold, out, partial, chosen)
     sweep_and_merge(*arguments, parts, each, shifted, fixed=fixed, repair=False)
     if fixed:
         each = cdiv(other.size, chosen.block_n)
         if partial.weighted is None:
             partial = Partial()
-        arguments = (problem, own, other, gain, threshold, out, partial, chosen)
+        arguments = (problem, own, other, float16_scale, threshold, out, partial, chosen)
         sweep_and_merge(*arguments, 1, each, fold, fixed=False, repair=True)
 
 
 def sweep_and_merge(
-    problem: Problem, own: Side, other: Side, gain: Tensor | None, threshold: Tensor | None,
-    out: Outputs, partial: Partial, chosen: Tile, parts: int, each: int, fold: dict[str, Any], *,
-    fixed: bool, repair: bool,
+    problem: Problem, own: Side, other: Side, float16_scale: Tensor | None,
+    threshold: Tensor | None, out: Outputs, partial: Partial, chosen: Tile, parts: int, each: int,
+    fold: dict[str, Any], *, fixed: bool, repair: bool,
 ) -> None:  # fmt: skip
     engine.launch(
         sweep.stats_kernel, (cdiv(own.size, chosen.block_m), parts), own, other,
-        problem.scale, gain, threshold, out._replace(gradient=None, slope=None), partial, each,
-        FIXED=fixed, REPAIR=repair, **fold, **problem.constants(chosen),
+        problem.scale, float16_scale, threshold, out._replace(gradient=None, slope=None), partial,
+        each, FIXED=fixed, REPAIR=repair, **fold, **problem.constants(chosen),
     )  # fmt: skip
     if partial.state is not None:
         merge(
-            problem, own, other.size, gain, out, partial, parts, fold["DONE"], fold["HEADROOM"],
-            fixed=fixed, repair=repair, width=6,
+            problem, own, other.size, float16_scale, out, partial, parts, fold["DONE"],
+            fold["SUM_EXPONENT"], fixed=fixed, repair=repair, width=6,
         )  # fmt: skip
 
 
 def merge(
-    problem: Problem, own: Side, pairs: int, gain: Tensor | None, out: Outputs, partial: Partial,
-    parts: int, done: Any, headroom: float, *, fixed: bool, repair: bool, width: int,
+    problem: Problem, own: Side, terms: int, float16_scale: Tensor | None, out: Outputs,
+    partial: Partial, parts: int, done: Any, sum_exponent: float, *, fixed: bool, repair: bool,
+    width: int,
 ) -> None:  # fmt: skip
+    """Merges parts of sums over `terms` logits."""
     width_k = bucket(problem.dim) if out.gradient is not None else 1
     block = max(1, min(128, 2048 // width_k))
     engine.launch(
-        sweep.merge_kernel, (cdiv(own.size, block),), own, pairs, problem.scale, gain, out,
-        partial, parts, DIM=problem.dim, DONE=done, FIXED=fixed, HEADROOM=headroom, WIDTH=width,
-        REPAIR=repair, BLOCK_M=block, BLOCK_K=width_k,
+        sweep.merge_kernel, (cdiv(own.size, block),), own, terms, problem.scale, float16_scale, out,
+        partial, parts, DIM=problem.dim, DONE=done, FIXED=fixed, SUM_EXPONENT=sum_exponent,
+        WIDTH=width, REPAIR=repair, BLOCK_M=block, BLOCK_K=width_k,
     )  # fmt: skip
 
 
@@ -122,30 +128,31 @@ def two_way(problem: Problem) -> tuple[Tensor, Tensor]:
         other_each = cdiv(other_tiles, min(other_tiles, cdiv(programs, own_groups)))
         grid = (own_groups, cdiv(other_tiles, other_each))
         own_sums, other_sums = problem.zeros(grid[1], own.size), problem.zeros(grid[0], other.size)
-    pairs = max(own.size, other.size)
+    terms = max(own.size, other.size)
     engine.launch(
         sweep.two_way_kernel, grid, own, other, problem.scale, own_sums, other_sums, own_each,
-        other_each, pairs, HALF=problem.symmetric, HEADROOM=HEADROOM, **problem.constants(chosen),
+        other_each, terms, HALF=problem.symmetric, SUM_EXPONENT=SUM_EXPONENT,
+        **problem.constants(chosen),
     )  # fmt: skip
     if problem.symmetric:
-        lse = two_way_lse(problem, ROWS, sums, pairs)
+        lse = two_way_lse(problem, ROWS, sums, terms)
         return lse, lse
-    rows_lse = two_way_lse(problem, ROWS, other_sums, pairs)
-    return rows_lse, two_way_lse(problem, COLUMNS, own_sums, pairs)
+    rows_lse = two_way_lse(problem, ROWS, other_sums, terms)
+    return rows_lse, two_way_lse(problem, COLUMNS, own_sums, terms)
 
 
-def two_way_lse(problem: Problem, which: int, sums: Tensor, pairs: int) -> Tensor:
+def two_way_lse(problem: Problem, which: int, sums: Tensor, terms: int) -> Tensor:
     """lse from the sums of `two_way_kernel`, (parts, size); rows that underflowed swept again."""
     chosen = problem.tile("stats")
     own, other = problem.side(which), problem.side(1 - which)
     out = Outputs(problem.empty(own.size))
     merge(
-        problem, own, pairs, None, out, Partial(sums), sums.shape[0], folds.softmax_done, HEADROOM,
-        fixed=True, repair=False, width=1,
+        problem, own, terms, None, out, Partial(sums), sums.shape[0], folds.softmax_done,
+        SUM_EXPONENT, fixed=True, repair=False, width=1,
     )  # fmt: skip
     sweep_and_merge(
         problem, own, other, None, None, out, Partial(), chosen, 1,
-        cdiv(other.size, chosen.block_n), SOFTMAX | {"HEADROOM": HEADROOM}, fixed=False,
+        cdiv(other.size, chosen.block_n), SOFTMAX | {"SUM_EXPONENT": SUM_EXPONENT}, fixed=False,
         repair=True,
     )  # fmt: skip
     return out.first

@@ -8,7 +8,7 @@ from .tiles import dot, load_block, load_features, logits
 
 @triton.jit
 def gradient_kernel(
-    own, other, scale_ptr, gain, parts, bias_sums, tiles_per_part, DIM: tl.constexpr,
+    own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part, DIM: tl.constexpr,
     COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def gradient_kernel(
         c = coefficients(z2, own, other, start, other_start, BLOCK_M, BLOCK_N, COEFFICIENT)
         if bias_sums is not None:
             bias_gradient += tl.sum(c, 1)
-        c = weigh(c, other, other_start, gain, BLOCK_N, DTYPE)
+        c = weigh(c, other, other_start, float16_scale, BLOCK_N, DTYPE)
         weighted = dot(c, y, weighted, PRECISION)
     if bias_sums is not None:
         tl.store(bias_sums + tl.cast(part, tl.int64) * own.size + i, bias_gradient, mask=inside)
@@ -43,8 +43,8 @@ def gradient_kernel(
 
 @triton.jit
 def finish_kernel(
-    own, scale_ptr, gain, gradient, slope, parts, count, DIM: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    own, scale_ptr, float16_scale, gradient, slope, parts, count, DIM: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of own vectors from sums of dL/dz_ij y_j, (parts, N, D), added in their order."""
     start = tl.program_id(0) * BLOCK_M
@@ -56,12 +56,14 @@ def finish_kernel(
     for part in range(count):
         weighted += load_part(parts, part, own, i, k, inside, DIM)
     x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, scale.dtype)
-    store_gradient(gradient, slope, weighted, x, own, i, k, inside, scale, gain, DIM, SCALED)
+    store_gradient(
+        gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, DIM, SCALED
+    )
 
 
 @triton.jit
 def coefficient_kernel(
-    rows, columns, scale_ptr, gain, chunk, sums, bias_sums, DIM: tl.constexpr,
+    rows, columns, scale_ptr, float16_scale, chunk, sums, bias_sums, DIM: tl.constexpr,
     COEFFICIENT: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,7 +74,7 @@ def coefficient_kernel(
     """
     row_tile, column_tile = grouped(
         tl.program_id(0), tl.cdiv(rows.size, BLOCK_M), tl.cdiv(columns.size, BLOCK_N)
-    )  # fmt: skip
+    )
     row_start, column_start = row_tile * BLOCK_M, column_tile * BLOCK_N
     scale = tl.load(scale_ptr)
     z2 = logits(
@@ -95,7 +97,7 @@ def coefficient_kernel(
         c *= weight_factor(rows, row_start, BLOCK_M, DTYPE)[:, None]
     pointers = chunk + (tl.cast(i, tl.int64) * columns.size)[:, None] + j[None, :]
     mask = inside[:, None] & (j < columns.size)[None, :]
-    c = weigh(c, columns, column_start, gain, BLOCK_N, DTYPE)
+    c = weigh(c, columns, column_start, float16_scale, BLOCK_N, DTYPE)
     tl.store(pointers, c, mask=mask)
 
 
@@ -117,7 +119,7 @@ def coefficients(
 @triton.jit
 def side_coefficients(
     z2, side, start, AXIS: tl.constexpr, BLOCK: tl.constexpr, COEFFICIENT: tl.constexpr
-):  # fmt: skip
+):
     grad_lse = tl.expand_dims(load_block(side.grad_lse, start, BLOCK), AXIS)
     lse, mean, grad_mean = grad_lse, grad_lse, grad_lse
     if side.lse is not None:
@@ -130,15 +132,15 @@ def side_coefficients(
 
 
 @triton.jit
-def weigh(weights, other, start, gain, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def weigh(weights, other, start, float16_scale, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """Weights of the other side's vectors, in the type of the products.
 
-    They carry its 1 / norm, and float16 a gain that keeps them in range.
+    They carry its 1 / norm, and those of float16 a power of two that keeps them in range.
     """
     if other.inverse is not None:
         weights = weights * weight_factor(other, start, BLOCK, DTYPE)[None, :]
-    if gain is not None:
-        weights = weights * tl.load(gain)
+    if float16_scale is not None:
+        weights = weights * tl.load(float16_scale)
     return weights.to(DTYPE)
 
 
@@ -153,7 +155,7 @@ def weight_factor(side, start, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_gradient(
-    gradient, slope, weighted, x, own, i, k, inside, scale, gain, DIM: tl.constexpr,
+    gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, DIM: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
     """Writes d/dx_i of sum_j G_ij z_ij, and its derivative by the scale, from sum_j G_ij y_j.
@@ -161,8 +163,8 @@ def store_gradient(
     With u = x / |x| the normalisation projects: dx = (du - u <u, du>) / |x|; a norm that was raised
     to 1e-12 is a constant. SCALED: the sum has the factor 1 / |x| already.
     """
-    if gain is not None:
-        weighted = weighted / tl.load(gain)
+    if float16_scale is not None:
+        weighted = weighted / tl.load(float16_scale)
     x = x.to(weighted.dtype)
     if own.inverse is not None:
         inverse = tl.load(own.inverse + i)

@@ -47,25 +47,25 @@ class Partial(NamedTuple):
 
 
 @triton.jit
-def fixed_shift(scale, pairs, HEADROOM: tl.constexpr):
+def fixed_shift(scale, terms, SUM_EXPONENT: tl.constexpr):
     """A shift for the logits of unit vectors in units of log 2, and the least sum it is good for.
 
-    The largest term becomes at most 2^HEADROOM / pairs. Terms below 2^-126 are flushed to zero;
-    together they matter less than 2^-24 to a sum of at least pairs 2^-102.
+    The largest term becomes at most 2^SUM_EXPONENT / terms. Those below 2^-126 are flushed to zero;
+    together they matter less than 2^-24 to a sum of at least terms 2^-102.
     """
     bound = tl.abs(scale) * (1.01 * LOG2E)
-    count = tl.cast(pairs, tl.float32)
-    shift = tl.maximum(bound - (HEADROOM - tl.log2(count)), 0.0)
+    count = tl.cast(terms, tl.float32)
+    shift = tl.maximum(bound - (SUM_EXPONENT - tl.log2(count)), 0.0)
     # without a shift no term is flushed
     return shift, tl.where(shift > 0.0, count * 1.9721522630525295e-31, 0.0)
 
 
 @triton.jit
 def stats_kernel(
-    own, other, scale_ptr, gain, threshold, out, partial, tiles_per_part, DIM: tl.constexpr,
-    PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr, TOP: tl.constexpr,
-    HEADROOM: tl.constexpr, REPAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    own, other, scale_ptr, float16_scale, threshold, out, partial, tiles_per_part,
+    DIM: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr,
+    TOP: tl.constexpr, SUM_EXPONENT: tl.constexpr, REPAIR: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Folds each row of logits, and on request sums the other side's vectors, weighted.
 
@@ -85,10 +85,10 @@ def stats_kernel(
     zeros = tl.zeros((BLOCK_M,), scale.dtype)
     top, least = zeros + TOP, 0.0
     if FIXED:
-        shift, least = fixed_shift(scale, other.size, HEADROOM)
+        shift, least = fixed_shift(scale, other.size, SUM_EXPONENT)
         top = zeros + shift
     state = (top, zeros, zeros)
-    monitors = (zeros, zeros, zeros)
+    counts = (zeros, zeros, zeros)
     x = load_resident(own, start, DIM, BLOCK_M, BLOCK_K, DTYPE)
     if ATTEND:
         weighted = tl.zeros((BLOCK_M, BLOCK_K), scale.dtype)
@@ -106,20 +106,20 @@ def stats_kernel(
         )  # fmt: skip
         state, weights, factor = PUSH(state, z2, MEAN)
         if ATTEND:
-            weights = weigh(weights, other, other_start, gain, BLOCK_N, DTYPE)
+            weights = weigh(weights, other, other_start, float16_scale, BLOCK_N, DTYPE)
             weighted = dot(weights, y, weighted * factor[:, None], PRECISION)
         if threshold is not None:
             kept = z2 > -float("inf")
             z = tl.where(kept, z2 * LOG2, 0.0)
             above = kept & (z > level[:, None])
-            monitors = (
-                monitors[0] + tl.sum(above.to(zeros.dtype), 1),
-                monitors[1] + tl.sum(z, 1),
-                monitors[2] + tl.sum(kept.to(zeros.dtype), 1),
+            counts = (
+                counts[0] + tl.sum(above.to(zeros.dtype), 1),
+                counts[1] + tl.sum(z, 1),
+                counts[2] + tl.sum(kept.to(zeros.dtype), 1),
             )
 
     if partial.state is None:
-        store_rows(out, i, inside, state, monitors, least, DONE)
+        store_rows(out, i, inside, state, counts, least, DONE)
     else:
         pointers = partial.state + tl.cast(part, tl.int64) * 6 * own.size + i
         tl.store(pointers, state[1], mask=inside)
@@ -127,9 +127,9 @@ def stats_kernel(
         if MEAN:
             tl.store(pointers + 2 * own.size, state[2], mask=inside)
         if threshold is not None:
-            tl.store(pointers + 3 * own.size, monitors[0], mask=inside)
-            tl.store(pointers + 4 * own.size, monitors[1], mask=inside)
-            tl.store(pointers + 5 * own.size, monitors[2], mask=inside)
+            tl.store(pointers + 3 * own.size, counts[0], mask=inside)
+            tl.store(pointers + 4 * own.size, counts[1], mask=inside)
+            tl.store(pointers + 5 * own.size, counts[2], mask=inside)
     if ATTEND:
         store_part(partial.weighted, weighted, part, own, i, k, inside, DIM)
 
@@ -142,7 +142,7 @@ def to_redo(out, i, inside):
 
 
 @triton.jit
-def store_rows(out, i, inside, state, monitors, least, DONE: tl.constexpr):
+def store_rows(out, i, inside, state, counts, least, DONE: tl.constexpr):
     """Writes the statistics; returns the factor of the weights."""
     first, second, norm = DONE(state)
     first = tl.where(state[1] < least, REDO, first)
@@ -150,17 +150,17 @@ def store_rows(out, i, inside, state, monitors, least, DONE: tl.constexpr):
     if out.second is not None:
         tl.store(out.second + i, second, mask=inside)
     if out.rank is not None:
-        tl.store(out.rank + i, monitors[0], mask=inside)
-        tl.store(out.total + i, monitors[1], mask=inside)
-        tl.store(out.count + i, monitors[2], mask=inside)
+        tl.store(out.rank + i, counts[0], mask=inside)
+        tl.store(out.total + i, counts[1], mask=inside)
+        tl.store(out.count + i, counts[2], mask=inside)
     return norm
 
 
 @triton.jit
 def merge_kernel(
-    own, pairs, scale_ptr, gain, out, partial, parts, DIM: tl.constexpr, DONE: tl.constexpr,
-    FIXED: tl.constexpr, HEADROOM: tl.constexpr, WIDTH: tl.constexpr, REPAIR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    own, terms, scale_ptr, float16_scale, out, partial, parts, DIM: tl.constexpr,
+    DONE: tl.constexpr, FIXED: tl.constexpr, SUM_EXPONENT: tl.constexpr, WIDTH: tl.constexpr,
+    REPAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Merges parts in their order: of `stats_kernel`, or the sums of `two_way_kernel`."""
     start = tl.program_id(0) * BLOCK_M
@@ -174,10 +174,10 @@ def merge_kernel(
     zeros = tl.zeros((BLOCK_M,), scale.dtype)
     top, least = zeros, 0.0
     if FIXED:
-        shift, least = fixed_shift(scale, pairs, HEADROOM)
+        shift, least = fixed_shift(scale, terms, SUM_EXPONENT)
         top = zeros + shift
     state = (zeros - float("inf"), zeros, zeros)
-    monitors = (zeros, zeros, zeros)
+    counts = (zeros, zeros, zeros)
     if out.gradient is not None:
         weighted = tl.zeros((BLOCK_M, BLOCK_K), scale.dtype)
     for part in range(parts):
@@ -190,27 +190,27 @@ def merge_kernel(
             part_weighted = tl.load(pointers + 2 * own.size, mask=inside, other=0.0)
         state, mine, theirs = merge(state, (part_top, part_total, part_weighted))
         if out.rank is not None:
-            monitors = (
-                monitors[0] + tl.load(pointers + 3 * own.size, mask=inside, other=0.0),
-                monitors[1] + tl.load(pointers + 4 * own.size, mask=inside, other=0.0),
-                monitors[2] + tl.load(pointers + 5 * own.size, mask=inside, other=0.0),
+            counts = (
+                counts[0] + tl.load(pointers + 3 * own.size, mask=inside, other=0.0),
+                counts[1] + tl.load(pointers + 4 * own.size, mask=inside, other=0.0),
+                counts[2] + tl.load(pointers + 5 * own.size, mask=inside, other=0.0),
             )
         if out.gradient is not None:
             more = load_part(partial.weighted, part, own, i, k, inside, DIM)
             weighted = weighted * mine[:, None] + more * theirs[:, None]
-    norm = store_rows(out, i, inside, state, monitors, least, DONE)
+    norm = store_rows(out, i, inside, state, counts, least, DONE)
     if out.gradient is not None:
         x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, scale.dtype)
         store_gradient(
-            out.gradient, out.slope, weighted * norm[:, None], x, own, i, k, inside, scale, gain,
-            DIM, False,
+            out.gradient, out.slope, weighted * norm[:, None], x, own, i, k, inside, scale,
+            float16_scale, DIM, False,
         )  # fmt: skip
 
 
 @triton.jit
 def two_way_kernel(
-    own, other, scale_ptr, own_sums, other_sums, own_tiles, other_tiles, pairs,
-    DIM: tl.constexpr, HALF: tl.constexpr, HEADROOM: tl.constexpr, BLOCK_M: tl.constexpr,
+    own, other, scale_ptr, own_sums, other_sums, own_tiles, other_tiles, terms,
+    DIM: tl.constexpr, HALF: tl.constexpr, SUM_EXPONENT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of exp(z - shift) over both sides, each exponential taken once.
@@ -222,7 +222,7 @@ def two_way_kernel(
     (j, i) too: programs below the diagonal have nothing to do, and there are none.
     """
     scale = tl.load(scale_ptr)
-    shift, _least = fixed_shift(scale, pairs, HEADROOM)
+    shift, _least = fixed_shift(scale, terms, SUM_EXPONENT)
     if HALF:
         own_group, other_group = triangle(tl.program_id(0))
     else:

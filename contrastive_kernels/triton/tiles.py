@@ -80,7 +80,7 @@ def load_features(
 @triton.jit
 def load_resident(
     side, start, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
+):
     """The whole vectors of a block; 0 where they are read in slices, or not at all."""
     if BLOCK_K >= DIM and DIM > 0:
         return load_features(side, start, 0, DIM, BLOCK, BLOCK_K, DTYPE)
@@ -161,7 +161,7 @@ def drop(
 @triton.jit
 def load_products(
     rows, columns, row_start, column_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+):
     """Stored inner products, finite beyond the end."""
     i = tl.minimum(row_start + tl.arange(0, BLOCK_M), rows.size - 1)
     j = tl.minimum(column_start + tl.arange(0, BLOCK_N), columns.size - 1)

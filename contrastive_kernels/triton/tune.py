@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from ..registration import statistics_dtype
+from ..types import statistics_dtype
 from . import configs, row_stats, row_stats_backward
 from .configs import SHARED_KIB, TILES, WIDTHS, Tile, properties, width_of
 
@@ -107,16 +107,29 @@ def workload(entry: Entry, device: torch.device, n: int) -> Workload:
     x, y = torch.randn(n, entry.dim, **options), torch.randn(n, entry.dim, **options)
     statistics = {"dtype": statistics_dtype(x), "device": device}
     scale, ids = torch.full((), 10.0, **statistics), torch.arange(n, device=device)
-    pairs = (x, y, scale, None, ids, ids, None, None)
+    pairs = {
+        "x": x,
+        "y": y,
+        "scale": scale,
+        "bias": None,
+        "exclude_rows": ids,
+        "exclude_cols": ids,
+        "keep_rows": None,
+        "keep_cols": None,
+        "normalize": True,
+    }
     if entry.schedule in ("gradient", "coefficient"):
-        rows, none = torch.zeros(n, **statistics), torch.zeros(0, **statistics)
-        ones = torch.ones(n, **statistics)
-        return lambda: row_stats_backward(
-            *pairs, rows, none, none, none, none, none, ones, None, None, None, True,
-            [True, False, False, False],
-        )[:1]  # fmt: skip
-    columns, attend = entry.schedule == "two_way", entry.schedule == "attend"
-    return lambda: row_stats(*pairs, None, False, True, columns, attend)
+        none = torch.zeros(0, **statistics)
+        upstream = {
+            "lse": torch.zeros(n, **statistics),
+            **dict.fromkeys(("mean", "col_lse", "col_mean", "attended", "slope"), none),
+            "grad_lse": torch.ones(n, **statistics),
+            **dict.fromkeys(("grad_mean", "grad_col_lse", "grad_col_mean")),
+        }
+        needs = [True, False, False, False]
+        return lambda: (row_stats_backward(**pairs, **upstream, needs=needs).x,)
+    options = {"columns": entry.schedule == "two_way", "attend": entry.schedule == "attend"}
+    return lambda: row_stats(**pairs, threshold=None, mean=False, **options)
 
 
 def use(entry: Entry, tile: Tile, architecture: int) -> AbstractContextManager:

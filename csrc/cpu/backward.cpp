@@ -8,39 +8,41 @@
 namespace ck {
 namespace {
 
-// Statistics and gradients of one side as the tiles take them. A row with no pair (lse = -inf)
-// gets lse = +inf and no gradient, so that it adds nothing, whatever came from above.
+enum Field { kLse, kMean, kGradLse, kGradMean, kFields };
+
+// The fields of one side as the tiles take them. A row with no pair (lse = -inf) gets lse = +inf
+// and no gradient, so that it adds nothing, whatever came from above.
 template <class T>
 class Side {
  public:
   Side() = default;
   Side(int64_t size, const at::Tensor& lse, const at::Tensor& mean, const OptionalTensor& grad_lse,
        const OptionalTensor& grad_mean) {
-    values_ = at::zeros({4, size}, kScalar<T>);
+    values_ = at::zeros({kFields, size}, kScalar<T>);
     T* values = values_.template data_ptr<T>();
-    const auto fill = [&](int64_t row, const at::Tensor& source) {
+    const auto fill = [&](Field field, const at::Tensor& source) {
       const at::Tensor typed = source.to(kScalar<T>).contiguous();
-      std::copy_n(typed.template const_data_ptr<T>(), size, values + row * size);
+      std::copy_n(typed.template const_data_ptr<T>(), size, values + field * size);
     };
-    if (lse.numel() > 0) fill(0, lse);
-    if (grad_lse.has_value()) fill(2, *grad_lse);
+    if (lse.numel() > 0) fill(kLse, lse);
+    if (grad_lse.has_value()) fill(kGradLse, *grad_lse);
     if (grad_mean.has_value()) {
-      fill(1, mean);
-      fill(3, *grad_mean);
+      fill(kMean, mean);
+      fill(kGradMean, *grad_mean);
     }
     for (int64_t i = 0; i < size; ++i) {
-      if (values[i] == -std::numeric_limits<T>::infinity()) {
-        values[i] = std::numeric_limits<T>::infinity();
-        values[2 * size + i] = values[3 * size + i] = 0;
+      if (values[kLse * size + i] == -std::numeric_limits<T>::infinity()) {
+        values[kLse * size + i] = std::numeric_limits<T>::infinity();
+        values[kGradLse * size + i] = values[kGradMean * size + i] = 0;
       }
     }
   }
   bool given() const { return values_.defined(); }
-  const T* of(int which) const {
-    return values_.template const_data_ptr<T>() + which * values_.size(1);
+  const T* of(Field field) const {
+    return values_.template const_data_ptr<T>() + field * values_.size(1);
   }
   Coefficients<T> from(int64_t begin) const {
-    return {of(0) + begin, of(1) + begin, of(2) + begin, of(3) + begin};
+    return {of(kLse) + begin, of(kMean) + begin, of(kGradLse) + begin, of(kGradMean) + begin};
   }
 
  private:
@@ -108,7 +110,7 @@ class BackwardSweep {
     T* out = u.template data_ptr<T>();
     at::parallel_for(0, p_.x.rows(), divide_up(kSerialWork, d), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const T weight = rows_.of(2)[i] * p_.x.inverse()[i];
+        const T weight = rows_.of(kGradLse)[i] * p_.x.inverse()[i];
         for (int64_t k = 0; k < d; ++k) out[i * d + k] = weight * attended[i * d + k];
       }
     });
@@ -133,41 +135,45 @@ class BackwardSweep {
     });
   }
 
-  at::Tensor sweep_rows() {
+  // (N, D) of the sums that add(worker, rows, keys, sums of all rows) makes of each block of rows
+  template <class Add>
+  at::Tensor sweep_blocks(bool with_gradients, Add add) {
     const auto parts = key_parts(p_);
     const int64_t count = static_cast<int64_t>(parts.size()), size = p_.x.rows() * p_.x.d();
     const at::Tensor u = at::zeros({count, p_.x.rows(), p_.x.d()}, kScalar<T>);
     T* out = u.template data_ptr<T>();
-    Workers<T> workers(p_, true);
+    Workers<T> workers(p_, with_gradients);
     for_row_blocks(p_, workers, parts, [&](Worker<T>& w, Range rows, int64_t index) {
-      part(w, rows, parts[index], false, out + index * size, nullptr, nullptr);
+      add(w, rows, parts[index], out + index * size);
     });
     return count == 1 ? u[0] : u.sum(0);
+  }
+
+  at::Tensor sweep_rows() {
+    return sweep_blocks(true, [&](Worker<T>& w, Range rows, Range keys, T* to_rows) {
+      part(w, rows, keys, false, to_rows, nullptr, nullptr);
+    });
   }
 
   // Keys of their own: each block of rows owns all of its pairs, but shares the keys' biases.
   at::Tensor sweep_pairs(const at::Tensor& v, at::Tensor& totals) {
-    const auto parts = key_parts(p_);
-    const int64_t count = static_cast<int64_t>(parts.size()), size = p_.x.rows() * p_.x.d();
-    const at::Tensor u = at::zeros({count, p_.x.rows(), p_.x.d()}, kScalar<T>);
-    T* out = u.template data_ptr<T>();
     const int64_t blocks = divide_up(p_.x.rows(), p_.block_rows);
     at::Tensor block_totals;
     if (totals.defined()) block_totals = at::zeros({blocks, p_.keys}, at::kDouble);
-    Workers<T> workers(p_, false);
-    for_row_blocks(p_, workers, parts, [&](Worker<T>& w, Range rows, int64_t index) {
+    const auto add = [&](Worker<T>& w, Range rows, Range keys, T* to_rows) {
       double* key_totals = nullptr;
       if (totals.defined())
         key_totals = block_totals.data_ptr<double>() + rows.begin / p_.block_rows * p_.keys;
-      visit(w, rows, parts[index], false, key_totals, [&](bool) {
-        w.add_to_pairs(out + index * size + w.rows().begin * p_.x.d(), v.defined() ? &v : nullptr);
+      visit(w, rows, keys, false, key_totals, [&](bool) {
+        w.add_to_pairs(to_rows + w.rows().begin * p_.x.d(), v.defined() ? &v : nullptr);
       });
-    });
+    };
+    const at::Tensor u = sweep_blocks(false, add);
     if (totals.defined()) totals = block_totals.sum(0);
-    return count == 1 ? u[0] : u.sum(0);
+    return u;
   }
 
-  enum Lanes { kLse, kMean, kGradLse, kGradMean, kScaleLanes, kValid };
+  enum Lanes { kLseLanes, kMeanLanes, kGradLseLanes, kGradMeanLanes, kScaleLanes, kValidLanes };
 
   // adds dL/dz times keys to the rows, and times rows to the keys, where a place is given
   void part(Worker<T>& w, Range rows, Range keys, bool half, T* to_rows, T* to_keys,
@@ -185,12 +191,12 @@ class BackwardSweep {
     BackwardTile<T> b{};
     const auto start = [&](Range) {
       constexpr T infinity = std::numeric_limits<T>::infinity();
-      b.row.lse = w.lanes(kLse, rows_.of(0), infinity);
-      b.row.mean = w.lanes(kMean, rows_.of(1), 0);
-      b.row.grad_lse = w.lanes(kGradLse, rows_.of(2), 0);
-      b.row.grad_mean = w.lanes(kGradMean, rows_.of(3), 0);
+      b.row.lse = w.lanes(kLseLanes, rows_.of(kLse), infinity);
+      b.row.mean = w.lanes(kMeanLanes, rows_.of(kMean), 0);
+      b.row.grad_lse = w.lanes(kGradLseLanes, rows_.of(kGradLse), 0);
+      b.row.grad_mean = w.lanes(kGradMeanLanes, rows_.of(kGradMean), 0);
       b.row_scale = w.lanes(kScaleLanes, p_.x.inverse(), 0);
-      b.row_valid = w.valid_lanes(kValid);
+      b.row_valid = w.valid_lanes(kValidLanes);
     };
     const auto push = [&](bool mirrored) {
       const int64_t first_key = w.keys().begin;
@@ -220,19 +226,10 @@ at::Tensor finish_gradient(const at::Tensor& u, const at::Tensor& tensor, const 
   const at::Tensor alongs = at::empty({rows}, kScalar<T>);
   T* out = u.template data_ptr<T>();
   T* products = alongs.template data_ptr<T>();
-  constexpr int64_t kBlock = 64;
-  const int64_t grain = divide_up(kSerialWork, kBlock * d);
-  at::parallel_for(0, divide_up(rows, kBlock), grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor buffer = x.direct() ? at::Tensor() : at::empty({kBlock * d}, kScalar<T>);
-    for (int64_t b = begin; b < end; ++b) {
-      const Range range{b * kBlock, std::min(rows, (b + 1) * kBlock)};
-      int64_t stride;
-      const T* features =
-          x.read(range, x.direct() ? nullptr : buffer.template data_ptr<T>(), &stride);
-      for (int64_t i = range.begin; i < range.end; ++i)
-        products[i] = tile_kernels<T>().project(out + i * d, features + (i - range.begin) * stride,
-                                                x.inverse()[i], normalize, scale, d, out + i * d);
-    }
+  x.for_read_blocks([&](Range range, const T* features, int64_t stride) {
+    for (int64_t i = range.begin; i < range.end; ++i)
+      products[i] = tile_kernels<T>().project(out + i * d, features + (i - range.begin) * stride,
+                                              x.inverse()[i], normalize, scale, d, out + i * d);
   });
   if (along != nullptr)
     for (int64_t i = 0; i < rows; ++i) *along += products[i];

@@ -7,9 +7,9 @@ namespace ck {
 // Statistics of the forward sweep and the gradients that came for them. A gradient is absent where
 // nothing depends on the statistic; the softplus fold has grad_lse alone, the gradient of its sum.
 struct BackwardInputs {
-  bool softplus;
+  bool softplus = false;
   at::Tensor lse, mean, col_lse, col_mean, attended;
-  OptionalTensor grad_lse, grad_mean, grad_col_lse, grad_col_mean;
+  OptionalTensor grad_lse = {}, grad_mean = {}, grad_col_lse = {}, grad_col_mean = {};
 };
 
 struct Needs {

@@ -102,10 +102,10 @@ class RowBlock {
     first_ = true;
   }
 
-  // Adds the worker's tile; to `keys` as well, and to `attended` (rows, D) the weighted keys. The
-  // monitor of a mirrored tile counts for its keys too.
+  // Adds the worker's tile; to `keys` as well, and to `attended` (rows, D) the weighted keys. A
+  // mirrored tile counts for its keys too.
   void push(Sums* keys, bool mirrored, T* attended) {
-    if (threshold_ != nullptr) push_monitor(mirrored ? keys : nullptr);
+    if (threshold_ != nullptr) push_counts(mirrored ? keys : nullptr);
     ForwardSums<T> sums{};
     sums.shift = w_.lane_buffer(kShiftLanes);
     if (!fixed_ && fold_ != Fold::kSoftplus) sums.shift = raise_shift(attended);
@@ -161,20 +161,20 @@ class RowBlock {
     return subtract;
   }
 
-  void push_monitor(Sums* keys) {
-    Monitor<T> monitor{};
-    monitor.row_threshold = w_.lane_buffer(kThresholdLanes);
-    monitor.row_valid = w_.lane_buffer(kValidLanes);
-    monitor.row_rank = sum(kRank);
-    monitor.row_total = sum(kTotal);
-    monitor.row_count = sum(kCount);
+  void push_counts(Sums* keys) {
+    Counts<T> counts{};
+    counts.row_threshold = w_.lane_buffer(kThresholdLanes);
+    counts.row_valid = w_.lane_buffer(kValidLanes);
+    counts.row_rank = sum(kRank);
+    counts.row_total = sum(kTotal);
+    counts.row_count = sum(kCount);
     if (keys != nullptr) {
-      monitor.key_threshold = threshold_ + w_.keys().begin;
-      monitor.key_rank = keys->of(kRank) + w_.keys().begin;
-      monitor.key_total = keys->of(kTotal) + w_.keys().begin;
-      monitor.key_count = keys->of(kCount) + w_.keys().begin;
+      counts.key_threshold = threshold_ + w_.keys().begin;
+      counts.key_rank = keys->of(kRank) + w_.keys().begin;
+      counts.key_total = keys->of(kTotal) + w_.keys().begin;
+      counts.key_count = keys->of(kCount) + w_.keys().begin;
     }
-    p_.kernels.monitor(w_.tile(), monitor);
+    p_.kernels.add_counts(w_.tile(), counts);
   }
 
   const Problem<T>& p_;
@@ -342,15 +342,21 @@ class ForwardSweep {
     const at::Tensor keys = a.y.has_value() ? *a.y : a.x;
     const at::Tensor x = *select(of_keys ? keys : a.x);
     const OptionalTensor y = of_keys ? a.x : p_.paired ? select(keys) : keys;
-    const OptionalTensor exclude = select(of_keys ? a.exclude_keys : a.exclude_rows);
-    const OptionalTensor keep = select(of_keys ? a.keep_keys : a.keep_rows);
+    const OptionalTensor exclude = select(of_keys ? a.exclude_cols : a.exclude_rows);
+    const OptionalTensor keep = select(of_keys ? a.keep_cols : a.keep_rows);
     const OptionalTensor bias = of_keys ? OptionalTensor() : a.bias;
-    const PairArguments subset{x,          y,
-                               a.scale,    bias,
-                               exclude,    of_keys ? a.exclude_rows : a.exclude_keys,
-                               keep,       of_keys ? a.keep_rows : a.keep_keys,
-                               a.normalize};
-    ForwardSweep sweep(subset, {options_.fold, false, attended.defined(), std::nullopt});
+    const PairArguments subset{
+        .x = x,
+        .y = y,
+        .scale = a.scale,
+        .bias = bias,
+        .exclude_rows = exclude,
+        .exclude_cols = of_keys ? a.exclude_rows : a.exclude_cols,
+        .keep_rows = keep,
+        .keep_cols = of_keys ? a.keep_rows : a.keep_cols,
+        .normalize = a.normalize,
+    };
+    ForwardSweep sweep(subset, {.fold = options_.fold, .attend = attended.defined()});
     Sums sums(0, kRank);
     ForwardResult out = sweep.rows(std::nullopt, sums);
     if (of_keys && a.bias.has_value()) {

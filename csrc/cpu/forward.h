@@ -13,9 +13,9 @@ struct ForwardResult {
 
 struct ForwardOptions {
   Fold fold;
-  bool columns;
-  bool attend;
-  OptionalTensor threshold;
+  bool columns = false;
+  bool attend = false;
+  OptionalTensor threshold = {};
 };
 
 template <class T>

@@ -34,30 +34,32 @@ void check_length(const OptionalTensor& t, const char* name, int64_t size) {
 
 PairArguments check_pairs(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
                           const OptionalTensor& bias, const OptionalTensor& exclude_rows,
-                          const OptionalTensor& exclude_keys, const OptionalTensor& keep_rows,
-                          const OptionalTensor& keep_keys, bool normalize) {
+                          const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
+                          const OptionalTensor& keep_cols, bool normalize) {
   const at::Tensor& keys = y.has_value() ? *y : x;
   check_operands(x, keys);
   TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got ", scale.sizes());
   check_length(bias, "bias", keys.size(-2));
   check_length(exclude_rows, "exclude_rows", x.size(0));
   check_length(keep_rows, "keep_rows", x.size(0));
-  check_length(exclude_keys, "exclude_cols", keys.size(-2));
-  check_length(keep_keys, "keep_cols", keys.size(-2));
+  check_length(exclude_cols, "exclude_cols", keys.size(-2));
+  check_length(keep_cols, "keep_cols", keys.size(-2));
   TORCH_CHECK_VALUE(
-      y.has_value() || (!bias.has_value() && !exclude_keys.has_value() && !keep_keys.has_value()),
+      y.has_value() || (!bias.has_value() && !exclude_cols.has_value() && !keep_cols.has_value()),
       "a self-similarity (y absent) takes row ids only, and no bias");
   // ids of a self-similarity serve both sides
   const bool self = !y.has_value();
-  return {x,
-          y,
-          scale,
-          bias,
-          exclude_rows,
-          self ? exclude_rows : exclude_keys,
-          keep_rows,
-          self ? keep_rows : keep_keys,
-          normalize};
+  return {
+      .x = x,
+      .y = y,
+      .scale = scale,
+      .bias = bias,
+      .exclude_rows = exclude_rows,
+      .exclude_cols = self ? exclude_rows : exclude_cols,
+      .keep_rows = keep_rows,
+      .keep_cols = self ? keep_rows : keep_cols,
+      .normalize = normalize,
+  };
 }
 
 at::Tensor or_empty(const at::Tensor& t, const at::Tensor& x) {
@@ -79,7 +81,8 @@ row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
   TORCH_CHECK_VALUE(!attend || !(y.has_value() && y->dim() == 3), "attend needs shared keys");
   const Fold fold = mean ? Fold::kLseMean : Fold::kLse;
   const ForwardResult r = with_compute_type(x, [&](auto t) {
-    return forward_sweep<decltype(t)>(pairs, {fold, columns, attend, threshold});
+    return forward_sweep<decltype(t)>(
+        pairs, {.fold = fold, .columns = columns, .attend = attend, .threshold = threshold});
   });
   return {r.lse,
           or_empty(r.mean, x),
@@ -105,7 +108,7 @@ row_softplus(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& sca
       check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
   check_length(threshold, "threshold", x.size(0));
   const ForwardResult r = with_compute_type(x, [&](auto t) {
-    return forward_sweep<decltype(t)>(pairs, {Fold::kSoftplus, false, false, threshold});
+    return forward_sweep<decltype(t)>(pairs, {.fold = Fold::kSoftplus, .threshold = threshold});
   });
   return {r.lse,
           or_empty(r.rank, x),
@@ -120,7 +123,8 @@ row_softplus(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& sca
 Four run_backward(const PairArguments& pairs, const BackwardInputs& inputs,
                   std::array<bool, 4> needs) {
   const BackwardResult r = with_compute_type(pairs.x, [&](auto t) {
-    return backward_sweep<decltype(t)>(pairs, inputs, {needs[0], needs[1], needs[2], needs[3]});
+    return backward_sweep<decltype(t)>(
+        pairs, inputs, {.x = needs[0], .y = needs[1], .scale = needs[2], .bias = needs[3]});
   });
   return {r.x, r.y, r.scale, r.bias};
 }
@@ -138,8 +142,17 @@ Four row_stats_backward(const at::Tensor& x, const OptionalTensor& y, const at::
   const auto pairs =
       check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
   return run_backward(pairs,
-                      {false, lse, mean, col_lse, col_mean, attended, grad_lse, grad_mean,
-                       grad_col_lse, grad_col_mean},
+                      {
+                          .lse = lse,
+                          .mean = mean,
+                          .col_lse = col_lse,
+                          .col_mean = col_mean,
+                          .attended = attended,
+                          .grad_lse = grad_lse,
+                          .grad_mean = grad_mean,
+                          .grad_col_lse = grad_col_lse,
+                          .grad_col_mean = grad_col_mean,
+                      },
                       needs);
 }
 
@@ -151,9 +164,17 @@ Four row_softplus_backward(const at::Tensor& x, const OptionalTensor& y, const a
   const auto pairs =
       check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
   const at::Tensor none = at::empty({0}, grad.options());
-  return run_backward(
-      pairs, {true, none, none, none, none, none, grad, std::nullopt, std::nullopt, std::nullopt},
-      needs);
+  return run_backward(pairs,
+                      {
+                          .softplus = true,
+                          .lse = none,
+                          .mean = none,
+                          .col_lse = none,
+                          .col_mean = none,
+                          .attended = none,
+                          .grad_lse = grad,
+                      },
+                      needs);
 }
 
 // visit(i, row i of x, its own keys, their stride)

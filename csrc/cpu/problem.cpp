@@ -1,7 +1,5 @@
 #include "problem.h"
 
-#include <ATen/Parallel.h>
-
 namespace ck {
 
 namespace baseline {
@@ -76,18 +74,9 @@ Features<T>::Features(const at::Tensor& tensor, bool normalize, bool with_norms)
   const at::Tensor norm = at::empty({rows_}, kScalar<T>);
   T* inverse = inverse_.template data_ptr<T>();
   T* norms = norm.template data_ptr<T>();
-  constexpr int64_t kBlock = 64;
-  const int64_t grain = divide_up(kSerialWork, kBlock * d_);
-  at::parallel_for(0, divide_up(rows_, kBlock), grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor buffer = direct_ ? at::Tensor() : at::empty({kBlock * d_}, kScalar<T>);
-    T* copy = direct_ ? nullptr : buffer.template data_ptr<T>();
-    for (int64_t b = begin; b < end; ++b) {
-      const Range range{b * kBlock, std::min(rows_, (b + 1) * kBlock)};
-      int64_t stride;
-      const T* rows = read(range, copy, &stride);
-      tile_kernels<T>().norms(rows, stride, range.size(), d_, inverse + range.begin,
-                              norms + range.begin);
-    }
+  for_read_blocks([&](Range range, const T* rows, int64_t stride) {
+    tile_kernels<T>().norms(rows, stride, range.size(), d_, inverse + range.begin,
+                            norms + range.begin);
   });
   for (int64_t i = 0; i < rows_; ++i)
     largest_norm_ = std::max(largest_norm_, static_cast<double>(norms[i]));
@@ -156,8 +145,8 @@ Problem<T>::Problem(const PairArguments& a)
       bits(!paired && has_bfloat16_products() && x.bits(0) != nullptr && y.bits(0) != nullptr),
       normalize(a.normalize),
       scale(a.scale.to(kScalar<T>).template item<T>()),
-      exclude(a.exclude_rows, a.exclude_keys),
-      keep(a.keep_rows, a.keep_keys) {
+      exclude(a.exclude_rows, a.exclude_cols),
+      keep(a.keep_rows, a.keep_cols) {
   if (a.bias.has_value()) {
     bias = a.bias->to(kScalar<T>).contiguous();
     largest_bias = bias.abs().max().template item<double>();

@@ -3,12 +3,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <limits>
 #include <optional>
 
-#include "../fold.h"
+#include "fold.h"
 #include "gemm.h"
 #include "tile.h"
 
@@ -16,16 +17,17 @@ namespace ck {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// The arguments that every operator over pairs begins with.
+// The arguments that every operator over pairs begins with. Rows are those of x; the keys, rows of
+// y, are the columns.
 struct PairArguments {
   const at::Tensor& x;
   const OptionalTensor& y;  // (M, D); (N, M, D): keys of its own for each row; absent: y = x
   const at::Tensor& scale;
   const OptionalTensor& bias;
   const OptionalTensor& exclude_rows;
-  const OptionalTensor& exclude_keys;
+  const OptionalTensor& exclude_cols;
   const OptionalTensor& keep_rows;
-  const OptionalTensor& keep_keys;
+  const OptionalTensor& keep_cols;
   bool normalize;
 };
 
@@ -37,6 +39,11 @@ struct Range {
   int64_t end;
   int64_t size() const { return end - begin; }
 };
+
+// Elements to read before waking another thread pays.
+constexpr int64_t kSerialWork = 1 << 17;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of features of any dtype and strides, read as T.
 template <class T>
@@ -57,6 +64,9 @@ class Features {
   int64_t bits_stride() const { return source_.stride(0); }
   // a pointer to `range`, copied to `buffer` unless direct, and its row stride
   const T* read(Range range, T* buffer, int64_t* stride) const;
+  // visit(range, its rows, their stride) for all rows, a block at a time, on all threads
+  template <class Visit>
+  void for_read_blocks(Visit visit) const;
 
  private:
   at::Tensor source_, tensor_, inverse_;
@@ -65,6 +75,23 @@ class Features {
   bool direct_;
   double largest_norm_ = 0;
 };
+
+template <class T>
+template <class Visit>
+void Features<T>::for_read_blocks(Visit visit) const {
+  constexpr int64_t kBlock = 64;
+  const int64_t grain = divide_up(kSerialWork, kBlock * d_);
+  at::parallel_for(0, divide_up(rows_, kBlock), grain, [&](int64_t begin, int64_t end) {
+    const at::Tensor buffer = direct_ ? at::Tensor() : at::empty({kBlock * d_}, kScalar<T>);
+    T* copy = direct_ ? nullptr : buffer.template data_ptr<T>();
+    for (int64_t b = begin; b < end; ++b) {
+      const Range range{b * kBlock, std::min(rows_, (b + 1) * kBlock)};
+      int64_t stride;
+      const T* rows = read(range, copy, &stride);
+      visit(range, rows, stride);
+    }
+  });
+}
 
 // Pairs of ids, as wide as a lane.
 template <class T>
@@ -149,11 +176,6 @@ class Worker {
 
 // Names the dtype of features for the tiles; raises for one they do not take.
 Dtype feature_dtype(const at::Tensor& tensor);
-
-// Elements to read before waking another thread pays.
-constexpr int64_t kSerialWork = 1 << 17;
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls `run(T{})` with T = double for float64 features, float otherwise.
 template <class Run>

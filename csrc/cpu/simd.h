@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../fold.h"
+#include "fold.h"
 
 namespace ck {
 namespace CK_ISA {

@@ -208,11 +208,11 @@ void row_max(const Tile<T>& tile, T* out) {
 }
 
 template <class T>
-void monitor(const Tile<T>& tile, const Monitor<T>& m) {
+void add_counts(const Tile<T>& tile, const Counts<T>& counts) {
   using V = Vec<T>;
   for (int i = 0; i < tile.rows; i += kLanes<T>) {
-    const V threshold = load<V>(m.row_threshold + i);
-    const V valid = load<V>(m.row_valid + i);
+    const V threshold = load<V>(counts.row_threshold + i);
+    const V valid = load<V>(counts.row_valid + i);
     V rank{}, total{}, count{};
     for (int j = 0; j < tile.keys; ++j) {
       const V z = logit(tile, i, j);
@@ -221,15 +221,15 @@ void monitor(const Tile<T>& tile, const Monitor<T>& m) {
       rank += z > threshold ? one : V{};
       total += one * z;
       count += one;
-      if (m.key_threshold != nullptr) {
-        m.key_rank[j] += sum_lanes<T>(z > m.key_threshold[j] ? one : V{});
-        m.key_total[j] += sum_lanes<T>(one * z);
-        m.key_count[j] += sum_lanes<T>(one);
+      if (counts.key_threshold != nullptr) {
+        counts.key_rank[j] += sum_lanes<T>(z > counts.key_threshold[j] ? one : V{});
+        counts.key_total[j] += sum_lanes<T>(one * z);
+        counts.key_count[j] += sum_lanes<T>(one);
       }
     }
-    add_lanes<T>(m.row_rank + i, rank);
-    add_lanes<T>(m.row_total + i, total);
-    add_lanes<T>(m.row_count + i, count);
+    add_lanes<T>(counts.row_rank + i, rank);
+    add_lanes<T>(counts.row_total + i, total);
+    add_lanes<T>(counts.row_count + i, count);
   }
 }
 
@@ -399,9 +399,23 @@ void read_rows(const void* x, Dtype dtype, int64_t row_stride, int64_t col_strid
 template <class T>
 const TileKernels<T>& kernels() {
   static const TileKernels<T> table = {
-      CK_STRING(CK_ISA), read_rows<T>, norms<T>,          pack<T>,     transpose<T>, scale_rows<T>,
-      row_max<T>,        forward<T>,   backward<T>,       monitor<T>,  dots<T>,      project<T>,
-      add_scaled<T>,     center<T>,    column_squares<T>, eliminate<T>};
+      .isa = CK_STRING(CK_ISA),
+      .read_rows = read_rows<T>,
+      .norms = norms<T>,
+      .pack = pack<T>,
+      .transpose = transpose<T>,
+      .scale_rows = scale_rows<T>,
+      .row_max = row_max<T>,
+      .forward = forward<T>,
+      .backward = backward<T>,
+      .add_counts = add_counts<T>,
+      .dots = dots<T>,
+      .project = project<T>,
+      .add_scaled = add_scaled<T>,
+      .center = center<T>,
+      .column_squares = column_squares<T>,
+      .eliminate = eliminate<T>,
+  };
   return table;
 }
 

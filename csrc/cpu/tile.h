@@ -76,9 +76,10 @@ struct BackwardTile {
   double* key_total;    // sum of dL/dz over the rows of each key, added; null: not wanted
 };
 
-// counts of logits above a threshold, their sum and their number
+// how many logits are above a threshold (rank), the sum of all and their number; added to what is
+// there
 template <class T>
-struct Monitor {
+struct Counts {
   const T* row_threshold;  // +inf and row_valid 0 for padded rows
   const T* row_valid;
   double *row_rank, *row_total, *row_count;
@@ -105,7 +106,7 @@ struct TileKernels {
   void (*forward)(const Tile<T>& tile, Fold fold, const ForwardSums<T>& sums);
   // replaces logits by dL/dz row_scale key_scale
   void (*backward)(const Tile<T>& tile, Fold fold, const BackwardTile<T>& backward);
-  void (*monitor)(const Tile<T>& tile, const Monitor<T>& monitor);
+  void (*add_counts)(const Tile<T>& tile, const Counts<T>& counts);
   // for keys of its own of one row: out[j * ld] = scale <x, y_j> / |y_j| and inverse[j * ld] =
   // 1 / |y_j|, without the norm (and 1) unless `normalize`
   void (*dots)(const T* x, const T* y, int64_t stride, bool normalize, T scale, int64_t keys,

@@ -1,4 +1,4 @@
-// The kernels of ../whiten.h: one block of threads whitens one group.
+// The kernels of whiten_group.h: one block of threads whitens one group.
 #include "whiten.h"
 
 #include <cuda_pipeline.h>
@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../whiten.h"
+#include "whiten_group.h"
 
 namespace ck {
 namespace {

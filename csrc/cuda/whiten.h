@@ -9,8 +9,8 @@ namespace ck {
 // Whether groups of this dim fit into the device's shared memory, forward and backward.
 bool whiten_fits(int device, int dim);
 
-// One launch, one block for each group; the arguments are those of whiten_group() in ../whiten.h,
-// for all groups one after another.
+// One launch, one block for each group; the arguments are those of whiten_group() in
+// whiten_group.h, for all groups one after another.
 void whiten_cholesky(int device, std::uintptr_t stream, int groups, int rows, int dim, float eps,
                      const float* x, float* z, float* inverse, int* info);
 

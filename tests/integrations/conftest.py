@@ -1,5 +1,14 @@
 """Peers as they are installed, with whatever torchvision comes with them."""
 
-from benchmarks.peers import declare_torchvision
+import pytest
+
+from benchmarks.baselines.loading import declare_torchvision
+from contrastive_kernels import integrations
 
 declare_torchvision()
+
+
+@pytest.fixture
+def metric_learning_status():
+    """patch_status knows the peers that were imported by patch."""
+    integrations.unpatch("pytorch_metric_learning")

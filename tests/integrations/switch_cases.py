@@ -15,7 +15,7 @@ from oracles import DOUBLE, randn
 from torch import Tensor, nn
 
 import contrastive_kernels as ck
-from benchmarks.peers import declare_torchvision
+from benchmarks.baselines.loading import declare_torchvision
 from contrastive_kernels import reference
 
 PACKAGES = ("open_clip", "lightly", "sentence_transformers")

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import generator, randn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from oracles import randn
 
 pytest.importorskip("pytorch_metric_learning")
-from conformance import assert_conforms, clustered, run  # noqa: E402
-from pytorch_metric_learning import distances, miners, reducers, regularizers  # noqa: E402
+from conformance import clustered, run  # noqa: E402
+from metric_learning import conform, labels_of, losses  # noqa: E402
+from pytorch_metric_learning import distances, reducers, regularizers  # noqa: E402
 from pytorch_metric_learning import losses as peer  # noqa: E402
-from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices  # noqa: E402
 
-from contrastive_kernels import integrations  # noqa: E402
 from contrastive_kernels.integrations import pytorch_metric_learning as fused  # noqa: E402
 
-NAMES = ("NTXentLoss", "SupConLoss")
+pytestmark = pytest.mark.usefixtures("metric_learning_status")
 TEMPERATURES = [1.0, 0.07, 0.01, -1.0]
-losses = pytest.mark.parametrize("name", NAMES)
 temperatures = pytest.mark.parametrize("temperature", TEMPERATURES)
 
 # labels of a batch; not contiguous, some negative
@@ -34,28 +30,6 @@ BATCHES = {
     "one alone": [9, 9, 2, 8, 2],
     "mixed": [3, -40, 3, 3, 10**12, 0, -40, 3, 1, 0, 10**12, 8, 3, 8, 8, 6, 0],
 }
-
-
-def labels_of(n: int, classes: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(classes, (n,), generator=generator(seed))
-
-
-def conform(loss_of, inputs, **options) -> None:
-    """loss_of(module) with this package's and with the peer's classes; all calls ran fused."""
-    before = fallbacks()
-    assert_conforms(loss_of(fused), loss_of(peer), inputs, **options)
-    assert fallbacks() == before
-
-
-def fallbacks() -> dict:
-    status = integrations.patch_status().get("pytorch_metric_learning", {})
-    return {name: swap.fallback for name, swap in status.items()}
-
-
-@pytest.fixture(autouse=True)
-def counted():
-    """patch_status knows the peers that were imported by patch."""
-    integrations.unpatch("pytorch_metric_learning")
 
 
 @losses
@@ -319,164 +293,3 @@ def test_half_losses_are_float32(name):
     x, labels = clustered(7, 8).bfloat16(), labels_of(7, 2)
     assert getattr(fused, name)()(x, labels).dtype == torch.float32
     assert getattr(peer, name)()(x, labels).dtype == torch.bfloat16
-
-
-def triplets(labels):
-    a, p, n = miners.TripletMarginMiner()(clustered(len(labels), 8), labels)
-    return a, p, n
-
-
-class Altered(peer.NTXentLoss):
-    def _compute_loss(self, *args):
-        return super()._compute_loss(*args)
-
-
-class AlteredFused(Altered, fused.NTXentLoss):
-    pass
-
-
-UNFUSED = {
-    "the distance is LpDistance": ({"distance": distances.LpDistance()}, {}),
-    "the similarity has a power": ({"distance": distances.CosineSimilarity(power=2)}, {}),
-    "norm with p != 2": ({"distance": distances.CosineSimilarity(p=1)}, {}),
-    "are collected": ({"distance": distances.CosineSimilarity(collect_stats=True)}, {}),
-    "statistics are collected": ({"reducer": reducers.SumReducer(collect_stats=True)}, {}),
-    "an indices_tuple is given": ({}, {"indices_tuple": get_all_pairs_indices}),
-    "may leave pairs out": ({}, {"indices_tuple": triplets}),
-    "not all embeddings have labels": ({}, {"ref_emb": lambda _: clustered(11, 8, seed=3)}),
-    "labels are not integers": ({}, {"labels": lambda labels: labels.double()}),
-}
-
-
-def assert_unfused(reason, ours, theirs, x):
-    """Both give the same, and patch_status has a reason with these words."""
-    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
-    assert any(reason in text for reasons in fallbacks().values() for text in reasons)
-
-
-@losses
-@pytest.mark.parametrize("reason", UNFUSED)
-@pytest.mark.filterwarnings("ignore:.*runs unfused")
-def test_unfused(name, reason):
-    options, arguments = UNFUSED[reason]
-    labels = labels_of(11, 4)
-    arguments = {"labels": labels} | {k: make(labels) for k, make in arguments.items()}
-    ours, theirs = (getattr(module, name)(**options) for module in (fused, peer))
-    assert_unfused(
-        reason, lambda x: ours(x, **arguments), lambda x: theirs(x, **arguments), clustered(11, 8)
-    )
-
-
-@pytest.mark.parametrize(
-    ("reducer", "labels"),
-    [
-        (reducers.AvgNonZeroReducer, labels_of(11, 3)),
-        (lambda: reducers.ClassWeightedReducer(torch.ones(9)), labels_of(11, 3)),
-        (lambda: reducers.PerAnchorReducer(reducers.AvgNonZeroReducer()), labels_of(11, 3)),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*runs unfused")
-def test_unfused_reducers_of_pairs(reducer, labels):
-    ours, theirs = (module.NTXentLoss(reducer=reducer()) for module in (fused, peer))
-    reason = "needs the loss of every pair"
-    assert_unfused(reason, lambda x: ours(x, labels), lambda x: theirs(x, labels), clustered(11, 8))
-
-
-@pytest.mark.filterwarnings("ignore:.*runs unfused")
-def test_unfused_subclass():
-    labels = labels_of(11, 4)
-    assert_unfused(
-        "a _compute_loss of its own",
-        lambda x: AlteredFused()(x, labels),
-        lambda x: Altered()(x, labels),
-        clustered(11, 8),
-    )
-
-
-@pytest.mark.filterwarnings("ignore:.*runs unfused")
-def test_unfused_wrappers():
-    x, labels = clustered(11, 8), labels_of(11, 4)
-
-    def queue(module, loss, **options):
-        return module.CrossBatchMemory(loss, 8, memory_size=20, **options)
-
-    def both(reason, make, *args):
-        assert_unfused(
-            reason,
-            lambda x: make(fused)(x, *args),
-            lambda x: make(peer)(x, *args),
-            x[: len(labels)],
-        )
-
-    miner = miners.MultiSimilarityMiner()
-    both("a miner", lambda m: queue(m, m.SupConLoss(), miner=miner), labels)
-    both("an indices_tuple chooses", lambda m: queue(m, m.SupConLoss()), labels, triplets(labels))
-    both("the loss is ContrastiveLoss", lambda m: queue(m, peer.ContrastiveLoss()), labels)
-    both("the loss is ContrastiveLoss", lambda m: m.SelfSupervisedLoss(peer.ContrastiveLoss()), -x)
-    x, labels = x[:1], labels[:1]
-    both("a batch of one", lambda m: queue(m, m.SupConLoss()), labels)
-
-
-@losses
-def test_fused_wrappers_around_unfused_losses(name):
-    """The pairs are made when the loss reads them."""
-    x, labels = clustered(11, 8), labels_of(11, 4)
-    values = []
-    for module in (fused, peer):
-        queue = module.CrossBatchMemory(getattr(peer, name)(), 8, memory_size=15)
-        queue(x[:7], labels[:7])
-        views = module.SelfSupervisedLoss(getattr(peer, name)())
-        values.append((queue(x, labels), views(x, x.flip(1))))
-    torch.testing.assert_close(*values, rtol=0, atol=0)
-
-
-@losses
-def test_patch(name):
-    x, labels = clustered(11, 8), labels_of(11, 4)
-    loss = getattr(peer, name)(temperature=0.2)
-
-    def calls():
-        status = integrations.patch_status()["pytorch_metric_learning"]
-        return status[f"{name}.compute_loss"].fused
-
-    before, wanted = calls(), loss(x, labels)
-    assert calls() == before
-    with integrations.patched("pytorch_metric_learning", name):
-        torch.testing.assert_close(loss(x, labels), wanted, rtol=1e-10, atol=0)
-        assert calls() == before + 1
-        peer.SelfSupervisedLoss(loss)(x, x.flip(1))
-        assert calls() == before + 2
-    loss(x, labels)
-    assert calls() == before + 2
-
-
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
-
-
-@losses
-@pytest.mark.parametrize("form", ["labels", "per anchor", "queue", "views"])
-def test_no_matrix_of_pairs(name, form):
-    n, dim = 1000, 4
-    x, labels = clustered(n, dim).requires_grad_(), labels_of(n, 300)
-    loss = getattr(fused, name)()
-    queue = fused.CrossBatchMemory(loss, dim, memory_size=2 * n)
-    per_anchor = getattr(fused, name)(reducer=reducers.PerAnchorReducer())
-    call = {
-        "labels": lambda: loss(x, labels),
-        "per anchor": lambda: per_anchor(x, labels),
-        "queue": lambda: queue(x, labels),
-        "views": lambda: fused.SelfSupervisedLoss(loss)(x, x.flip(1)),
-    }[form]
-    with LargestTensor() as largest:
-        call().backward()
-    assert largest.numel <= 4 * n * dim

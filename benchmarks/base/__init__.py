@@ -1,0 +1,1 @@
+"""The cases against the build of another commit: bench --base"""

@@ -1,0 +1,1 @@
+"""What is measured: the tables of cases, their inputs and their float64 oracles."""

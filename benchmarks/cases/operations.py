@@ -1,0 +1,39 @@
+"""Floating point operations of the schedules, forward, backward or both: a multiply-add is two."""
+
+from .inputs import Groups, Sizes
+
+
+def two_sided(sizes: Sizes, passes: str = "both") -> float:
+    """Similarities twice and two products with their gradient: 2 NMD forward and 6 backward."""
+    units = {"forward": 2.0, "backward": 6.0, "both": 8.0}[passes]
+    return units * sizes.n * sizes.m * sizes.d
+
+
+def kept_tiles(sizes: Sizes, passes: str = "both") -> float:
+    """Similarities once, and both gradients from them: 2 NMD and 4."""
+    units = {"forward": 2.0, "backward": 4.0, "both": 6.0}[passes]
+    return units * sizes.n * sizes.m * sizes.d
+
+
+def frozen_keys(sizes: Sizes, passes: str = "both") -> float:
+    """Similarities (2 NMD), and with a gradient that of the query in the same sweep (4)."""
+    units = {"forward": 2.0, "backward": 0.0, "both": 4.0}[passes]
+    return units * sizes.n * sizes.m * sizes.d
+
+
+def half_tiles(sizes: Sizes, passes: str = "both") -> float:
+    """A symmetric matrix of m x m, half of it computed: 1 forward and 3 backward, in m^2 D."""
+    return {"forward": 1.0, "backward": 3.0, "both": 4.0}[passes] * sizes.m * sizes.m * sizes.d
+
+
+def whiten_flops(sizes: Sizes, passes: str = "both") -> float:
+    """n groups of m x d: products with triangular or symmetric halves left out, two forward and
+    four backward, and the inverse of a Cholesky factor forward."""
+    units = {"forward": 2.0, "backward": 4.0, "both": 6.0}[passes]
+    inverse = 0 if passes == "backward" else sizes.d**3
+    return sizes.n * (units * sizes.m * sizes.d**2 + inverse)
+
+
+def w_mse_flops(sizes: Sizes, passes: str = "both") -> float:
+    """Four iterations of whitening k views, n / m groups each."""
+    return 4 * sizes.k * whiten_flops(Groups(sizes.n // sizes.m, sizes.m, sizes.d), passes)

@@ -1,0 +1,1 @@
+"""`make gpu`, the cases of a GPU, and what is counted for one."""

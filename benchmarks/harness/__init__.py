@@ -1,0 +1,1 @@
+"""Measuring: checks, time, peak memory, and how a result is told and drawn."""

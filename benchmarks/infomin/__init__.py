@@ -1,0 +1,1 @@
+"""How much two views should share: python -m benchmarks.infomin"""

@@ -1,0 +1,1 @@
+"""How many negatives the losses need: python -m benchmarks.negatives"""

@@ -1,0 +1,1 @@
+"""How time and peak memory grow: python -m benchmarks.scaling"""

@@ -1,0 +1,193 @@
+"""Checks of what users pass: each raises an error that names the argument, what it must be and what
+came. A public function calls them once; what it calls checks nothing again.
+
+`rows=False`: there may be no rows, as in a rank's part of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sources import NegativeSource, is_source
+from .types import FLOATS, statistics_dtype
+
+REDUCTIONS = ("mean", "sum", "none")
+_SHAPES = {1: "(N,)", 2: "(N, D)", 3: "(N, M, D)"}
+
+
+def check_features(name: str, x: Any, dims: tuple[int, ...], *, rows: bool = True) -> None:
+    """Raise unless `x` is a non-empty floating tensor with one of the given numbers of dims."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    _check_dtype(name, x.dtype)
+    if x.dim() not in dims:
+        wanted = " or ".join(_SHAPES[d] for d in dims)
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
+    if (rows and x.shape[0] == 0) or x.shape[-1] == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def check_keys(name: str, keys: Any, dims: tuple[int, ...], *, rows: bool = True) -> None:
+    """`check_features`, or raise unless a source has shape (M, D), not empty, and a dtype."""
+    if not is_source(keys):
+        return check_features(name, keys, dims, rows=rows)
+    _check_dtype(name, keys.dtype)
+    shape = tuple(keys.shape)
+    if len(shape) != 2:
+        raise ValueError(f"{name} in chunks must have shape (M, D), got {shape}")
+    if 0 in shape:
+        raise ValueError(f"{name} must not be empty, got shape {shape}")
+
+
+def check_pair(x: Tensor, y: Tensor | NegativeSource, x_name: str = "x", y_name: str = "y") -> None:
+    """Raise unless features `x` (N, D) and `y` (..., D) fit: device, dtype family and D.
+
+    Chunks of a source may be on any device.
+    """
+    if isinstance(y, Tensor) and x.device != y.device:
+        raise ValueError(
+            f"{x_name} and {y_name} must be on one device, got {x.device} and {y.device}"
+        )
+    if x.dtype != y.dtype and torch.float64 in (x.dtype, y.dtype):
+        raise TypeError(
+            f"{x_name} and {y_name} must both be float64 or neither, "
+            f"got {_short(x.dtype)} and {_short(y.dtype)}"
+        )
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have the same number of features D, "
+            f"got {x.shape[-1]} and {y.shape[-1]}"
+        )
+
+
+def check_same_rows(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    """Raise unless `x` and `y` have as many rows."""
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have the same number of rows, "
+            f"got {x.shape[0]} and {y.shape[0]}"
+        )
+
+
+def check_views(x_name: str, x: Tensor, y_name: str, y: Tensor, *, rows: bool = True) -> int:
+    """Raise unless `x` and `y` are features of one shape (N, D) that fit; return N."""
+    check_features(x_name, x, (2,), rows=rows)
+    check_features(y_name, y, (2,), rows=rows)
+    check_pair(x, y, x_name, y_name)
+    check_same_rows(x_name, x, y_name, y)
+    return x.shape[0]
+
+
+def check_negatives(
+    query: Tensor,
+    negatives: Tensor | NegativeSource,
+    dims: tuple[int, ...] = (2, 3),
+    *,
+    rows: bool = True,
+) -> int:
+    """Raise unless `negatives` (M, D) or (N, M, D) fit `query` (N, D); return M, which may be 0 too
+    with `rows=False`."""
+    check_keys("negatives", negatives, dims, rows=rows)
+    check_pair(query, negatives, "query", "negatives")
+    if rows and negatives.shape[-2] == 0:
+        raise ValueError(f"negatives must not be empty, got shape {tuple(negatives.shape)}")
+    if len(negatives.shape) == 3 and negatives.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"negatives of shape (N, M, D) must have N = {query.shape[0]} as query has, "
+            f"got {tuple(negatives.shape)}"
+        )
+    return negatives.shape[-2]
+
+
+def check_other_rows(name: str, rows: int) -> None:
+    """Raise when a batch has no other row to take negatives from."""
+    if rows < 2:
+        raise ValueError(f"{name} must have at least 2 rows: a batch of one has no negatives")
+
+
+def check_ids(name: str, ids: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless `ids` is an integer tensor of the given shape."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    if ids.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(ids.shape)}")
+
+
+def check_id_pair(name: str, pair: Any, rows: int, keys: int, device: torch.device) -> None:
+    """Raise unless `pair` is (row_ids (rows,), col_ids (keys,)), integers on the device."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair (row_ids, col_ids), got {type(pair).__name__}")
+    for which, ids, size in (("row_ids", pair[0], rows), ("col_ids", pair[1], keys)):
+        check_ids(f"{name}: {which}", ids, (size,))
+        if ids.device != device:
+            raise ValueError(f"{name}: {which} must be on {device}, got {ids.device}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor; pass a learned one as scale=")
+    if not 0 < value < math.inf:  # torch.compile cannot trace math.isfinite here
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise unless `value` is a finite number with low <= value < high."""
+    if not low <= value < high:  # false for nan
+        limits = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g})"
+        raise ValueError(f"{name} must be a finite number {limits}, got {value}")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise unless `reduction` is one of REDUCTIONS."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def finite(name: str, value: float) -> float:
+    """`value`, or raise unless it is a finite number."""
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
+
+
+def scalar(name: str, value: float | Tensor) -> float | Tensor:
+    """`value` as a finite number or a 0-d tensor, of float32 or float64: what uses it several times
+    then rounds its gradient once."""
+    if not isinstance(value, Tensor):
+        return finite(name, value)
+    if value.numel() != 1:
+        raise ValueError(
+            f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}"
+        )
+    return value.reshape(()).to(statistics_dtype(value))
+
+
+def resolve_scale(temperature: float, scale: float | Tensor | None = None) -> float | Tensor:
+    """The factor on similarities: `scale` if given, else 1 / temperature."""
+    if scale is not None:
+        return scalar("scale", scale)
+    check_positive("temperature", temperature)
+    return 1.0 / temperature
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {_short(dtype)}"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

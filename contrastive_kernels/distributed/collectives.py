@@ -1,0 +1,66 @@
+"""The collectives of `torch.distributed` that losses need, each usable in a graph of autograd or
+of torch.compile."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..types import Group
+
+if TYPE_CHECKING:  # not there in a torch without torch.distributed
+    from torch.distributed import ProcessGroup
+
+
+def resolve_group(group: Group) -> ProcessGroup:
+    """The process group of a group or of a DeviceMesh with one dimension."""
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group must be a DeviceMesh of one dimension, got {group.ndim}: pass mesh[name]"
+            )
+        group = group.get_group()
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(
+            "group must be a torch.distributed process group of this rank or a DeviceMesh, "
+            f"got {type(group).__name__}"
+        )
+    return group
+
+
+def all_gather(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """The tensors of all ranks, equal in shape, one after the other along the first dimension."""
+    import torch.distributed._functional_collectives as collectives
+
+    # renamed in torch 2.13
+    gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+    return collectives.wait_tensor(gather(rows.contiguous(), 0, group))
+
+
+def all_gather_objects(mine: Any, group: ProcessGroup) -> list[Any]:
+    """The objects of all ranks, pickled."""
+    from torch.distributed import all_gather_object
+
+    everywhere: list[Any] = [None] * group.size()
+    all_gather_object(everywhere, mine, group)
+    return everywhere
+
+
+def all_to_all(rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
+    """Rows for every rank, `sent` of them to each, against theirs, `received` from each."""
+    import torch.distributed._functional_collectives as collectives
+
+    return collectives.wait_tensor(
+        collectives.all_to_all_single(rows.contiguous(), received, sent, group)
+    )
+
+
+def all_reduce(value: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of a tensor over the ranks."""
+    import torch.distributed._functional_collectives as collectives
+
+    return collectives.wait_tensor(collectives.all_reduce(value, "sum", group))

@@ -1,0 +1,80 @@
+"""Algebra that losses share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distributed import Batch, Shards
+from ..sources import NegativeSource
+from ..types import statistics_dtype
+
+BLOCK_PAIRS = 2**20  # of a block of rows, where a matrix is made piece by piece: 4 MiB of float32
+
+
+def unit(x: Tensor, normalize: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Features in `dtype`, by default that of the statistics, normalised on request."""
+    x = x.to(statistics_dtype(x) if dtype is None else dtype)
+    return F.normalize(x, dim=-1) if normalize else x
+
+
+def row_blocks(rows: int, columns: int) -> list[slice]:
+    """Blocks of rows that make about BLOCK_PAIRS pairs with the columns."""
+    size = max(1, BLOCK_PAIRS // max(1, columns))
+    count = (rows + size - 1) // size  # a graph of torch.compile keeps it
+    return [slice(i * size, min((i + 1) * size, rows)) for i in range(count)]
+
+
+def log_count(count: int | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """log(count) of a number or, in `dtype`, of a tensor of counts."""
+    if isinstance(count, Tensor):
+        return count.to(dtype).log()
+    # torch.compile keeps log2 of a symbolic size symbolic, but would recompile for each log
+    return math.log2(count) * math.log(2.0)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); F.softplus turns linear above 20 by default, too coarse for float64."""
+    return F.softplus(x, threshold=40.0)
+
+
+def log_add(total: Tensor, *parts: Tensor) -> Tensor:
+    """log(exp(total) + sum exp(parts)), exact for parts far below, and unlike torch.logaddexp twice
+    differentiable where a part is -inf."""
+    for part in parts:
+        total = total + softplus(part - total)
+    return total
+
+
+def count_equal_ids(row_ids: Tensor, col_ids: Tensor) -> Tensor:
+    """For each row (N,), the number of columns whose id equals the row's."""
+    ordered = col_ids.long().sort().values
+    row_ids = row_ids.long()
+    return torch.searchsorted(ordered, row_ids, right=True) - torch.searchsorted(ordered, row_ids)
+
+
+def add_rows(value: Tensor, rows: Tensor, reduction: str, batch: Batch) -> Tensor:
+    """The reduction of value + rows, where `value` is already the sum unless it is "none"."""
+    if reduction == "none":
+        return value + rows
+    return batch.reduce(value + rows.sum(), reduction == "mean")
+
+
+def replicated(
+    negatives: Tensor | NegativeSource, n: int, others: Batch
+) -> tuple[Tensor | NegativeSource, Batch | None]:
+    """Negatives (M, D) or (N, M, D) that every rank has for its n rows, and what a sweep takes as
+    their batch: only without rows it needs to be told."""
+    if n > 0 or not isinstance(others, Shards):
+        return negatives, None
+    flat = negatives.sum(0) if isinstance(negatives, Tensor) and negatives.dim() == 3 else negatives
+    return flat, others.alone()
+
+
+def gather_only(loss: str, exchange: str) -> None:
+    """Raise for an exchange that a loss without a sweep over its keys does not have."""
+    if exchange == "ring":
+        raise ValueError(f'exchange must be "auto" or "gather" for {loss}, got "ring"')

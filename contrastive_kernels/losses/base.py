@@ -1,0 +1,110 @@
+"""What makes a function a loss: ranks that meet, help on the options that all share, and a module.
+
+Features are float32, float64, bfloat16 or float16; losses and statistics are float32, or float64
+for float64 features.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+
+from ..distributed import collective
+from ..types import Loss
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+OPTIONS = {
+    "temperature": "a number > 0 that similarities are divided by.",
+    "normalize": "divide features by their L2 norm (at least 1e-12) first.",
+    "reduction": '"mean", "sum" or "none".',
+    "backend": '"auto": the fastest one that is usable here; or "reference", "cpu", "triton" or '
+    '"cuda", which never fall back.',
+    "group": "a torch.distributed process group, or a DeviceMesh of one dimension. Features are "
+    "then this rank's part of a batch, which may have no rows, and negatives come from all ranks; "
+    "what is taken or given for each row is of this rank's rows. The value is that of one process, "
+    "and so are the gradients after DDP's mean over the ranks.",
+    "exchange": '"gather" copies all keys to every rank, "ring" lets them travel; "auto" gathers '
+    "up to 256 MB.",
+    "return_stats": "return (loss, LossStats) instead of the loss.",
+}
+RAISES = """
+Raises:
+    TypeError, ValueError: an argument that does not fit; the message names it.
+    RuntimeError: a backend that cannot run here, with the reason.
+    NotImplementedError: a second derivative with another backend than "reference"."""
+
+
+def loss(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a loss: it may join a `group`, and its help describes every option."""
+    function.__doc__ = _documented(function)
+    return collective(function)
+
+
+def _documented(function: Callable[..., Any]) -> str:
+    """The docstring of a loss, with what it leaves out of the options that losses share."""
+    head, *sections = (inspect.getdoc(function) or "").split("\n\nReturns:")
+    described = {
+        name.strip()
+        for line in head.splitlines()
+        if line.startswith("    ") and not line.startswith("     ") and ":" in line
+        for name in line.partition(":")[0].split(",")
+    }
+    missing = [
+        name
+        for name in inspect.signature(function).parameters
+        if name in OPTIONS and name not in described
+    ]
+    lines = [
+        textwrap.fill(
+            f"{name}: {OPTIONS[name]}", 96, initial_indent="    ", subsequent_indent=8 * " "
+        )
+        for name in missing
+    ]
+    if "\n\nArgs:" not in head:
+        head += "\n\nArgs:"
+    returns = "".join("\n\nReturns:" + section for section in sections)
+    text = "\n".join((head, *lines)) + returns
+    return text if "\nRaises:" in text else f"{text}\n{RAISES}"
+
+
+class ContrastiveLoss(nn.Module):
+    """Calls `function` with the options given at construction.
+
+    Options are the function's keyword-only parameters, with its defaults and its meaning. Those
+    given at the call, such as `negatives` or `scale`, come on top of them.
+    """
+
+    function: ClassVar[Callable[..., Loss]]
+
+    def __init_subclass__(cls) -> None:
+        options = [p for p in inspect.signature(cls.function).parameters.values() if _is_option(p)]
+        cls.__signature__ = inspect.Signature(options)
+        summary = (inspect.getdoc(cls.function) or "").split("\n\n")[0]
+        cls.__doc__ = f"{summary}\n\nModule form of `{cls.function.__name__}`, same options."
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = type(self).__signature__.parameters
+        for name, value in options.items():
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}; it has {', '.join(known)}"
+                )
+            if isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a plain option here; give a tensor at the call")
+        self.options = options
+
+    def forward(self, *inputs: Any, **options: Any) -> Loss:
+        return type(self).function(*inputs, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _is_option(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is inspect.Parameter.KEYWORD_ONLY

@@ -1,0 +1,375 @@
+"""Contrastive attraction and repulsion (CACR), first named contrastive conditional transport (CCT).
+
+Zheng et al. 2023, TMLR (arXiv 2105.03746). d = |q - k|^2; a query pulls its far positives more,
+with weights softmax(t_pos d), and pushes its near negatives more, with weights softmax(-t_neg d).
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve_backend
+from ..checks import (
+    check_features,
+    check_negatives,
+    check_other_rows,
+    check_pair,
+    check_positive,
+    check_range,
+    check_reduction,
+)
+from ..distributed import Batch, join
+from ..ops import operands, row_dot, sweep
+from ..sources import NegativeSource, as_source, is_source
+from ..types import Group, IdPair, Loss, LossStats, Sweep, statistics_dtype
+from .algebra import log_count, replicated, unit
+from .base import ContrastiveLoss, loss
+
+
+@loss
+def cacr(
+    query: Tensor,
+    positives: Tensor,
+    *,
+    negatives: Tensor | NegativeSource | None = None,
+    t_pos: float = 1.0,
+    t_neg: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    cost: str = "euclidean",
+    rbf_t: float = 2.0,
+    detach_weights: bool = False,
+    sharded_negatives: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """CACR (Zheng et al. 2023) of one set of queries.
+
+    loss_i = alpha sum_k w+_ik d_ik - beta sum_j w-_ij d_ij,   d = |query - key|^2,
+    w+_ik = softmax_k(t_pos d_ik) over the positives, w-_ij = softmax_j(-t_neg d_ij) over the
+    negatives. cost="rbf" replaces the repulsion by the official code's
+    beta log mean_i sum_j w-_ij exp(-rbf_t d_ij), which couples the rows.
+
+    Args:
+        query: (N, D).
+        positives: (N, D), or (N, K, D): K positives of each query.
+        negatives: (M, D), in one tensor or in chunks (a list of tensors or a `NegativeSource`), or
+            None: the (N - 1) K positives of all other queries, in one softmax.
+        t_pos, t_neg: inverse temperatures of the weights, t_pos >= 0, t_neg > 0.
+        alpha, beta: factors of attraction and repulsion.
+        cost: "euclidean" or "rbf"; "rbf" has reduction="mean" only.
+        rbf_t: width of the "rbf" cost, > 0.
+        detach_weights: treat w+ and w- as constants; else the gradient flows through them too.
+        sharded_negatives: with a `group`, whether `negatives` are this rank's part of them; else
+            every rank has all of them.
+
+    Returns:
+        0-d, or (N,) with reduction="none". LossStats has rank and accuracy for one positive only,
+        and no negative_similarity with normalize=False.
+    """
+    whole = group is None  # else the rank's part may be empty
+    check_features("query", query, (2,), rows=whole)
+    check_features("positives", positives, (2, 3), rows=whole)
+    check_pair(query, positives, "query", "positives")
+    n = query.shape[0]
+    if positives.shape[0] != n or (positives.dim() == 3 and positives.shape[1] == 0):
+        raise ValueError(
+            f"positives must have shape (N, D) or (N, K, D) with N = {n} as query has and K > 0, "
+            f"got {tuple(positives.shape)}"
+        )
+    _check_options(t_pos, t_neg, cost, rbf_t, reduction)
+    k = positives.shape[1] if positives.dim() == 3 else 1
+    m = 0
+    if negatives is not None:
+        negatives = as_source("negatives", negatives)
+        m = check_negatives(query, negatives, (2,), rows=whole)
+    if sharded_negatives and (whole or negatives is None or is_source(negatives)):
+        raise ValueError("sharded_negatives needs a group, and negatives in one tensor")
+    backend = resolve_backend(backend, query.device)
+    batch, others = join(
+        group, n, m, exchange=exchange, negatives=negatives,
+        num_negatives=None if sharded_negatives else m,
+    )  # fmt: skip
+    ids = None
+    candidates: Tensor | NegativeSource = positives
+    key_batch: Batch | None = others
+    if negatives is None:
+        check_other_rows("query", batch.total)
+        key_batch = batch.times(k)
+        rows = key_batch.own_ids(query.device) if k == 1 else batch.own_ids(query.device)
+        ids = (rows, rows if k == 1 else rows.repeat_interleave(k))
+        candidates = positives.flatten(0, 1) if positives.dim() == 3 else positives
+    elif sharded_negatives:
+        candidates = negatives
+    else:
+        candidates, key_batch = replicated(negatives, n, others)
+
+    options = Options(t_neg, cost, rbf_t, detach_weights, normalize, backend)
+    distance = _distances(query, positives, normalize)
+    threshold = distance.detach().mean(1) if return_stats else None
+    repulsion, out = _repulsion(query, candidates, ids, options, threshold, batch, key_batch)
+    losses = alpha * _attraction(distance, t_pos, detach_weights) + beta * repulsion
+    value = batch.reduce_rows(losses, reduction)
+    if not return_stats:
+        return value
+    with torch.no_grad():
+        similarity = row_dot(query, positives, normalize=normalize, backend=backend)
+    stats = _stats(batch.mean(similarity), [out], options, batch)
+    if k == 1:
+        accuracy = batch.mean((out.rank == 0).to(value.dtype))
+        stats = stats._replace(accuracy=accuracy, rank=out.rank)
+    return value, stats
+
+
+@loss
+def cacr_views(
+    views: Tensor,
+    *,
+    t_pos: float = 1.0,
+    t_neg: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    cost: str = "euclidean",
+    rbf_t: float = 2.0,
+    detach_weights: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """CACR of V views (the official small-scale code of Zheng et al. 2023).
+
+    The attraction is averaged over every view as query with the other V - 1 views as positives,
+    the repulsion over the pairs of views v < u: view v of a row against view u of all other rows.
+
+    Args:
+        views: (V, N, D), V >= 2 views of N >= 2 samples. Other arguments as in `cacr`.
+
+    Returns:
+        0-d, or (N,) with reduction="none".
+    """
+    check_features("views", views, (3,))
+    _check_options(t_pos, t_neg, cost, rbf_t, reduction)
+    v, n, _ = views.shape
+    backend = resolve_backend(backend, views.device)
+    batch, _ = join(group, n, exchange=exchange, views=views.transpose(0, 1))
+    if v < 2 or batch.total < 2:
+        raise ValueError(
+            f"views must have shape (V, N, D) with V >= 2 and N >= 2, got {tuple(views.shape)}"
+        )
+    pairs = list(combinations(range(v), 2))
+    z = unit(views, normalize)
+    distance = {pair: (z[pair[0]] - z[pair[1]]).square().sum(-1) for pair in pairs}
+    attraction = sum(
+        _attraction(
+            torch.stack([distance[min(i, j), max(i, j)] for j in range(v) if j != i], 1),
+            t_pos,
+            detach_weights,
+        )
+        for i in range(v)
+    )
+    own = batch.own_ids(views.device)
+    options = Options(t_neg, cost, rbf_t, detach_weights, normalize, backend)
+    repulsions, sweeps = [], []
+    for i, j in pairs:
+        threshold = distance[i, j].detach() if return_stats else None
+        repulsion, out = _repulsion(
+            views[i], views[j], (own, own), options, threshold, batch, batch
+        )
+        repulsions.append(repulsion)
+        sweeps.append(out)
+    losses = (alpha / v) * attraction + (beta / len(pairs)) * sum(repulsions)
+    value = batch.reduce_rows(losses, reduction)
+    if not return_stats:
+        return value
+    similarity = batch.mean(torch.stack([(z[i] * z[j]).sum(-1) for i, j in pairs]))
+    stats = _stats(similarity, sweeps, options, batch)
+    correct = torch.stack([out.rank == 0 for out in sweeps])
+    return value, stats._replace(accuracy=batch.mean(correct.to(value.dtype)))
+
+
+@loss
+def cct(
+    query: Tensor,
+    positives: Tensor,
+    *,
+    negatives: Tensor | NegativeSource | None = None,
+    t_pos: float = 1.0,
+    t_neg: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    detach_weights: bool = False,
+    sharded_negatives: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """Contrastive conditional transport: the Euclidean form of `cacr` under its first name
+    (arXiv 2105.03746, version 1)."""
+    return cacr(
+        query, positives, negatives=negatives, t_pos=t_pos, t_neg=t_neg, alpha=alpha, beta=beta,
+        detach_weights=detach_weights, sharded_negatives=sharded_negatives, normalize=normalize,
+        reduction=reduction, backend=backend, group=group, exchange=exchange,
+        return_stats=return_stats,
+    )  # fmt: skip
+
+
+class CACR(ContrastiveLoss):
+    function = staticmethod(cacr)
+
+
+class CACRViews(ContrastiveLoss):
+    function = staticmethod(cacr_views)
+
+
+class CCT(ContrastiveLoss):
+    function = staticmethod(cct)
+
+
+class Options(NamedTuple):
+    """How a repulsion is computed."""
+
+    t_neg: float
+    cost: str
+    rbf_t: float
+    detach: bool
+    normalize: bool
+    backend: str
+
+
+def _check_options(t_pos: float, t_neg: float, cost: str, rbf_t: float, reduction: str) -> None:
+    check_range("t_pos", t_pos, 0.0)
+    check_positive("t_neg", t_neg)
+    check_positive("rbf_t", rbf_t)
+    check_reduction(reduction)
+    if cost not in ("euclidean", "rbf"):
+        raise ValueError(f'cost must be "euclidean" or "rbf", got {cost!r}')
+    if cost == "rbf" and reduction != "mean":
+        raise ValueError(
+            f'reduction must be "mean" with cost="rbf", whose rows are coupled, got {reduction!r}'
+        )
+
+
+def _distances(query: Tensor, positives: Tensor, normalize: bool) -> Tensor:
+    """|query_i - positive_ik|^2 (N, K), by difference: 2 - 2 cos would lose all of a small one."""
+    positives = positives.unsqueeze(1) if positives.dim() == 2 else positives
+    if normalize:
+        return _UnitDistance.apply(query, positives)
+    return (unit(query, False).unsqueeze(1) - unit(positives, False)).square().sum(-1)
+
+
+class _UnitDistance(torch.autograd.Function):
+    """|p - q|^2 of normalised p and q, which stores no (N, K, D) tensor for its backward.
+
+    With r = p - q on the sphere, <r, p> = -<r, q> = d / 2, so that the gradients, tangential and
+    divided by the norms, are 2 ((1 - d/2) r - (d/2) q) / |p| and -2 (r + (d/2) q) / |q|.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, positives: Tensor) -> Tensor:
+        difference = unit(positives, True) - unit(query, True).unsqueeze(1)
+        distance = torch.linalg.vector_norm(difference, dim=-1).square()
+        ctx.save_for_backward(query, positives, distance)
+        return distance
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        query, positives, distance = ctx.saved_tensors
+        direction = unit(query, True)
+        difference = unit(positives, True) - direction.unsqueeze(1)
+        half = 0.5 * distance
+        grad_query = grad_positives = None
+        if ctx.needs_input_grad[0]:
+            pull = (grad.unsqueeze(-1) * difference).sum(1)
+            pull = pull + (grad * half).sum(1, keepdim=True) * direction
+            grad_query = (pull * (-2 / _norm(query))).to(query.dtype)
+        if ctx.needs_input_grad[1]:
+            factor = 2 * grad.unsqueeze(-1) / _norm(positives)
+            half = half.unsqueeze(-1)
+            grad_positives = torch.addcmul(
+                (factor * (1 - half)) * difference, factor * half, direction.unsqueeze(1), value=-1
+            ).to(positives.dtype)
+        return grad_query, grad_positives
+
+
+def _norm(x: Tensor) -> Tensor:
+    """L2 norm of the rows, at least 1e-12 as in F.normalize, with a last dimension of 1."""
+    x = x.to(statistics_dtype(x))
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def _attraction(distance: Tensor, t_pos: float, detach: bool) -> Tensor:
+    """sum_k softmax_k(t_pos d_ik) d_ik, (N,)."""
+    if distance.shape[1] == 1:
+        return distance.squeeze(1)
+    weight = torch.softmax(t_pos * distance, 1)
+    return ((weight.detach() if detach else weight) * distance).sum(1)
+
+
+def _repulsion(
+    query: Tensor,
+    keys: Tensor | NegativeSource,
+    ids: IdPair | None,
+    options: Options,
+    distance: Tensor | None,
+    batch: Batch,
+    key_batch: Batch | None,
+) -> tuple[Tensor, Sweep]:
+    """The repulsion, (N,) or 0-d for "rbf", and its sweep, ranked against `distance` if given.
+
+    With logits z = 2 t <q, k> - t |k|^2, d = |q|^2 - z / t; on the unit sphere z = 2 t <q, k> and
+    d = 2 - z / t do without the bias.
+    """
+    t_neg, normalize = options.t_neg, options.normalize
+    shift = 2.0 if normalize else unit(query, False).square().sum(-1)
+    bias = None
+    if not normalize:
+        parts = keys if is_source(keys) else [keys]
+        bias = -torch.cat([unit(part.to(query.device), False).square().sum(-1) for part in parts])
+
+    def at(t: float, **asked: Any) -> Sweep:
+        pairs = operands(
+            query, keys, scale=2 * t, bias=None if bias is None else t * bias, exclude=ids,
+            normalize=normalize, backend=options.backend, batch=key_batch,
+        )  # fmt: skip
+        return sweep(pairs, **asked)
+
+    threshold = None if distance is None else (t_neg * (shift - distance)).detach()
+    if options.cost == "euclidean":
+        out = at(t_neg, mean=True, threshold=threshold)
+        mean = _with_gradient(out.mean, out.lse) if options.detach else out.mean
+        return mean / t_neg - shift, out
+    out = at(t_neg, threshold=threshold)
+    t = t_neg + options.rbf_t
+    near = at(t).lse - t * shift  # log sum_j exp(-(t_neg + rbf_t) d_ij)
+    log_cost = near - (out.lse - t_neg * shift)
+    if options.detach:
+        log_cost = _with_gradient(log_cost, (options.rbf_t / t) * near)
+    return batch.logsumexp(log_cost) - log_count(batch.total, log_cost.dtype), out
+
+
+def _with_gradient(value: Tensor, source: Tensor) -> Tensor:
+    """`value` with the gradient of `source`: that of a weighted mean with constant weights."""
+    return value.detach() + (source - source.detach())
+
+
+def _stats(similarity: Tensor, sweeps: list[Sweep], options: Options, batch: Batch) -> LossStats:
+    negative = None
+    if options.normalize:
+        total = batch.total_of(sum(out.total.sum() for out in sweeps))
+        count = batch.total_of(sum(out.count.sum() for out in sweeps))
+        negative = total / count / (2 * options.t_neg)
+    return LossStats(positive_similarity=similarity, negative_similarity=negative)

@@ -1,0 +1,107 @@
+"""Losses of images and texts: CLIP's softmax and SigLIP's sigmoid."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import resolve_backend
+from ..checks import check_other_rows, check_reduction, check_views, scalar
+from ..distributed import join
+from ..ops import operands, row_dot, softplus_sweep
+from ..types import Group, Loss
+from .algebra import add_rows, softplus
+from .base import ContrastiveLoss, loss
+from .info_nce import contrast
+from .stats import pair_stats
+
+
+@loss
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """CLIP (Radford et al. 2021, fig. 3): InfoNCE from images to texts and back, averaged.
+
+    Args:
+        image_features, text_features: (N, D), row i of one belongs to row i of the other.
+        logit_scale: number or tensor of one element, already exponentiated; may be learned.
+
+    Returns:
+        0-d, or (N,): the average of the two directions of each pair.
+    """
+    rows = group is None  # else the rank's part may be empty
+    n = check_views("image_features", image_features, "text_features", text_features, rows=rows)
+    check_reduction(reduction)
+    scale = scalar("logit_scale", logit_scale)
+    backend = resolve_backend(backend, image_features.device)
+    batch, none = join(group, n, exchange=exchange)
+    check_other_rows("image_features", batch.total)
+    return contrast(
+        image_features, text_features, scale=scale, symmetric=True, normalize=normalize,
+        reduction=reduction, backend=backend, batch=batch, others=none, return_stats=return_stats,
+    )  # fmt: skip
+
+
+@loss
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor = 0.0,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """SigLIP (Zhai et al. 2023, eq. 2): every pair is a binary classification.
+
+    loss_i = sum_j softplus(-y_ij (logit_scale <image_i, text_j> + logit_bias)), y_ij = 1 for i = j,
+    else -1.
+
+    Args:
+        image_features, text_features: (N, D), row i of one belongs to row i of the other.
+        logit_scale: number or tensor of one element, already exponentiated; may be learned.
+        logit_bias: number or tensor of one element; may be learned.
+
+    Returns:
+        0-d: the sum over all pairs divided by N for reduction="mean"; or (N,), by image.
+    """
+    rows = group is None  # else the rank's part may be empty
+    n = check_views("image_features", image_features, "text_features", text_features, rows=rows)
+    check_reduction(reduction)
+    scale, bias = scalar("logit_scale", logit_scale), scalar("logit_bias", logit_bias)
+    backend = resolve_backend(backend, image_features.device)
+    batch, _ = join(group, n, exchange=exchange)
+
+    dot = row_dot(image_features, text_features, normalize=normalize, backend=backend)
+    pos = scale * dot + bias
+    ids = batch.own_ids(dot.device)
+    pairs = operands(
+        image_features, text_features, scale=scale, bias=bias, exclude=(ids, ids),
+        normalize=normalize, backend=backend, batch=batch,
+    )  # fmt: skip
+    threshold = pos.detach() if return_stats else None
+    out = softplus_sweep(pairs, threshold=threshold, summed=reduction != "none")
+    value = add_rows(out.value, softplus(-pos), reduction, batch)
+    if not return_stats:
+        return value
+    return value, pair_stats(dot, [out], scale, batch, bias=bias)
+
+
+class CLIPLoss(ContrastiveLoss):
+    function = staticmethod(clip_loss)
+
+
+class SigLIPLoss(ContrastiveLoss):
+    function = staticmethod(siglip_loss)

@@ -1,0 +1,304 @@
+"""InfoNCE, and with EqCo's margin."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve_backend
+from ..checks import (
+    check_id_pair,
+    check_negatives,
+    check_other_rows,
+    check_positive,
+    check_reduction,
+    check_views,
+    resolve_scale,
+)
+from ..distributed import Batch, join
+from ..ops import operands, row_dot, sweep
+from ..sources import NegativeSource, as_source, is_source
+from ..types import Group, IdPair, Loss
+from .algebra import count_equal_ids, log_add, log_count, replicated, softplus
+from .base import ContrastiveLoss, loss
+from .stats import mi_lower_bound, pair_stats
+
+
+@loss
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | NegativeSource | None = None,
+    temperature: float = 0.1,
+    scale: float | Tensor | None = None,
+    alpha: float | None = None,
+    in_batch: bool | None = None,
+    symmetric: bool = False,
+    exclude: IdPair | None = None,
+    key_bias: Tensor | None = None,
+    sharded_negatives: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """InfoNCE (van den Oord et al. 2018, eq. 4): the cross-entropy of picking the positive key.
+
+    loss_i = log(1 + r_i sum_j exp(s_ij - s_ii)),   s = scale <query, key> + key_bias,
+
+    over the negatives j of row i; r_i = alpha / K_i with the EqCo margin (Zhu et al. 2020), K_i
+    being the number of negatives that are left for row i, else r_i = 1.
+
+    Args:
+        query: (N, D).
+        key: (N, D), row i is the positive of query i.
+        negatives: (M, D) shared, (N, M, D) for each query, or None: the keys of the other rows.
+            Shared ones may come in chunks, a list of tensors or a `NegativeSource`, without
+            gradient.
+        temperature: scale = 1 / temperature.
+        scale: number or tensor of one element (may be learned), instead of 1 / temperature.
+        alpha: the EqCo margin.
+        in_batch: whether other rows' keys are negatives; None: only when `negatives` is None.
+        symmetric: average with the loss of each key against the queries of the batch.
+        exclude: integer ids (row_ids, col_ids); a negative with the id of the row is dropped, the
+            positive never is. col_ids has one id for each candidate: (N,) for the batch's keys,
+            (M,) for `negatives`, or (N + M,), keys first, for both. Passing one tensor as both is
+            the fastest and, near convergence, the most exact.
+        key_bias: added to the logits of a key, one entry for each candidate as in `exclude`; the
+            entries of the batch's keys hold for the positives too. Example: -log q(key).
+        sharded_negatives: with a `group`, whether `negatives` (M, D) are this rank's part of them;
+            else every rank has all of them, as those of a queue that is equal everywhere.
+
+    Returns:
+        0-d, or (N,) with reduction="none"; with return_stats=True also LossStats: rank, accuracy
+        and lse are those of the queries, the bound is the mean of the directions if symmetric.
+    """
+    n = check_views("query", query, "key", key, rows=group is None)
+    check_reduction(reduction)
+    scale = resolve_scale(temperature, scale)
+    if alpha is not None:
+        check_positive("alpha", alpha)
+    m = 0
+    if negatives is not None:
+        negatives = as_source("negatives", negatives)
+        m = check_negatives(query, negatives, rows=group is None)
+        own = len(negatives.shape) == 3
+        if sharded_negatives and (group is None or own or is_source(negatives)):
+            raise ValueError(
+                "sharded_negatives needs a group, and negatives of shape (M, D) in one tensor"
+            )
+    if in_batch is None:
+        in_batch = negatives is None
+    if negatives is None and not in_batch:
+        raise ValueError("negatives must be given with in_batch=False, got None")
+    if symmetric and not in_batch:
+        raise ValueError("symmetric must be False without in-batch negatives, got True")
+    candidates = n * in_batch + m
+    if key_bias is not None and key_bias.shape != (candidates,):
+        raise ValueError(f"key_bias must have shape ({candidates},), got {tuple(key_bias.shape)}")
+    if exclude is not None:
+        check_id_pair("exclude", exclude, n, candidates, query.device)
+    backend = resolve_backend(backend, query.device)
+    batch, others = join(
+        group, n, m, exchange=exchange, negatives=negatives, in_batch=in_batch,
+        num_negatives=None if sharded_negatives else m,
+    )  # fmt: skip
+    if negatives is None:
+        check_other_rows("query", batch.total)
+    return contrast(
+        query, key, negatives, scale=scale, alpha=alpha, in_batch=in_batch, symmetric=symmetric,
+        exclude=exclude, key_bias=key_bias, sharded_negatives=sharded_negatives,
+        normalize=normalize, reduction=reduction, backend=backend, batch=batch, others=others,
+        return_stats=return_stats,
+    )  # fmt: skip
+
+
+@loss
+def eqco(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | NegativeSource | None = None,
+    alpha: float = 65536.0,
+    temperature: float = 0.2,
+    scale: float | Tensor | None = None,
+    in_batch: bool | None = None,
+    symmetric: bool = False,
+    exclude: IdPair | None = None,
+    key_bias: Tensor | None = None,
+    sharded_negatives: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """EqCo (Zhu et al. 2020): `info_nce` with the margin log(alpha / K) on the negatives' logits.
+
+    K negatives then weigh as much as alpha would. Arguments as in `info_nce`.
+    """
+    return info_nce(
+        query, key, negatives=negatives, alpha=alpha, temperature=temperature, scale=scale,
+        in_batch=in_batch, symmetric=symmetric, exclude=exclude, key_bias=key_bias,
+        sharded_negatives=sharded_negatives, normalize=normalize, reduction=reduction,
+        backend=backend, group=group, exchange=exchange, return_stats=return_stats,
+    )  # fmt: skip
+
+
+class InfoNCE(ContrastiveLoss):
+    function = staticmethod(info_nce)
+
+
+class EqCo(ContrastiveLoss):
+    function = staticmethod(eqco)
+
+
+def contrast(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | NegativeSource | None = None,
+    *,
+    scale: float | Tensor,
+    alpha: float | None = None,
+    in_batch: bool = True,
+    symmetric: bool = False,
+    exclude: IdPair | None = None,
+    key_bias: Tensor | None = None,
+    sharded_negatives: bool = False,
+    normalize: bool,
+    reduction: str,
+    backend: str,
+    batch: Batch,
+    others: Batch,
+    return_stats: bool,
+) -> Loss:
+    """`info_nce` of arguments that fit; `batch` has the rows, `others` the negatives."""
+    n = query.shape[0]
+    m = 0 if negatives is None else negatives.shape[-2]
+    start = n * in_batch  # candidates: `start` keys of the batch, then `negatives`
+    dot = row_dot(query, key, normalize=normalize, backend=backend)
+    pos = scale * dot
+    if in_batch and key_bias is not None:
+        pos = pos + key_bias[:n].to(pos.dtype)
+    threshold = pos.detach() if return_stats else None
+    # ids of the batch's keys, and of the negatives
+    batch_ids = more_ids = unmasked = None
+    if exclude is not None:
+        batch_ids = exclude if negatives is None else (exclude[0], exclude[1][:n])
+        more_ids = (exclude[0], exclude[1][start:])
+        # rows that still see their positive: the ids of the user do not drop it, and one sweep
+        # can drop pairs by one pair of ids only
+        if in_batch and exclude[0] is not exclude[1]:
+            unmasked = exclude[0] != exclude[1][:n]
+    count = None
+    if alpha is not None or return_stats:
+        seen = [(batch_ids, batch)] if in_batch else []
+        if negatives is not None:
+            # every rank has all of the negatives that it does not share
+            seen.append((more_ids, others if sharded_negatives else Batch(m)))
+        count = _count_negatives(seen, in_batch, unmasked)
+    margin = _log_margin(alpha, count, pos)
+
+    options = {"scale": scale, "normalize": normalize, "backend": backend}
+    sweeps = []
+    if in_batch:
+        if batch_ids is None:
+            ids = batch.own_ids(query.device)
+            batch_ids = (ids, ids)
+        pairs = operands(
+            query, key, exclude=batch_ids, bias=None if key_bias is None else key_bias[:n],
+            batch=batch, **options,
+        )  # fmt: skip
+        above = _above(threshold, unmasked, scale)
+        sweeps.append(sweep(pairs, columns=symmetric, threshold=above))
+        rows = _rows(sweeps[0].lse, pos, margin, unmasked)
+    if negatives is not None:
+        on_ranks: Batch | None = others
+        if not sharded_negatives:
+            negatives, on_ranks = replicated(negatives, n, others)
+        bias = None if key_bias is None else key_bias[start:]
+        pairs = operands(query, negatives, exclude=more_ids, bias=bias, batch=on_ranks, **options)
+        sweeps.append(sweep(pairs, threshold=threshold))
+        lse = sweeps[-1].lse
+        logit = lse - pos if margin is None else lse - pos + margin
+        # log(1 + a + b) from log(1 + a) and log b: finite also where both have no pair
+        rows = log_add(rows, logit) if in_batch else softplus(logit)
+    losses = rows
+    if symmetric:
+        if count is not None:
+            flipped = None if exclude is None else (batch_ids[1], batch_ids[0])
+            column_count = _count_negatives([(flipped, batch)], True, unmasked)
+            margin = _log_margin(alpha, column_count, pos)
+        columns = _rows(sweeps[0].col_lse, pos, margin, unmasked)
+        losses = 0.5 * (rows + columns)
+    value = batch.reduce_rows(losses, reduction)
+    if not return_stats:
+        return value
+    extra = None if unmasked is None else (unmasked, pos)
+    stats = pair_stats(dot, sweeps, scale, batch, lse=rows + pos, extra=extra)
+    if key_bias is not None:
+        stats = stats._replace(negative_similarity=None)
+    if alpha is None:
+        bound = batch.mean(mi_lower_bound(rows, count))
+        if symmetric:
+            bound = 0.5 * (bound + batch.mean(mi_lower_bound(columns, column_count)))
+        stats = stats._replace(mi_lower_bound=bound)
+    return value, stats
+
+
+def _count_negatives(
+    seen: list[tuple[IdPair | None, Batch]], in_batch: bool, unmasked: Tensor | None
+) -> int | Tensor:
+    """Number of negatives of each row, a tensor (N,) when ids are excluded.
+
+    `seen`: for each set of candidates the excluded ids, and the batch it is.
+    """
+    kept: int | Tensor = sum(batch.total for _, batch in seen)
+    if any(ids is None for ids, _ in seen):
+        return kept - 1 if in_batch else kept
+    for ids, batch in seen:
+        kept = kept - count_equal_ids(ids[0], batch.all_ids(ids[1]))
+    return kept if unmasked is None else kept - unmasked.long()
+
+
+def _log_margin(
+    alpha: float | None, count: int | Tensor | None, like: Tensor
+) -> float | Tensor | None:
+    """log(alpha / count), 0 for a row without negatives; None without alpha."""
+    if alpha is None:
+        return None
+    margin = math.log(alpha) - log_count(count, like.dtype)
+    return torch.where(count > 0, margin, 0.0) if isinstance(count, Tensor) else margin
+
+
+def _above(
+    threshold: Tensor | None, unmasked: Tensor | None, scale: float | Tensor
+) -> Tensor | None:
+    """`threshold`, raised above the rounding of the logit of a positive that a row still sees."""
+    if threshold is None or unmasked is None:
+        return threshold
+    rounding = 32 * torch.finfo(threshold.dtype).eps * (threshold.abs() + abs(scale))
+    return torch.where(unmasked, threshold + rounding, threshold).detach()
+
+
+def _rows(
+    lse: Tensor, pos: Tensor, margin: float | Tensor | None, unmasked: Tensor | None
+) -> Tensor:
+    """log(1 + r sum_j exp(s_j - pos)), r = exp(margin), over the negatives j of each row, from an
+    lse over the negatives and, in `unmasked` rows, over the positive too."""
+    gap = lse - pos
+    rows = softplus(gap if margin is None else gap + margin)
+    if unmasked is None:
+        return rows
+    # 1 + r (exp(gap) - 1) = exp(gap) (1 + (r - 1) (1 - exp(-gap))), with a gap >= 0
+    gap = gap.clamp(min=0)
+    if margin is None:
+        return torch.where(unmasked, gap, rows)
+    ratio = margin.exp()
+    return torch.where(unmasked, gap + torch.log1p((1 - ratio) * torch.expm1(-gap)), rows)

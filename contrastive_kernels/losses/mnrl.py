@@ -1,0 +1,240 @@
+"""Multiple negatives ranking: queries against documents, several directions in one softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve_backend
+from ..checks import (
+    check_features,
+    check_pair,
+    check_positive,
+    check_range,
+    check_reduction,
+    check_views,
+    scalar,
+)
+from ..distributed import Batch, Shards, join
+from ..ops import operands, row_dot, sweep
+from ..types import Group, IdPair, Loss, Sweep
+from .algebra import log_add
+from .base import ContrastiveLoss, loss
+from .stats import mi_lower_bound, pair_stats
+
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+PARTITIONS = ("joint", "per_direction")
+HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
+
+
+@loss
+def mnrl(
+    query: Tensor,
+    documents: Tensor | Sequence[Tensor],
+    *,
+    scale: float | Tensor = 20.0,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """Multiple negatives ranking, the loss of text retrieval (Henderson et al. 2017, sec. 4.4).
+
+    loss_i = log sum_c exp(z_ic) - z_i+,   z = scale <., .>,   z_i+ for query i and its positive,
+
+    over the candidates c of the directions, (a) "query_to_doc": query i and all documents;
+    (b) "query_to_query": query i and the other queries; (c) "doc_to_query": positive i and all
+    queries; (d) "doc_to_doc": positive i and the documents of other queries. (a) alone is InfoNCE,
+    (a) and (c) per direction are symmetric InfoNCE, all of them jointly the loss of GTE (Li et al.
+    2023). Where (a) and (c) are joint, the positive is a candidate twice.
+
+    Args:
+        query: (N, D).
+        documents: (N (1 + K), D): the positive of every query, then a first hard negative of every
+            query, and so on; or these 1 + K blocks (N, D) as a sequence. With a `group` the hard
+            negatives of all ranks are candidates.
+        scale: 1 / temperature: number or tensor of one element (may be learned).
+        directions: which of the four; "query_to_doc" has to be among them.
+        partition_mode: "joint": one sum over all directions; "per_direction": the mean of one loss
+            for each, which only (a) and (c) allow.
+        hardness_mode: (a) only: which negatives get a logit larger by hardness_strength times
+            their similarity, a constant to the gradient: "in_batch_negatives", documents of other
+            queries (Lan et al. 2025, eq. 5); "hard_negatives", those of the query itself
+            (EmbeddingGemma, 2025); "all_negatives".
+        hardness_strength: >= 0.
+
+    Returns:
+        0-d, or (N,) with reduction="none"; with return_stats=True also LossStats: rank, accuracy
+        and similarities of (a), the bound for (a) alone without hardness.
+    """
+    documents = _check_documents(query, documents, rows=group is None)
+    check_reduction(reduction)
+    _check_modes(directions, partition_mode, hardness_mode)
+    check_range("hardness_strength", hardness_strength, 0.0)
+    if isinstance(scale, Tensor):
+        scale = scalar("scale", scale)
+    else:
+        check_positive("scale", scale)
+    in_batch = hardness_strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0
+    own_negatives = hardness_strength if hardness_mode in ("hard_negatives", "all_negatives") else 0
+
+    n, m = query.shape[0], documents.shape[0]
+    backend = resolve_backend(backend, query.device)
+    batch, of_documents = join(
+        group, n, m, exchange=exchange, documents=documents, directions=sorted(directions)
+    )
+    blocks = _count_blocks(batch, of_documents)
+    own = documents.unflatten(0, (blocks, n)).transpose(0, 1)  # (N, 1 + K, D): those of each query
+    positive, pairs = documents[:n], blocks == 1
+    if pairs:
+        of_documents = batch
+    ids = batch.own_ids(query.device)
+    document_ids = ids if pairs else of_documents.own_ids(query.device, repeat=blocks)
+    same_query = (ids if pairs else document_ids[:n], document_ids)
+    options = {"normalize": normalize, "backend": backend}
+    dots = row_dot(query, own, **options)
+    dot, pos = dots[:, 0], scale * dots[:, 0]
+    backward = "doc_to_query" in directions
+    out, sharp = _sweep_harder(
+        query, documents, scale, in_batch, exclude=same_query, columns=backward and not in_batch,
+        threshold=dot.detach() if return_stats else None, batch=of_documents, **options,
+    )  # fmt: skip
+    logits = {"query_to_doc": [out.lse]}
+    if not pairs:
+        hard = scale * dots[:, 1:] + own_negatives * dots[:, 1:].detach()
+        logits["query_to_doc"].append(hard.logsumexp(1))
+
+    def lse(x: Tensor, y: Tensor | None, exclude: IdPair, batch: Batch) -> Tensor:
+        return sweep(operands(x, y, scale=scale, exclude=exclude, batch=batch, **options)).lse
+
+    if backward:
+        # the columns of the same sweep, unless its logits are not those of this direction
+        columns = lse(positive, query, (ids, ids), batch) if in_batch else out.col_lse[:n]
+        logits["doc_to_query"] = [columns]
+    if "query_to_query" in directions:
+        logits["query_to_query"] = [lse(query, None, (ids, ids), batch)]
+    if "doc_to_doc" in directions:
+        others = None if pairs else documents
+        logits["doc_to_doc"] = [lse(positive, others, same_query, of_documents)]
+
+    if partition_mode == "joint":
+        rows = _excess(chain(*logits.values()), pos, 2 if backward else 1)
+    else:
+        rows = sum(_excess(part, pos) for part in logits.values()) / len(logits)
+    value = batch.reduce_rows(rows, reduction)
+    if not return_stats:
+        return value
+    sweeps = [out] if pairs else [out, _counts(sharp * dots.detach())]
+    stats = pair_stats(dot, sweeps, sharp, batch, lse=rows + pos)
+    if len(logits) == 1 and not (in_batch or own_negatives):
+        bound = mi_lower_bound(batch.mean(rows), blocks * batch.total - 1)
+        stats = stats._replace(mi_lower_bound=bound)
+    return value, stats
+
+
+class MNRL(ContrastiveLoss):
+    function = staticmethod(mnrl)
+
+
+def _check_documents(query: Tensor, documents: Tensor | Sequence[Tensor], rows: bool) -> Tensor:
+    """Documents (N (1 + K), D), or raise. `rows=False`: N may be 0."""
+    if not isinstance(documents, Tensor):
+        documents = list(documents)
+        if not documents:
+            raise ValueError("documents must have at least one tensor, got an empty sequence")
+        for index, block in enumerate(documents):
+            check_views("query", query, f"documents[{index}]", block, rows=rows)
+        return torch.cat(documents)
+    check_features("query", query, (2,), rows=rows)
+    check_features("documents", documents, (2,), rows=rows)
+    check_pair(query, documents, "query", "documents")
+    n, m = query.shape[0], documents.shape[0]
+    if m % n if n else m:
+        raise ValueError(f"documents must have a multiple of the {n} rows of query, got {m}")
+    return documents
+
+
+def _count_blocks(batch: Batch, of_documents: Batch) -> int:
+    """1 + K, the number of documents of each query; a rank without rows learns it from others."""
+    blocks = of_documents.total // batch.total
+    if isinstance(batch, Shards) and of_documents.sizes != batch.times(blocks).sizes:
+        raise ValueError(
+            "documents must be as many for each query on every rank of group, got "
+            f"{of_documents.sizes} for {batch.sizes} rows of query"
+        )
+    return blocks
+
+
+def _check_modes(directions: Sequence[str], partition_mode: str, hardness_mode: str | None) -> None:
+    if isinstance(directions, str) or not set(directions) <= set(DIRECTIONS):
+        raise ValueError(f"directions must be some of {', '.join(DIRECTIONS)}, got {directions!r}")
+    if "query_to_doc" not in directions:
+        raise ValueError(f"directions must have query_to_doc among them, got {directions!r}")
+    if partition_mode not in PARTITIONS:
+        raise ValueError(
+            f"partition_mode must be one of {', '.join(PARTITIONS)}, got {partition_mode!r}"
+        )
+    if partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(directions):
+        raise ValueError(
+            "partition_mode must be 'joint' with query_to_query or doc_to_doc, which have no "
+            "positive, got 'per_direction'"
+        )
+    if hardness_mode is not None and hardness_mode not in HARDNESS:
+        raise ValueError(
+            f"hardness_mode must be one of {', '.join(HARDNESS)} or None, got {hardness_mode!r}"
+        )
+
+
+def _sweep_harder(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    strength: float,
+    *,
+    columns: bool,
+    threshold: Tensor | None,
+    **options: Any,
+) -> tuple[Sweep, float | Tensor]:
+    """A sweep over scale <x, y> + strength * stop_grad(<x, y>), and the scale that it ran with;
+    `threshold` is a similarity."""
+    if not strength:
+        share, sharp = 1.0, scale
+    else:
+        share = scale / (scale + strength)
+        share = share.detach() if isinstance(share, Tensor) else share
+        sharp = scale / share
+    if threshold is not None:
+        threshold = (sharp * threshold).detach()
+    out = sweep(operands(x, y, scale=sharp, **options), columns=columns, threshold=threshold)
+    if strength:
+        # d sharp <x, y> = d(scale <x, y>) / share, in the features and in the scale
+        out = out._replace(lse=share * out.lse + (1 - share) * out.lse.detach())
+    return out, sharp
+
+
+def _excess(logits: Iterable[Tensor], pos: Tensor, positives: int = 1) -> Tensor:
+    """log(positives exp(pos) + sum exp(logits)) - pos; also where all logits are -inf."""
+    start = torch.full_like(pos, math.log(positives))
+    return log_add(start, *(z - pos for z in logits))
+
+
+def _counts(logits: Tensor) -> Sweep:
+    """What `pair_stats` needs of the hard negatives, logits (N, 1 + K), the positive first."""
+    pos, negatives = logits[:, :1], logits[:, 1:]
+    return Sweep(
+        lse=negatives.logsumexp(1),
+        rank=(negatives > pos).sum(1),
+        total=negatives.sum(1),
+        count=torch.full_like(pos[:, 0], negatives.shape[1]),
+    )

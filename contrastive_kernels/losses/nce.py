@@ -1,0 +1,176 @@
+"""Noise-contrastive estimation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve_backend
+from ..checks import (
+    check_negatives,
+    check_positive,
+    check_reduction,
+    check_views,
+    resolve_scale,
+    scalar,
+)
+from ..distributed import Batch, GroupCall, collective, join
+from ..ops import operands, row_dot, softplus_sweep, sweep
+from ..sources import NegativeSource, as_source
+from ..types import Group, Loss
+from .algebra import add_rows, log_count, replicated, softplus
+from .base import ContrastiveLoss, loss
+from .stats import pair_stats
+
+
+@loss
+def nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | NegativeSource,
+    *,
+    temperature: float = 0.07,
+    num_data: int,
+    Z: float | Tensor | None = None,
+    log_z: float | Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    return_stats: bool = False,
+) -> Loss:
+    """Noise-contrastive estimation (InstDis, Wu et al. 2018, eq. 7; CMC, PIRL).
+
+    With P(s) = exp(s / temperature) / Z and m noise samples, uniform out of num_data,
+    loss_i = -log(P_i+ / (P_i+ + m / num_data)) - sum_j log((m / num_data) / (P_ij + m / num_data)),
+    computed as softplus of logits with the bias -log Z - log(m / num_data).
+
+    Args:
+        query: (N, D).
+        key: (N, D), row i is the positive of query i.
+        negatives: (m, D) shared, in one tensor or in chunks, or (N, m, D) for each query; with a
+            `group` every rank has the shared ones, and mean and Z are over the rows of all ranks.
+        num_data: size of the data set.
+        Z: the normalisation constant, > 0; None: the estimate of this batch (`estimate_log_z`).
+            The module `NCE` keeps its first estimate, as InstDis does.
+        log_z: its logarithm, which cannot overflow, in place of Z.
+
+    Returns:
+        0-d, or (N,) with reduction="none".
+    """
+    check_reduction(reduction)
+    scale = resolve_scale(temperature)
+    if log_z is not None:
+        log_z = scalar("log_z", log_z)
+    elif isinstance(Z, Tensor):
+        log_z = scalar("Z", Z).detach().log()
+    elif Z is not None:
+        check_positive("Z", Z)
+        log_z = math.log(Z)
+    negatives = _check(query, key, negatives, num_data, group)
+    backend = resolve_backend(backend, query.device)
+    batch, negatives, others = _join(group, query, negatives)
+    options = {"normalize": normalize, "backend": backend}
+    if log_z is None:
+        log_z = _estimate(query, key, negatives, scale, num_data, batch, others, options)
+    dot = row_dot(query, key, **options)
+    bias = math.log(num_data) - log_count(negatives.shape[-2], dot.dtype) - log_z
+    pos = scale * dot + bias
+    pairs = operands(query, negatives, scale=scale, bias=bias, batch=others, **options)
+    threshold = pos.detach() if return_stats else None
+    out = softplus_sweep(pairs, threshold=threshold, summed=reduction != "none")
+    value = add_rows(out.value, softplus(-pos), reduction, batch)
+    if not return_stats:
+        return value
+    return value, pair_stats(dot, [out], scale, batch, bias=bias)
+
+
+@collective
+def estimate_log_z(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | NegativeSource,
+    *,
+    temperature: float = 0.07,
+    num_data: int,
+    normalize: bool = True,
+    backend: str = "auto",
+    group: Group | None = None,
+) -> Tensor:
+    """log Z of `nce`: log(num_data * mean(exp(s / temperature))) over positives and negatives."""
+    scale = resolve_scale(temperature)
+    negatives = _check(query, key, negatives, num_data, group)
+    options = {"normalize": normalize, "backend": resolve_backend(backend, query.device)}
+    batch, negatives, others = _join(group, query, negatives)
+    return _estimate(query, key, negatives, scale, num_data, batch, others, options)
+
+
+class NCE(ContrastiveLoss):
+    function = staticmethod(nce)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # nan until the first batch; kept as a logarithm, which no dtype overflows
+        self.register_buffer("log_z", torch.tensor(float("nan")))
+        self._estimated = False
+        self.register_load_state_dict_post_hook(_read_estimated)
+
+    def forward(self, query: Tensor, key: Tensor, negatives: Tensor, **options: Any) -> Loss:
+        """`nce` with Z kept from the first batch, as InstDis does, unless Z or log_z is given."""
+        options = {**self.options, **options}
+        if options.get("Z") is None and options.get("log_z") is None:
+            if not self._estimated:
+                shared = {k: v for k, v in options.items() if k not in _NOT_FOR_ESTIMATE}
+                estimate = estimate_log_z(query, key, negatives, **shared)
+                self.log_z = estimate.to(device=self.log_z.device, dtype=self.log_z.dtype)
+                self._estimated = True
+            options["log_z"] = self.log_z
+        return nce(query, key, negatives, **options)
+
+
+_NOT_FOR_ESTIMATE = ("Z", "log_z", "reduction", "return_stats")
+
+
+def _read_estimated(module: NCE, _incompatible_keys: Any) -> None:
+    module._estimated = not bool(module.log_z.isnan())
+
+
+def _check(
+    query: Tensor, key: Tensor, negatives: Any, num_data: int, group: GroupCall | None
+) -> Tensor | NegativeSource:
+    """The negatives, or raise."""
+    n = check_views("query", query, "key", key, rows=group is None)
+    negatives = as_source("negatives", negatives)
+    check_negatives(query, negatives, rows=group is None or n > 0)
+    check_positive("num_data", num_data)
+    return negatives
+
+
+def _join(
+    group: GroupCall | None, query: Tensor, negatives: Tensor | NegativeSource
+) -> tuple[Batch, Tensor | NegativeSource, Batch | None]:
+    """(batch of the rows, the negatives, what a sweep takes as their batch)"""
+    n, m = query.shape[0], negatives.shape[-2]
+    batch, others = join(group, n, m, negatives=negatives, num_negatives=m)
+    return batch, *replicated(negatives, n, others)
+
+
+@torch.no_grad()
+def _estimate(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | NegativeSource,
+    scale: float | Tensor,
+    num_data: int,
+    batch: Batch,
+    others: Batch | None,
+    options: dict[str, Any],
+) -> Tensor:
+    pos = scale * row_dot(query, key, **options)
+    lse = sweep(operands(query, negatives, scale=scale, batch=others, **options)).lse
+    total = batch.logsumexp(torch.cat((lse, pos)))
+    pairs = batch.total * (negatives.shape[-2] + 1)
+    return total - log_count(pairs, pos.dtype) + math.log(num_data)

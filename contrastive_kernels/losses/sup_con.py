@@ -1,0 +1,185 @@
+"""The supervised contrastive loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve_backend
+from ..checks import (
+    check_features,
+    check_ids,
+    check_other_rows,
+    check_positive,
+    check_reduction,
+    resolve_scale,
+)
+from ..distributed import Batch, Shards, join
+from ..ops import operands, sweep
+from ..types import Group, Loss, LossStats, Sweep
+from .algebra import count_equal_ids, softplus, unit
+from .base import ContrastiveLoss, loss
+
+
+@loss
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.07,
+    base_temperature: float | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """Supervised contrastive loss (Khosla et al. 2020, eq. 2, L_out).
+
+    loss_i = -(temperature / base_temperature) mean_{p in P(i)} (s_ip - log sum_{a != i} exp(s_ia)),
+    P(i) being the other features of the label of i; an anchor without one has loss 0.
+
+    Args:
+        features: (N, D), or (N, V, D): V views, each of them an anchor.
+        labels: integers (N,).
+        base_temperature: None: the temperature, so that the factor is 1.
+
+    Returns:
+        0-d, or with reduction="none" one loss for each anchor: (N,), or (N, V).
+    """
+    check_features("features", features, (2, 3), rows=group is None)
+    check_reduction(reduction)
+    scale = resolve_scale(temperature)
+    if base_temperature is not None:
+        check_positive("base_temperature", base_temperature)
+    check_ids("labels", labels, features.shape[:1])
+    if labels.device != features.device:
+        raise ValueError(
+            f"labels and features must be on one device, got {labels.device} and {features.device}"
+        )
+    backend = resolve_backend(backend, features.device)
+    batch, _ = join(group, features.shape[0], exchange=exchange)
+    shape = features.shape[:-1]
+    if features.dim() == 3:
+        batch = batch.times(features.shape[1])
+        labels = labels.repeat_interleave(features.shape[1])
+        features = features.flatten(0, 1)
+    n = features.shape[0]
+    check_other_rows("features", batch.total)
+
+    out = sup_con_rows(
+        features, labels, scale=scale, normalize=normalize, batch=batch,
+        threshold=features.new_zeros(n) if return_stats else None, backend=backend,
+    )  # fmt: skip
+    rows = out.loss
+    if base_temperature is not None:
+        rows = rows * (temperature / base_temperature)
+    value = batch.reduce_rows(rows.view(shape), reduction)
+    if not return_stats:
+        return value
+    # an only positive is not in the sweep
+    lone, pos = out.count == 1, out.positive.detach()
+    lse = out.sweep.lse.detach()
+    positives = batch.total_of(out.count.sum())
+    negatives = batch.total_of((out.sweep.count - torch.where(lone, 0, out.count)).sum())
+    total = batch.total_of((out.sweep.total - torch.where(lone, 0.0, pos)).sum())
+    stats = LossStats(
+        positive_similarity=batch.total_of(pos.sum()) / (scale * positives),
+        negative_similarity=total / (scale * negatives),
+        lse=torch.where(lone, torch.logaddexp(lse, pos), lse),
+    )
+    return value, stats
+
+
+class SupCon(ContrastiveLoss):
+    function = staticmethod(sup_con)
+
+
+class SupConRows(NamedTuple):
+    """Of each anchor: its loss, the sum of the logits of its positives, the number of positives.
+
+    sweep: the statistics of its candidates, without a positive that is the only one.
+    """
+
+    loss: Tensor
+    positive: Tensor
+    count: Tensor
+    sweep: Sweep
+
+
+def sup_con_rows(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    ref: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    own: Tensor | None = None,
+    scale: float | Tensor,
+    normalize: bool = True,
+    threshold: Tensor | None = None,
+    backend: str,
+    batch: Batch | None = None,
+) -> SupConRows:
+    """The rows of `sup_con`, for candidates that may be other features.
+
+    An anchor with one positive has the loss softplus(lse of the negatives - its logit), which does
+    not cancel near convergence; with more the loss is at least log 2.
+
+    Args:
+        features, labels: anchors (N, D) and their integers (N,).
+        ref, ref_labels: candidates (M, D) and (M,); None: the other features.
+        own: (N,), where each anchor is in ref itself, which is no candidate then.
+        batch: without ref, the batch of the features, all of which are candidates.
+    """
+    batch = Batch(len(features)) if batch is None else batch
+    n, m = features.shape[0], (features if ref is None else ref).shape[0]
+    # a class has the place of its first anchor in the order of the labels, or n without an anchor
+    ordered = batch.all_ids(labels).sort().values
+    # 32 bits: kernels take such ids as they are
+    place = ref_place = torch.searchsorted(ordered, labels, out_int32=True)
+    if ref is None:
+        count = torch.searchsorted(ordered, labels, right=True, out_int32=True) - place - 1
+        only = ref_only = count == 1
+    else:
+        itself = 0 if own is None else 1
+        count = count_equal_ids(labels, ref_labels) - itself
+        ref_place = torch.searchsorted(ordered, ref_labels).clamp(max=n - 1)
+        ref_place = torch.where(ordered[ref_place] == ref_labels, ref_place, n)
+        only = count == 1
+        ref_only = count_equal_ids(ref_labels, ref_labels) == 1 + itself
+    # ids drop the anchor itself, and with it the only positive
+    first = 1 + batch.total + batch.own.start
+    ref_ids = torch.arange(first, first + m, dtype=torch.int32, device=labels.device)
+    ref_ids = torch.where(ref_only, ref_place, ref_ids)
+    ids = ref_ids
+    if ref is not None:
+        ids = torch.where(only, place, -1 if own is None else n + 1 + own)
+    pairs = operands(
+        features, ref, scale=scale, exclude=(ids, ref_ids), normalize=normalize, backend=backend,
+        batch=batch,
+    )  # fmt: skip
+    out = sweep(pairs, threshold=threshold)
+
+    z = z_ref = unit(features, normalize)
+    if ref is not None:
+        z_ref = unit(ref, normalize)
+    # the sum over the positives of a row is one dot product, with the sum of its class
+    if not isinstance(batch, Shards):
+        class_sum = z.new_zeros(n + 1, z.shape[1]).index_add(0, ref_place, z_ref)
+        class_sum = class_sum.index_select(0, place)
+    else:  # a table of the classes that there are, which every rank needs
+        classes = ordered.unique()
+        which = torch.searchsorted(classes, labels)
+        table = z.new_zeros(len(classes), z.shape[1]).index_add(0, which, z)
+        class_sum = batch.sum(table).index_select(0, which)
+    if ref is None:
+        class_sum = class_sum - z
+    elif own is not None:
+        class_sum = class_sum - z_ref.index_select(0, own)
+    pos = scale * (z * class_sum).sum(-1)
+    gap = out.lse - pos / count.clamp(min=1)
+    loss = torch.where(count > 1, gap, softplus(gap.masked_fill(count == 0, -torch.inf)))
+    return SupConRows(loss, pos, count, out)

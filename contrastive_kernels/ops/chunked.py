@@ -1,0 +1,279 @@
+"""Sweeps against keys that come in chunks: one block for each, by hand.
+
+Log-sum-exps merge, and what is a mean with the weights exp(z - lse) merges along: the mean of the
+logits, and the weighted keys that are the gradient of the queries, so that value and gradient take
+one pass over the source. Where an operator does not bring the gradient (of the mean, of a bias, of
+`reference`), the backward takes a second pass with the statistics of whole rows. Sums over chunks
+are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..autograd import once_differentiable
+from ..backends import can_attend
+from ..sources import NegativeSource
+from ..types import IdPair, SoftplusSweep, Sweep, statistics_dtype
+from . import pairs
+from .pairs import Gradients, Needs, Pairs, merge, operand_dtype
+
+Columns = slice  # the place of a chunk among the keys
+
+
+class Chunks(NamedTuple):
+    """The source, and what does not change from chunk to chunk or from forward to backward.
+
+    dtype: that of the keys, under autocast.
+    attend: whether the gradient of the queries comes with the forward.
+    """
+
+    source: NegativeSource
+    backend: str
+    normalize: bool
+    dtype: torch.dtype
+    mean: bool = False
+    attend: bool = False
+
+    def blocks(
+        self, x: Tensor, scale: Tensor, bias: Tensor | None, ids: Ids
+    ) -> Iterator[tuple[Columns, Pairs]]:
+        """The rows against each chunk."""
+        if len(x) == 0:  # a rank without rows
+            return
+        total, dim = self.source.shape
+        stop = 0
+        for chunk in self.source:
+            if chunk.dim() != 2 or chunk.shape[1] != dim or chunk.dtype != self.source.dtype:
+                raise ValueError(
+                    f"a chunk of negatives must have shape (m, {dim}) and be {self.source.dtype}, "
+                    f"got {tuple(chunk.shape)} and {chunk.dtype}"
+                )
+            if chunk.requires_grad:
+                raise ValueError("a chunk of negatives must not need a gradient: detach it")
+            columns = slice(stop, stop + len(chunk))
+            stop = columns.stop
+            if stop > total:
+                break
+            if len(chunk) == 0:
+                continue
+            of_keys = bias
+            if bias is not None:
+                of_keys = bias[columns] if bias.dim() else bias.expand(len(chunk))
+            yield columns, Pairs(
+                x, chunk.to(x.device, self.dtype), scale, of_keys, _part(ids.exclude, columns),
+                _part(ids.keep, columns), self.normalize, self.backend,
+            )  # fmt: skip
+        if stop != total:
+            more = "at least " if stop > total else ""
+            raise ValueError(
+                f"negatives must have the {total} rows of their shape, got {more}{stop}"
+            )
+
+
+class Ids(NamedTuple):
+    """Of the rows and of all keys."""
+
+    exclude: IdPair | None
+    keep: IdPair | None
+
+
+def _part(ids: IdPair | None, columns: slice) -> IdPair | None:
+    return None if ids is None else (ids[0], ids[1][columns])
+
+
+def softmax(given: Pairs, *, mean: bool, threshold: Tensor | None) -> Sweep:
+    """`primitives.sweep` with the keys of a source; x may have no rows."""
+    x, chunks = _operands(given)
+    if not mean and not _needs_grad(given.bias) and len(x) > 0 and _needs_grad(x, given.scale):
+        attend = can_attend(given.backend, x, chunks.dtype, frozen=True)
+        chunks = chunks._replace(attend=attend)
+    lse, row_mean, rank, total, count = _apply(
+        _Softmax, x, given, threshold, chunks._replace(mean=mean)
+    )
+    return Sweep(lse, row_mean, rank=rank, total=total, count=count)
+
+
+def softplus(given: Pairs, *, threshold: Tensor | None) -> SoftplusSweep:
+    """`primitives.softplus_sweep` likewise; `bias` is (M,) or, the same for all keys, 0-d."""
+    x, chunks = _operands(given)
+    attend = _needs_grad(x) and not _needs_grad(given.scale, given.bias)
+    return SoftplusSweep(*_apply(_Softplus, x, given, threshold, chunks._replace(attend=attend)))
+
+
+def _operands(given: Pairs) -> tuple[Tensor, Chunks]:
+    x, source = given.x, cast(NegativeSource, given.y)
+    of_rows, of_keys = (operand_dtype(given.backend, t.dtype, x.device) for t in (x, source))
+    return x.to(of_rows), Chunks(source, given.backend, given.normalize, of_keys)
+
+
+def _apply(
+    function: type[torch.autograd.Function],
+    x: Tensor,
+    given: Pairs,
+    threshold: Tensor | None,
+    chunks: Chunks,
+) -> tuple[Tensor | None, ...]:
+    apply = function.apply
+    if torch.compiler.is_compiling():  # a graph cannot hold passes over a file
+        apply = torch.compiler.disable(apply)
+    with torch.autocast(x.device.type, enabled=False):
+        return apply(x, given.scale, given.bias, threshold, Ids(given.exclude, given.keep), chunks)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None,
+        ids: Ids, chunks: Chunks,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        counts = [] if threshold is None else [_zeros(x, len(x)) for _ in range(3)]
+        stats = None  # lse and what merges with its weights: the mean, or attended and slope
+        for _, block in chunks.blocks(x, scale, bias, ids):
+            out = pairs.softmax(block, mean=chunks.mean, threshold=threshold, attend=chunks.attend)
+            for sums, t in zip(counts, (out.rank, out.total, out.count), strict=False):
+                sums += t
+            made = (out.lse, out.mean, out.attended, out.slope)
+            made = [t.view(len(x), -1) for t in made if t is not None and len(t)]
+            part = torch.cat(made, 1).double()
+            stats = part if stats is None else merge(stats, part)
+        if stats is None:  # there are no rows
+            stats = _zeros(x, 0, 1 + chunks.mean)
+        stats = stats.to(statistics_dtype(x))
+        lse, rest = stats[:, 0].clone(), stats[:, 1:]
+        mean = rest[:, 0].clone() if chunks.mean else None
+        attended = slope = None
+        if chunks.attend:
+            attended, slope = rest.tensor_split([x.shape[1]], 1)
+            attended, slope = attended.contiguous(), slope.flatten().contiguous()
+        counts = [t.to(lse.dtype) for t in counts]
+        ctx.chunks = chunks
+        _save(ctx, x, scale, bias, ids, lse, mean, attended, slope)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*counts)
+        return lse, mean, *(counts or 3 * (None,))
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_lse: Tensor | None, grad_mean: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        x, scale, bias, ids, (lse, mean, attended, slope) = _saved(ctx)
+        if grad_lse is None and grad_mean is None:
+            return 6 * (None,)
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        if mean is not None and grad_mean is None:
+            grad_mean = torch.zeros_like(mean)
+        stats = Sweep(lse, mean, attended=attended, slope=slope)
+
+        def gradients(block: Pairs, needs: Needs) -> Gradients:
+            return pairs.softmax_backward(block, stats, Sweep(grad_lse, grad_mean), needs)
+
+        if attended is None:
+            return _second_pass(ctx, x, scale, bias, ids, gradients)
+        # all that the operator still needs of the keys is in `attended`
+        chunks = ctx.chunks
+        no_keys = Pairs(x, None, scale, normalize=chunks.normalize, backend=chunks.backend)
+        made = gradients(no_keys, _needs(ctx))
+        return _results(ctx, x, made.x, made.scale, None)
+
+
+class _Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None,
+        ids: Ids, chunks: Chunks,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        sums = [_zeros(x, len(x)) for _ in range(1 if threshold is None else 4)]
+        attended = _zeros(x, *x.shape) if chunks.attend else None
+        ones = x.new_ones(len(x), dtype=statistics_dtype(x))
+        for _, block in chunks.blocks(x, scale, bias, ids):
+            for total, t in zip(sums, pairs.softplus(block, threshold=threshold), strict=False):
+                total += t
+            if attended is not None:  # a row's gradient from above will be a factor
+                needs = Needs(x=True, y=False, scale=False, bias=False)
+                attended += pairs.softplus_backward(block, ones, needs).x
+        value, *counts = (t.to(ones.dtype) for t in sums)
+        ctx.chunks = chunks
+        _save(ctx, x, scale, bias, ids, attended)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*counts)
+        return value, *(counts or 3 * (None,))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, scale, bias, ids, (attended,) = _saved(ctx)
+        if grad is None:
+            return 6 * (None,)
+        if attended is not None:
+            return _results(ctx, x, grad.unsqueeze(1) * attended, None, None)
+
+        def gradients(block: Pairs, needs: Needs) -> Gradients:
+            return pairs.softplus_backward(block, grad, needs)
+
+        return _second_pass(ctx, x, scale, bias, ids, gradients)
+
+
+def _save(
+    ctx: Any, x: Tensor, scale: Tensor, bias: Tensor | None, ids: Ids, *more: Tensor | None
+) -> None:
+    exclude, keep = ids.exclude or (None, None), ids.keep or (None, None)
+    ctx.save_for_backward(x, scale, bias, *exclude, *keep, *more)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None, Ids, list[Tensor | None]]:
+    x, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, *more = ctx.saved_tensors
+    exclude = None if exclude_rows is None else (exclude_rows, exclude_cols)
+    keep = None if keep_rows is None else (keep_rows, keep_cols)
+    return x, scale, bias, Ids(exclude, keep), more
+
+
+def _second_pass(
+    ctx: Any,
+    x: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    ids: Ids,
+    gradients: Callable[[Pairs, Needs], Gradients],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a Function's inputs, from those of all blocks."""
+    needs = _needs(ctx)
+    grad_x, grad_scale = _zeros(x, *x.shape), _zeros(x)
+    grad_bias = _zeros(x, *bias.shape) if needs.bias else None
+    for columns, block in ctx.chunks.blocks(x, scale, bias, ids):
+        made = gradients(block, needs)
+        if needs.x:
+            grad_x += made.x
+        if needs.scale:
+            grad_scale += made.scale
+        if needs.bias and bias.dim():
+            grad_bias[columns] = made.bias
+        elif needs.bias:
+            grad_bias += made.bias.sum()
+    return _results(ctx, x, grad_x, grad_scale, grad_bias)
+
+
+def _needs(ctx: Any) -> Needs:
+    x, scale, bias = ctx.needs_input_grad[:3]
+    return Needs(x=x, y=False, scale=scale, bias=bias)
+
+
+def _results(ctx: Any, x: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, scale, bias) as those of a Function's inputs."""
+    dtypes = (x.dtype, *2 * (statistics_dtype(x),))
+    given = zip(gradients, ctx.needs_input_grad[:3], dtypes, strict=True)
+    return *(g.to(dtype) if need else None for g, need, dtype in given), None, None, None
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """A sum over chunks to begin with."""
+    return like.new_zeros(shape, dtype=torch.float64)

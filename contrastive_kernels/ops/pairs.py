@@ -1,0 +1,221 @@
+"""The operands of a sweep as one record, and what runs it where all of them are at hand: the dense
+reference, always without autocast, or the registered operators.
+
+The functions ending in `_backward` are for who does the work of autograd by hand, block by block:
+`stats` and their gradients are those of whole rows and columns, of which the block has a part.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..distributed.shards import Batch
+from ..sources import NegativeSource
+from ..types import IdPair, SoftplusSweep, Sweep, statistics_dtype
+from . import registration
+
+
+class Pairs(NamedTuple):
+    """z_ij = scale <x_i, y_j> + bias_j over the pairs that are kept.
+
+    x (N, D); y (M, D), (N, M, D), in chunks, or None: x itself, in a matrix that is symmetric, so
+    that there is no bias and rows have the ids of columns. scale 0-d, bias (M,) or None, where y is
+    in chunks or on several ranks also 0-d; both of `statistics_dtype(x)`. exclude, keep: ids of
+    rows and columns; pairs with equal `exclude` ids are dropped, only equal `keep` ids stay.
+    backend: a resolved one. batch: whose rows y are, where ranks share them.
+    """
+
+    x: Tensor
+    y: Tensor | NegativeSource | None
+    scale: Tensor
+    bias: Tensor | None = None
+    exclude: IdPair | None = None
+    keep: IdPair | None = None
+    normalize: bool = False
+    backend: str = "reference"
+    batch: Batch | None = None
+
+    @property
+    def keys(self) -> Tensor | NegativeSource:
+        return self.x if self.y is None else self.y
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    y: bool
+    scale: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Those of the operands; what was not asked for is None or empty."""
+
+    x: Tensor | None = None
+    y: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: what a half input gains is speed, and the primitives compute in float32."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def operand_dtype(backend: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the operators of Triton make of features under autocast; of the others as they are."""
+    if backend != "triton" or dtype == torch.float64:
+        return dtype
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else dtype
+
+
+def softmax(
+    pairs: Pairs,
+    *,
+    mean: bool = False,
+    columns: bool = False,
+    threshold: Tensor | None = None,
+    attend: bool = False,
+) -> Sweep:
+    """Softmax statistics of tensors; `attend` as the operators take it."""
+    if pairs.backend == "reference":
+        with full_precision(pairs.x):
+            return reference.sweep(
+                pairs.x, pairs.y, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
+                keep=pairs.keep, normalize=pairs.normalize, mean=mean, columns=columns,
+                threshold=threshold,
+            )  # fmt: skip
+    if columns and pairs.y is None:
+        pairs = pairs._replace(y=pairs.x)
+    out = registration.call(
+        "row_stats", pairs.backend, **_operands(pairs), threshold=threshold, mean=mean,
+        normalize=pairs.normalize, columns=columns, attend=attend,
+    )  # fmt: skip
+    counted = threshold is not None
+    return Sweep(
+        lse=out.lse,
+        mean=out.mean if mean else None,
+        col_lse=out.col_lse if columns else None,
+        col_mean=out.col_mean if columns and mean else None,
+        rank=out.rank if counted else None,
+        total=out.total if counted else None,
+        count=out.count if counted else None,
+        attended=out.attended if attend else None,
+        slope=out.slope if attend else None,
+    )
+
+
+def softplus(
+    pairs: Pairs, *, threshold: Tensor | None = None, attend: Needs | None = None
+) -> SoftplusSweep:
+    """Row sums of softplus; with `attend` their sum, 0-d, with these gradients made on the way."""
+    if pairs.backend == "reference":
+        with full_precision(pairs.x):
+            return reference.softplus_sweep(
+                pairs.x, pairs.keys, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
+                keep=pairs.keep, normalize=pairs.normalize, threshold=threshold,
+            )  # fmt: skip
+    out = registration.call(
+        "row_softplus", pairs.backend, **_operands(pairs._replace(y=pairs.keys)),
+        threshold=threshold, normalize=pairs.normalize, attend=list(attend or 4 * (False,)),
+    )  # fmt: skip
+    if threshold is None:
+        return SoftplusSweep(out.value)
+    return SoftplusSweep(out.value, out.rank, out.total, out.count)
+
+
+def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> Gradients:
+    """The gradients of the operands from those of (lse, mean, col_lse, col_mean)."""
+    if pairs.backend == "reference":
+        return _dense_backward(pairs, stats, grads, needs)
+    empty = pairs.x.new_empty(0, dtype=statistics_dtype(pairs.x))
+    given = {
+        name: empty if (t := getattr(stats, name)) is None else t
+        for name in ("lse", "mean", "col_lse", "col_mean", "attended", "slope")
+    }
+    out = registration.call(
+        "row_stats_backward", pairs.backend, **_operands(pairs), **given, grad_lse=grads.lse,
+        grad_mean=grads.mean, grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean,
+        normalize=pairs.normalize, needs=list(needs),
+    )  # fmt: skip
+    return Gradients(*out)
+
+
+def softplus_backward(pairs: Pairs, grad: Tensor, needs: Needs) -> Gradients:
+    """The gradients of the operands from that of the value."""
+    if pairs.backend == "reference":
+        return _dense_backward(pairs, None, grad, needs)
+    out = registration.call(
+        "row_softplus_backward", pairs.backend, **_operands(pairs), grad=grad,
+        normalize=pairs.normalize, needs=list(needs),
+    )  # fmt: skip
+    return Gradients(*out)
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """Statistics (K, 1 + C) of two sets of pairs as those of their union: lse, and C means with the
+    weights exp(z - lse)."""
+    lse = torch.logaddexp(a[:, :1], b[:, :1])
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)  # no pair at all: means stay 0
+    means = (a[:, :1] - finite).exp() * a[:, 1:] + (b[:, :1] - finite).exp() * b[:, 1:]
+    return torch.cat((lse, means), 1)
+
+
+def _operands(pairs: Pairs) -> dict:
+    """The arguments that all operators on pairs share."""
+    exclude, keep = pairs.exclude or (None, None), pairs.keep or (None, None)
+    one_side = pairs.y is None  # one set of ids serves rows and columns
+    return {
+        "x": pairs.x, "y": pairs.y, "scale": pairs.scale, "bias": pairs.bias,
+        "exclude_rows": exclude[0], "exclude_cols": None if one_side else exclude[1],
+        "keep_rows": keep[0], "keep_cols": None if one_side else keep[1],
+    }  # fmt: skip
+
+
+def _dense_backward(
+    pairs: Pairs, stats: Sweep | None, grads: Sweep | Tensor, needs: Needs
+) -> Gradients:
+    operands = {"x": pairs.x, "y": pairs.y, "scale": pairs.scale, "bias": pairs.bias}
+    leaves = {name: t if t is None else t.detach() for name, t in operands.items()}
+    wanted = {name: leaves[name].requires_grad_() for name in leaves if getattr(needs, name)}
+    with torch.enable_grad():
+        block = pairs._replace(**leaves)
+        if stats is None:
+            given = [(softplus(block).value, grads)]
+        else:
+            asked = {"mean": grads.mean is not None, "columns": grads.col_lse is not None}
+            out = softmax(block, **asked)
+            given = [
+                *_shares(out.lse, out.mean, stats.lse, stats.mean, grads.lse, grads.mean),
+                *_shares(
+                    out.col_lse, out.col_mean, stats.col_lse, stats.col_mean,
+                    grads.col_lse, grads.col_mean,
+                ),
+            ]  # fmt: skip
+    outputs, upstream = zip(*given, strict=True)
+    found = torch.autograd.grad(outputs, list(wanted.values()), upstream, materialize_grads=True)
+    return Gradients(**dict(zip(wanted, found, strict=True)))
+
+
+def _shares(
+    lse: Tensor | None,
+    mean: Tensor | None,
+    whole_lse: Tensor | None,
+    whole_mean: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mean: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """(output, its gradient) of the lse and mean of a part of each row, from those of the whole."""
+    if grad_lse is None:
+        return []
+    share = (lse.detach() - whole_lse.masked_fill(whole_lse == -torch.inf, 0.0)).exp()
+    if mean is None:
+        return [(lse, share * grad_lse)]
+    rest = grad_lse + grad_mean * (mean.detach() - whole_mean)
+    return [(lse, share * rest), (mean, share * grad_mean)]

@@ -1,0 +1,263 @@
+"""The primitives that every loss is algebra on: `sweep` (softmax statistics of the rows and columns
+of a similarity matrix that is never stored), `softplus_sweep` (row sums of softplus) and `row_dot`
+(the positives).
+
+`operands` makes the record that sweeps take; where its keys are decides who runs it: chunks of a
+source, the ranks of a group, or `pairs.py`, on the backend it names. Nothing here checks; the
+public `row_stats` and `row_softplus`, and `checked_operands`, do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import can_attend, can_sum, resolve_backend
+from ..checks import check_features, check_id_pair, check_keys, check_pair, finite, scalar
+from ..distributed.shards import Batch, Shards
+from ..sources import NegativeSource, is_source
+from ..types import (
+    IdPair,
+    RowColumnStats,
+    RowStats,
+    SoftplusSweep,
+    Sweep,
+    statistics_dtype,
+)
+from . import chunked, pairs, registration, sharded
+from .pairs import Needs, Pairs, full_precision
+
+
+def operands(
+    x: Tensor,
+    y: Tensor | NegativeSource | None,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor | None = None,
+    exclude: IdPair | None = None,
+    keep: IdPair | None = None,
+    normalize: bool = False,
+    backend: str,
+    batch: Batch | None = None,
+) -> Pairs:
+    """The record of a sweep over z_ij = scale <x_i, y_j> + bias_j, of arguments that fit.
+
+    y = None means y = x, computed for half of the pairs where that makes a symmetric matrix: ids of
+    rows and columns that are one tensor, no bias. `backend` is a resolved one. `batch`: y,
+    bias and column ids are this rank's part of those of a group, of `batch.sizes` rows;
+    statistics of rows are over the keys of all ranks, those of this rank's columns over all rows.
+    """
+    dtype = statistics_dtype(x)
+    if isinstance(scale, Tensor):
+        scale = scale.to(device=x.device, dtype=dtype)
+    else:
+        scale = torch.full((), scale, dtype=dtype, device=x.device)
+    if isinstance(bias, Tensor):
+        bias = bias.to(device=x.device, dtype=dtype)
+    elif bias is not None:
+        bias = None if bias == 0 else torch.full((), bias, dtype=dtype, device=x.device)
+    if y is None and not (bias is None and _same_ids(exclude) and _same_ids(keep)):
+        y = x  # not a symmetric matrix
+    if bias is not None and bias.dim() == 0 and not (is_source(y) or isinstance(batch, Shards)):
+        bias = bias.expand(y.shape[-2])
+    return Pairs(x, y, scale, bias, exclude, keep, normalize, backend, batch)
+
+
+def checked_operands(
+    x: Tensor,
+    y: Tensor | NegativeSource | None,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor | None = None,
+    exclude: IdPair | None = None,
+    keep: IdPair | None = None,
+    normalize: bool = False,
+    backend: str = "auto",
+) -> Pairs:
+    """`operands` of what a user passes, or raise."""
+    check_features("x", x, (2,))
+    if y is not None:
+        check_keys("y", y, (2, 3))
+        check_pair(x, y)
+        if len(y.shape) == 3 and y.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"y of shape (N, M, D) must have one set of keys for each of the {x.shape[0]} "
+                f"rows of x, got {tuple(y.shape)}"
+            )
+        if y.shape[-2] == 0:
+            raise ValueError(f"y must not be empty, got shape {tuple(y.shape)}")
+    keys = (x if y is None else y).shape[-2]
+    scale = scalar("scale", scale)
+    if isinstance(bias, Tensor):
+        if bias.dim() > 0 and bias.shape != (keys,):
+            raise ValueError(f"bias must have shape ({keys},), got {tuple(bias.shape)}")
+    elif bias is not None:
+        bias = finite("bias", bias)
+    for name, ids in (("exclude", exclude), ("keep", keep)):
+        if ids is not None:
+            check_id_pair(name, ids, x.shape[0], keys, x.device)
+    return operands(
+        x, y, scale=scale, bias=bias, exclude=exclude, keep=keep, normalize=normalize,
+        backend=resolve_backend(backend, x.device),
+    )  # fmt: skip
+
+
+def sweep(
+    given: Pairs, *, mean: bool = False, columns: bool = False, threshold: Tensor | None = None
+) -> Sweep:
+    """Softmax statistics in one sweep; see `row_stats`.
+
+    Beyond that: `mean=False` leaves the mean out; `threshold` (N,) asks for rank_i = #{j: z_ij >
+    threshold_i}, total_i = sum_j z_ij and count_i, the number of kept pairs, all without gradient.
+    """
+    if is_source(given.y):
+        return chunked.softmax(given, mean=mean, threshold=threshold)
+    if isinstance(given.batch, Shards):
+        return sharded.softmax(given, mean=mean, columns=columns, threshold=threshold)
+    attend = False
+    if not (mean or columns or given.y is None or given.y.dim() == 3):
+        # the weighted mean of the keys is the gradient of the queries: take it in the same sweep
+        frozen = not (given.y.requires_grad or _requires_grad(given.bias))
+        attend = (
+            given.x.requires_grad
+            and torch.is_grad_enabled()
+            and can_attend(given.backend, given.x, given.y.dtype, frozen)
+        )
+    return pairs.softmax(given, mean=mean, columns=columns, threshold=threshold, attend=attend)
+
+
+def softplus_sweep(
+    given: Pairs, *, threshold: Tensor | None = None, summed: bool = False
+) -> SoftplusSweep:
+    """Row sums of softplus, with the threshold of `sweep`; see `row_softplus`.
+
+    `summed`: value is the sum over the rows too, 0-d, which leaves backends more freedom.
+    """
+    if is_source(given.y):
+        out = chunked.softplus(given, threshold=threshold)
+    elif isinstance(given.batch, Shards):
+        out = sharded.softplus(given, threshold=threshold)
+    else:
+        attend = None
+        if (
+            summed
+            and threshold is None
+            and can_sum(given.backend)
+            and given.keys.dim() == 2
+            and torch.is_grad_enabled()
+        ):
+            operands = (given.x, given.keys, given.scale, given.bias)
+            attend = Needs(*(_requires_grad(t) for t in operands))
+        out = pairs.softplus(given, threshold=threshold, attend=attend)
+    return out._replace(value=out.value.sum()) if summed else out
+
+
+def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False, backend: str) -> Tensor:
+    """<x_i, y_i> for y (N, D), giving (N,), or <x_i, y_ik> for y (N, K, D), giving (N, K).
+
+    With `normalize` every row is first divided by its norm (at least 1e-12). The result is
+    float32, or float64 for float64 features. A rank may have no rows. `backend` is a resolved one.
+    """
+    if x.shape[0] == 0:  # the graph of the other ranks, with no rows
+        return (x.view(0, *(y.dim() - 2) * (1,), x.shape[1]) * y).sum(-1, dtype=statistics_dtype(x))
+    if backend == "reference":
+        with full_precision(x):
+            return reference.row_dot(x, y, normalize=normalize)
+    if y.dim() == 3:
+        return registration.row_dot(backend, x, y, normalize)
+    return registration.row_dot(backend, x, y.unsqueeze(1), normalize).squeeze(1)
+
+
+def keeps_frozen_keys(x: Tensor, y: Tensor, backend: str) -> bool:
+    """Whether the backward of `sweep` reads keys y (M, D) without gradient again, so that they
+    must not change before it."""
+    needed = torch.is_grad_enabled() and x.requires_grad
+    return needed and not can_attend(backend, x, y.dtype, frozen=True)
+
+
+def row_stats(
+    x: Tensor,
+    y: Tensor | NegativeSource,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    exclude: IdPair | None = None,
+    keep: IdPair | None = None,
+    columns: bool = False,
+    normalize: bool = False,
+    backend: str = "auto",
+) -> RowStats | RowColumnStats:
+    """Softmax statistics of the rows, and on request the columns, of a similarity matrix.
+
+    z_ij = scale <x_i, y_j> + bias_j,   lse_i = log sum_j exp(z_ij),
+    mean_i = sum_j exp(z_ij - lse_i) z_ij, over the pairs that are kept. The matrix is never
+    stored: memory grows with N + M. Differentiable once in x, y, scale and bias; with
+    `backend="reference"` any number of times.
+
+    Args:
+        x: queries (N, D); float32, float64, bfloat16 or float16, any strides.
+        y: keys (M, D), or (N, M, D): keys of its own for every query; or (M, D) in chunks, a
+            `NegativeSource`, without gradient. Pass the same tensor as `x` for a self-similarity:
+            it then costs half.
+        scale: a number or a 0-d tensor, which may need a gradient.
+        bias: (M,), added to every logit of key j.
+        exclude: integer ids (row_ids (N,), col_ids (M,)); pairs with equal ids are dropped.
+        keep: integer ids likewise; only pairs with equal ids are kept.
+        columns: also return col_lse and col_mean (M,), the same statistics of each column.
+        normalize: divide rows of x and y by their L2 norm (at least 1e-12) first.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        RowStats(lse, mean), each (N,), or RowColumnStats(lse, mean, col_lse, col_mean); float32,
+        or float64 for float64 features. A row with no pair has lse = -inf, mean = 0 and no
+        gradient.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: a `backend` that cannot run here.
+    """
+    if bias is not None and bias.dim() == 0:
+        raise ValueError("bias must have shape (M,), got ()")
+    given = checked_operands(
+        x, None if y is x else y, scale=scale, bias=bias, exclude=exclude, keep=keep,
+        normalize=normalize, backend=backend,
+    )  # fmt: skip
+    if columns and given.y is not None and (is_source(y) or y.dim() == 3):
+        got = "in chunks" if is_source(y) else "of shape (N, M, D)"
+        raise ValueError(f"columns=True needs keys of shape (M, D), got a y {got}")
+    out = sweep(given, mean=True, columns=columns)
+    if columns:
+        return RowColumnStats(out.lse, out.mean, out.col_lse, out.col_mean)
+    return RowStats(out.lse, out.mean)
+
+
+def row_softplus(
+    x: Tensor,
+    y: Tensor | NegativeSource,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor = 0.0,
+    exclude: IdPair | None = None,
+    keep: IdPair | None = None,
+    normalize: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Row sums of softplus: value_i = sum_j log(1 + exp(scale <x_i, y_j> + bias_j)), (N,).
+
+    Arguments as in `row_stats`; `bias` is a number, a 0-d tensor or (M,), and may need a gradient.
+    A row with no pair has value 0.
+    """
+    given = checked_operands(
+        x, y, scale=scale, bias=bias, exclude=exclude, keep=keep, normalize=normalize,
+        backend=backend,
+    )  # fmt: skip
+    return softplus_sweep(given).value
+
+
+def _same_ids(ids: IdPair | None) -> bool:
+    return ids is None or ids[0] is ids[1]
+
+
+def _requires_grad(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad

@@ -1,0 +1,314 @@
+"""Registered operators: one schema, one fake and one autograd rule for each primitive,
+bound to every backend that has kernels. Those of "cpu" register themselves, in C++; those of
+"triton" are imported when they are first called.
+
+Arguments and results have the names of the schema on both sides: `call` takes and gives them by
+name. A result that was not asked for is an empty tensor, since operators return a fixed number.
+
+`attend` asks the forward sweep for what the backward needs of the keys, so that it need not see
+them again: attended (N, D), of "cpu" the weighted keys sum_j p_ij y_j, of "triton" the gradient
+d lse_i / d x_i itself, and there slope (N,), d lse_i / d scale.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import no_second_order
+from ..backends import INTERPRETED
+from ..types import statistics_dtype
+
+NAMESPACE = "contrastive_kernels"
+BACKENDS = ("cpu", "triton")
+
+_PAIRS = (
+    "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? exclude_rows, Tensor? exclude_cols, "
+    "Tensor? keep_rows, Tensor? keep_cols"
+)
+_GRADIENTS = "(Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
+_SCHEMAS = {
+    "row_stats": (
+        f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend) -> "
+        "(Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor rank, Tensor total, "
+        "Tensor count, Tensor attended, Tensor slope)"
+    ),
+    "row_stats_backward": (
+        f"({_PAIRS}, Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor attended, "
+        "Tensor slope, Tensor? grad_lse, Tensor? grad_mean, Tensor? grad_col_lse, "
+        f"Tensor? grad_col_mean, bool normalize, bool[4] needs) -> {_GRADIENTS}"
+    ),
+    "row_softplus": (
+        f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend) -> "
+        "(Tensor value, Tensor rank, Tensor total, Tensor count, "
+        "Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
+    ),
+    "row_softplus_backward": f"({_PAIRS}, Tensor grad, bool normalize, bool[4] needs) -> "
+    + _GRADIENTS,
+    "row_dot": "(Tensor x, Tensor y, bool normalize) -> (Tensor dot)",
+    "row_dot_backward": (
+        "(Tensor x, Tensor y, Tensor grad, bool normalize, bool[2] needs) -> (Tensor dx, Tensor dy)"
+    ),
+}
+
+
+def _record(name: str, items: list) -> Any:
+    return namedtuple(name, [item.name for item in items])
+
+
+_parsed = {name: torch._C.parse_schema(name + schema) for name, schema in _SCHEMAS.items()}
+ARGUMENTS = {name: _record(name, schema.arguments) for name, schema in _parsed.items()}
+RESULTS = {name: _record(name, schema.returns) for name, schema in _parsed.items()}
+# the gradients of an operator's arguments, to be replaced by name
+_NO_GRADIENTS = {name: cls(*(None for _ in cls._fields)) for name, cls in ARGUMENTS.items()}
+_PAIR_NAMES = ARGUMENTS["row_stats"]._fields[:8]
+
+
+def call(name: str, backend: str, **arguments: Any) -> Any:
+    """The results of the operator `<name>_<backend>`, by name."""
+    return RESULTS[name](*OPERATORS[name, backend](*ARGUMENTS[name](**arguments)))
+
+
+def row_dot(backend: str, x: Tensor, y: Tensor, normalize: bool) -> Tensor:
+    """<x_i, y_ik> of x (N, D) and y (N, K, D): (N, K)."""
+    return OPERATORS["row_dot", backend](x, y, normalize)
+
+
+def _stats(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=statistics_dtype(x))
+
+
+def _gradients(needs: list[bool], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(
+        t.new_empty(t.shape if need else (0,))
+        for need, t in zip(needs, (t if t is not None else inputs[0] for t in inputs), strict=True)
+    )
+
+
+def _fake_row_stats(backend: str, *inputs: Any) -> Any:
+    given = ARGUMENTS["row_stats"](*inputs)
+    x = given.x
+    rows, keys = x.shape[0], (x if given.y is None else given.y).shape[-2]
+    counts = _stats(x, rows * (given.threshold is not None))
+    attended, slope = _stats(x, 0), _stats(x, 0)
+    if given.attend and backend == "triton":
+        attended = torch.empty_like(x, memory_format=torch.contiguous_format)
+        slope = _stats(x, rows)
+    elif given.attend:
+        attended = _stats(x, rows, x.shape[1])
+    return RESULTS["row_stats"](
+        lse=_stats(x, rows),
+        mean=_stats(x, rows * given.mean),
+        col_lse=_stats(x, keys * given.columns),
+        col_mean=_stats(x, keys * (given.columns and given.mean)),
+        rank=counts,
+        total=torch.empty_like(counts),
+        count=torch.empty_like(counts),
+        attended=attended,
+        slope=slope,
+    )
+
+
+def _fake_row_softplus(*inputs: Any) -> Any:
+    given = ARGUMENTS["row_softplus"](*inputs)
+    x = given.x
+    counts = (_stats(x, x.shape[0] * (given.threshold is not None)) for _ in range(3))
+    value = _stats(x, 1 if any(given.attend) else x.shape[0])
+    gradients = _gradients(given.attend, x, given.y, given.scale, given.bias)
+    return RESULTS["row_softplus"](value, *counts, *gradients)
+
+
+def _fake_pairs_backward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
+    given = ARGUMENTS[name](*inputs)
+    return _gradients(given.needs, given.x, given.y, given.scale, given.bias)
+
+
+def _save(ctx: Any, **tensors: Tensor | None) -> None:
+    ctx.names = tuple(tensors)
+    ctx.save_for_backward(*tensors.values())
+
+
+def _saved(ctx: Any) -> dict[str, Tensor | None]:
+    return dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+
+
+def _setup_row_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
+    given, out = ARGUMENTS["row_stats"](*inputs), RESULTS["row_stats"](*output)
+    needs = ARGUMENTS["row_stats"](*ctx.needs_input_grad)
+    pairs = dict(zip(_PAIR_NAMES, inputs, strict=False))
+    if given.attend and not (needs.y or needs.bias):
+        # the backward pass has what it needs of the keys: they may change, as a queue's do
+        pairs = dict.fromkeys(_PAIR_NAMES) | {"x": given.x, "scale": given.scale}
+    ctx.normalize = given.normalize
+    _save(
+        ctx, **pairs, lse=out.lse, mean=out.mean, col_lse=out.col_lse, col_mean=out.col_mean,
+        attended=out.attended, slope=out.slope,
+    )  # fmt: skip
+    absent = [out.rank, out.total, out.count, out.attended, out.slope]
+    if not given.mean:
+        absent.append(out.mean)
+    if not given.columns:
+        absent.append(out.col_lse)
+    if not (given.columns and given.mean):
+        absent.append(out.col_mean)
+    ctx.mark_non_differentiable(*absent)
+    ctx.set_materialize_grads(False)
+
+
+def _setup_row_softplus(ctx: Any, inputs: tuple, output: tuple) -> None:
+    given, out = ARGUMENTS["row_softplus"](*inputs), RESULTS["row_softplus"](*output)
+    ctx.normalize, ctx.summed = given.normalize, any(given.attend)
+    if ctx.summed:  # the value is the sum over rows, and its gradients are there already
+        _save(ctx, x=out.dx, y=out.dy, scale=out.dscale, bias=out.dbias)
+    else:
+        _save(ctx, **dict(zip(_PAIR_NAMES, inputs, strict=False)))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _setup_row_dot(ctx: Any, inputs: tuple, _output: Tensor) -> None:
+    given = ARGUMENTS["row_dot"](*inputs)
+    ctx.normalize = given.normalize
+    ctx.save_for_backward(given.x, given.y)
+
+
+def _setup_nothing(_ctx: Any, _inputs: tuple, _output: Any) -> None:
+    pass
+
+
+def _register(backend: str) -> None:
+    def row_stats_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        grad = RESULTS["row_stats"](*grads)
+        gradients = _NO_GRADIENTS["row_stats"]
+        if all(g is None for g in (grad.lse, grad.mean, grad.col_lse, grad.col_mean)):
+            return gradients
+        needs = ARGUMENTS["row_stats"](*ctx.needs_input_grad)
+        out = call(
+            "row_stats_backward", backend, **_saved(ctx), grad_lse=grad.lse, grad_mean=grad.mean,
+            grad_col_lse=grad.col_lse, grad_col_mean=grad.col_mean, normalize=ctx.normalize,
+            needs=[needs.x, needs.y, needs.scale, needs.bias],
+        )  # fmt: skip
+        return _replace_needed(gradients, needs, out)
+
+    def row_softplus_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        grad = RESULTS["row_softplus"](*grads).value
+        gradients = _NO_GRADIENTS["row_softplus"]
+        if grad is None:
+            return gradients
+        needs = ARGUMENTS["row_softplus"](*ctx.needs_input_grad)
+        if ctx.summed:
+            factor = grad.reshape(())  # 0-d, so that it leaves the types alone
+            made = {name: t * factor for name, t in _saved(ctx).items()}
+            return gradients._replace(**{k: t for k, t in made.items() if getattr(needs, k)})
+        out = call(
+            "row_softplus_backward", backend, **_saved(ctx), grad=grad, normalize=ctx.normalize,
+            needs=[needs.x, needs.y, needs.scale, needs.bias],
+        )  # fmt: skip
+        return _replace_needed(gradients, needs, out)
+
+    def row_dot_backward(ctx: Any, grad: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        needs = ARGUMENTS["row_dot"](*ctx.needs_input_grad)
+        out = call(
+            "row_dot_backward", backend, x=x, y=y, grad=grad, normalize=ctx.normalize,
+            needs=[needs.x, needs.y],
+        )  # fmt: skip
+        return out.dx if needs.x else None, out.dy if needs.y else None, None
+
+    rules: dict[str, tuple[Callable, Callable, Callable]] = {
+        "row_stats": (partial(_fake_row_stats, backend), row_stats_backward, _setup_row_stats),
+        "row_softplus": (_fake_row_softplus, row_softplus_backward, _setup_row_softplus),
+        "row_dot": (
+            lambda x, y, normalize: _stats(x, *y.shape[:2]), row_dot_backward, _setup_row_dot
+        ),
+        "row_dot_backward": (
+            lambda x, y, grad, normalize, needs: _gradients(needs, x, y), no_second_order,
+            _setup_nothing,
+        ),
+    }  # fmt: skip
+    for name in ("row_stats_backward", "row_softplus_backward"):
+        rules[name] = (partial(_fake_pairs_backward, name), no_second_order, _setup_nothing)
+    for name, (fake, backward, setup_context) in rules.items():
+        op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_{backend}").default
+        torch.library.register_fake(f"{NAMESPACE}::{name}_{backend}", fake, lib=_library)
+        rule = _autograd_rule(op, backward, setup_context)
+        _library.impl(f"{name}_{backend}", rule, "Autograd")
+        OPERATORS[name, backend] = op
+
+
+def _replace_needed(gradients: Any, needs: Any, made: Any) -> Any:
+    return gradients._replace(
+        x=made.dx if needs.x else None,
+        y=made.dy if needs.y else None,
+        scale=made.dscale if needs.scale else None,
+        bias=made.dbias if needs.bias else None,
+    )
+
+
+def _autograd_rule(op: Callable, backward_rule: Callable, setup_context: Callable) -> Callable:
+    """What torch.library.register_autograd makes of them, less its walk through the schema, which
+    takes longer than a small loss does."""
+
+    class Rule(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(backward_rule)
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
+            return Rule.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def _register_triton() -> None:
+    """The Triton kernels, for CUDA tensors, and in Triton's interpreter for CPU tensors."""
+    for name in _SCHEMAS:
+
+        def implementation(*args: Any, name: str = name) -> Any:
+            return getattr(import_module("contrastive_kernels.triton"), name)(*args)
+
+        for device in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            _library.impl(f"{name}_triton", implementation, device)
+    for name in ("row_stats", "row_softplus", "row_dot"):
+        for device in ("CUDA", "CPU"):
+            rule = _autocast_rule(OPERATORS[name, "triton"], device)
+            _library.impl(f"{name}_triton", rule, f"Autocast{device}")
+
+
+def _autocast_rule(op: Callable, device: str) -> Callable:
+    """Features in the type of the autocast region, as those of a matrix product; float64 stays."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+    device = device.lower()
+
+    def call(x: Tensor, y: Tensor | None, *rest: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        x, y = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, y))
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return op(x, y, *rest)
+
+    return call
+
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+OPERATORS: dict[tuple[str, str], Callable] = {}
+for _backend in BACKENDS:
+    for _name, _schema in _SCHEMAS.items():
+        _library.define(f"{_name}_{_backend}{_schema}")
+    _register(_backend)
+_register_triton()

@@ -1,0 +1,170 @@
+"""Dot products of paired vectors, <x_i, y_i> or <x_i, y_ik>, and their gradients.
+
+They are bound by reading the features, not by arithmetic.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import inverse_norm
+
+
+@triton.jit
+def load_rows(x, i, k0, stride, inner, DIM: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    k = k0 + tl.arange(0, BLOCK_K)
+    pointers = x + (i * stride)[:, None] + (k.to(tl.int64) * inner)[None, :]
+    return tl.load(pointers, mask=(k < DIM)[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def pair_dots(
+    x, y, i, key, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM: tl.constexpr,
+    NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """<x_i, y_ik> with 1 / norm of both, which are 1 unless NORMALIZE."""
+    dots = tl.zeros(i.shape, ACC)
+    x_squares, y_squares = dots, dots
+    for k0 in range(0, DIM, BLOCK_K):
+        a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
+        b = load_rows(
+            y + (key * y_key_stride)[:, None], i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC
+        )
+        dots += tl.sum(a * b, 1)
+        if NORMALIZE:
+            x_squares += tl.sum(a * a, 1)
+            y_squares += tl.sum(b * b, 1)
+    if NORMALIZE:
+        x_inverse, y_inverse = inverse_norm(x_squares), inverse_norm(y_squares)
+        dots *= x_inverse * y_inverse
+    else:
+        x_inverse = tl.full(i.shape, 1.0, ACC)
+        y_inverse = x_inverse
+    return dots, x_inverse, y_inverse
+
+
+@triton.jit
+def program_pairs(pairs, BLOCK: tl.constexpr):
+    """Numbers of a program's pairs, the last one's beyond the end, and whether they are inside."""
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return tl.minimum(at, pairs - 1), at < pairs
+
+
+@triton.jit
+def row_dot_kernel(
+    x, y, out, pairs, keys, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM: tl.constexpr,
+    NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """<x_i, y_ik>; pair (i, k) has the number i keys + k."""
+    at, inside = program_pairs(pairs, BLOCK)
+    dots, _x_inverse, _y_inverse = pair_dots(
+        x, y, at // keys, at % keys, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM,
+        NORMALIZE, ACC, BLOCK_K,
+    )  # fmt: skip
+    tl.store(out + at, dots, mask=inside)
+
+
+@triton.jit
+def row_dot_backward_kernel(
+    x, y, grad, x_gradient, y_gradient, rows, x_stride, x_inner, y_stride, y_key_stride, y_inner,
+    DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x_i and y_i from g = dL/d<x_i, y_i>, with one y for each x."""
+    at, inside = program_pairs(rows, BLOCK)
+    dots, x_inverse, y_inverse = pair_dots(
+        x, y, at, at * 0, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM, NORMALIZE, ACC,
+        BLOCK_K,
+    )  # fmt: skip
+    g = tl.load(grad + at)
+    along = g * dots
+    across = g * x_inverse * y_inverse
+    for k0 in range(0, DIM, BLOCK_K):
+        a = load_rows(x, at, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
+        b = load_rows(y, at, k0, y_stride, y_inner, DIM, BLOCK_K, ACC)
+        if x_gradient is not None:
+            store_side(x_gradient, a, b, x_inverse, across, along, at, inside, k0, DIM, NORMALIZE)
+        if y_gradient is not None:
+            store_side(y_gradient, b, a, y_inverse, across, along, at, inside, k0, DIM, NORMALIZE)
+
+
+@triton.jit
+def store_side(
+    gradient, own, other, inverse, across, along, at, inside, k0, DIM: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """across other - along own / |own|^2: a slice of the gradient of the own vectors."""
+    value = other * across[:, None]
+    if NORMALIZE:
+        projected = tl.where(inverse < 1e12, along * inverse * inverse, 0.0)
+        value -= own * projected[:, None]
+    k = k0 + tl.arange(0, own.shape[1])
+    mask = inside[:, None] & (k < DIM)[None, :]
+    pointers = gradient + (at * DIM)[:, None] + k[None, :]
+    tl.store(pointers, value.to(gradient.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_dot_keys_kernel(
+    x, y, grad, gradient, weights, along, pairs, keys, x_stride, x_inner, y_stride, y_key_stride,
+    y_inner, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradient of y_ik from g = dL/d<x_i, y_ik>; weights g / |y| and along = g <x, y> / |x|^2 |y|
+    for `row_dot_queries_kernel`."""
+    at, inside = program_pairs(pairs, BLOCK)
+    i, key = at // keys, at % keys
+    dots, x_inverse, y_inverse = pair_dots(
+        x, y, i, key, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM, NORMALIZE, ACC,
+        BLOCK_K,
+    )  # fmt: skip
+    g = tl.load(grad + at)
+    if weights is not None:
+        projected = tl.where(x_inverse < 1e12, x_inverse * dots, 0.0)
+        tl.store(weights + at, g * y_inverse, mask=inside)
+        tl.store(along + at, g * projected, mask=inside)
+    if gradient is not None:
+        y += (key * y_key_stride)[:, None]
+        for k0 in range(0, DIM, BLOCK_K):
+            a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
+            b = load_rows(y, i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC)
+            across = g * x_inverse * y_inverse
+            store_side(gradient, b, a, y_inverse, across, g * dots, at, inside, k0, DIM, NORMALIZE)
+
+
+@triton.jit
+def row_dot_queries_kernel(
+    x, y, weights, along, gradient, rows, keys, x_stride, x_inner, y_stride, y_key_stride, y_inner,
+    DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradient of x_i: (sum_k weights_ik y_ik - x_i sum_k along_ik) / |x_i|."""
+    start = tl.program_id(0) * BLOCK_M
+    i = tl.cast(start, tl.int64) + tl.minimum(tl.arange(0, BLOCK_M), rows - 1 - start)
+    inside = start + tl.arange(0, BLOCK_M) < rows
+    total = tl.zeros((BLOCK_M,), ACC)
+    squares = tl.zeros((BLOCK_M,), ACC)
+    if NORMALIZE:
+        for n0 in range(0, keys, BLOCK_N):
+            key = n0 + tl.arange(0, BLOCK_N)
+            at = (i * keys)[:, None] + key[None, :]
+            total += tl.sum(tl.load(along + at, mask=(key < keys)[None, :], other=0.0), 1)
+        for k0 in range(0, DIM, BLOCK_K):
+            a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
+            squares += tl.sum(a * a, 1)
+    k0 = tl.program_id(1) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    value = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+    for n0 in range(0, keys, BLOCK_N):
+        key = n0 + tl.arange(0, BLOCK_N)
+        at = (i * keys)[:, None] + key[None, :]
+        weight = tl.load(weights + at, mask=(key < keys)[None, :], other=0.0)
+        vectors = (i * y_stride)[:, None] + (key.to(tl.int64) * y_key_stride)[None, :]
+        pointers = y + vectors[:, :, None] + (k.to(tl.int64) * y_inner)[None, None, :]
+        mask = ((key < keys)[:, None] & (k < DIM)[None, :])[None, :, :]
+        value += tl.sum(tl.load(pointers, mask=mask, other=0.0).to(ACC) * weight[:, :, None], 1)
+    if NORMALIZE:
+        a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
+        value = (value - a * total[:, None]) * inverse_norm(squares)[:, None]
+    pointers = gradient + (i * DIM)[:, None] + k[None, :]
+    mask = inside[:, None] & (k < DIM)[None, :]
+    tl.store(pointers, value.to(gradient.dtype.element_ty), mask=mask)

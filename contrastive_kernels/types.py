@@ -1,0 +1,93 @@
+"""What passes between the layers: dtypes, ids, groups, and what sweeps and losses return."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING or torch.distributed.is_available():
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group: TypeAlias = ProcessGroup | DeviceMesh
+else:
+    Group = Any
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+IdPair = tuple[Tensor, Tensor]  # integers: of the rows (N,), of the columns (M,)
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 features, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class RowStats(NamedTuple):
+    """Softmax statistics of each row: lse (N,), mean (N,)."""
+
+    lse: Tensor
+    mean: Tensor
+
+
+class RowColumnStats(NamedTuple):
+    """Softmax statistics of each row (N,) and of each column (M,)."""
+
+    lse: Tensor
+    mean: Tensor
+    col_lse: Tensor
+    col_mean: Tensor
+
+
+class Sweep(NamedTuple):
+    """What one sweep over a similarity matrix gives; what was not asked for is None.
+
+    lse, mean, rank, total and count have one entry per row, col_lse and col_mean one per column.
+    attended (N, D) and slope (N,) are what a forward sweep leaves to its backward: see
+    `ops/registration.py`.
+    """
+
+    lse: Tensor
+    mean: Tensor | None = None
+    col_lse: Tensor | None = None
+    col_mean: Tensor | None = None
+    rank: Tensor | None = None
+    total: Tensor | None = None
+    count: Tensor | None = None
+    attended: Tensor | None = None
+    slope: Tensor | None = None
+
+
+class SoftplusSweep(NamedTuple):
+    """Row sums of softplus, with the same optional counts as `Sweep`."""
+
+    value: Tensor
+    rank: Tensor | None = None
+    total: Tensor | None = None
+    count: Tensor | None = None
+
+
+class LossStats(NamedTuple):
+    """Free statistics of a loss, all detached; None where a loss has no such number.
+
+    A mean over pairs is nan when there is no such pair.
+
+    accuracy: share of rows whose positive ranks first (0-d).
+    rank: number of negatives with a logit above the positive's, for each row.
+    positive_similarity, negative_similarity: mean similarity of the pairs (0-d).
+    lse: log of the denominator of each row, EqCo margin included.
+    mi_lower_bound: log(K + 1) - loss in nats (0-d), only for losses that are a bound of the mutual
+        information.
+    """
+
+    accuracy: Tensor | None = None
+    rank: Tensor | None = None
+    positive_similarity: Tensor | None = None
+    negative_similarity: Tensor | None = None
+    lse: Tensor | None = None
+    mi_lower_bound: Tensor | None = None
+
+
+Loss: TypeAlias = Tensor | tuple[Tensor, LossStats]

@@ -1,0 +1,310 @@
+"""Registered operators of whitening, with closed-form backwards, for groups x (G, n, D).
+
+Neither backward differentiates a factorisation: with Z the result and G its gradient,
+
+cholesky  Z = Xc L^-T, M = G^T Z, S = the lower triangle of M mirrored:
+          dXc = (G - c Z S) L^-1
+zca       C = U diag(s^2) U^T, Zt = Z U, Gt = G U, M = Zt^T Gt, T_ij = (s_i M_ij + s_j M_ji) /
+          (s_i + s_j): dXc = ((Gt - c Zt T) / s) U^T, free of 1 / (s_i - s_j)
+
+where c = (1 - eps) / (n - 1); then dX = dXc less its mean over the rows.
+
+Numbers never raise here: `info` (G,) int32 of a group is FINE, NOT_DEFINITE (to working precision)
+or NOT_FINITE. What was made of a group that failed is NaN, its gradient is 0, and the other groups
+are right. `view_distance` is the rest of W-MSE, one pass over the whitened views.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..autograd import no_second_order
+from ..backends import CPU_ERROR
+
+try:
+    from . import cuda
+except ImportError:  # not built
+    cuda = None
+
+FINE, NOT_DEFINITE, NOT_FINITE = 0, 1, 2
+TOLERANCE = 0.1  # of a variance of the result
+# Multiply-adds of a group from which it is shared among threads where there are fewer groups.
+_LARGE_GROUP = 2**22
+
+
+def has_cuda_kernel(x: Tensor) -> bool:
+    """Whether the CUDA kernels whiten groups like x."""
+    return cuda is not None and cuda.supports(x)
+
+
+@torch.library.custom_op("contrastive_kernels::whiten_cholesky", mutates_args=())
+def whiten_cholesky(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(Z, L^-1, info) of the groups x (G, n, D); `kernel` is "cpu", "cuda" or "auto", which may
+    also be batched torch."""
+    if _takes_cpu_kernel(x, kernel):
+        return torch.ops.contrastive_kernels.whiten_cholesky_cpu(x, eps)
+    if has_cuda_kernel(x):
+        return cuda.whiten_cholesky(x.contiguous(), eps)
+    centered, covariance, mean = center(x, eps)
+    inverse, info = invert_cholesky(covariance, mean)
+    z = centered @ inverse.mT
+    variance = (1 - eps) * z.square().sum(1) / (x.shape[1] - 1) + eps * inverse.square().sum(-1)
+    # a pivot that was rounding alone shows here: L^-1 C L^-T has no 1 on its diagonal
+    unit = ((variance - 1).abs() < TOLERANCE).all(-1)
+    info = torch.where((info == FINE) & ~unit, NOT_DEFINITE, info)
+    failed = info.bool()[:, None, None]
+    return z.masked_fill_(failed, torch.nan), inverse.masked_fill_(failed, torch.nan), info
+
+
+@torch.library.custom_op("contrastive_kernels::whiten_cholesky_backward", mutates_args=())
+def whiten_cholesky_backward(
+    grad: Tensor, z: Tensor, inverse: Tensor, eps: float, kernel: str
+) -> Tensor:
+    """Gradient of the groups (G, n, D)."""
+    if _takes_cpu_kernel(z, kernel):
+        return torch.ops.contrastive_kernels.whiten_cholesky_backward_cpu(grad, z, inverse, eps)
+    if has_cuda_kernel(z):
+        return cuda.whiten_cholesky_backward(grad.contiguous(), z, inverse, eps)
+    product = grad.mT @ z
+    mirrored = product.tril() + product.tril(-1).mT
+    shrunk = torch.baddbmm(grad, z, mirrored, alpha=-(1 - eps) / (z.shape[1] - 1))
+    return _less_mean(shrunk @ inverse, failed=inverse[:, 0, 0].isnan())
+
+
+@torch.library.custom_op("contrastive_kernels::whiten_zca", mutates_args=())
+def whiten_zca(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(Z, U, square roots of the eigenvalues, info) of the groups x (G, n, D)."""
+    centered, covariance, _mean = center(x, eps)
+    vectors, roots, info = _eigen(covariance)
+    return ((centered @ vectors) / roots[:, None]) @ vectors.mT, vectors, roots, info
+
+
+@torch.library.custom_op("contrastive_kernels::whiten_zca_backward", mutates_args=())
+def whiten_zca_backward(
+    grad: Tensor, z: Tensor, vectors: Tensor, roots: Tensor, eps: float
+) -> Tensor:
+    """Gradient of the groups (G, n, D)."""
+    z, grad = z @ vectors, grad @ vectors
+    product = roots[:, :, None] * (z.mT @ grad)
+    mixed = (product + product.mT) / (roots[:, :, None] + roots[:, None])
+    shrunk = torch.baddbmm(grad, z, mixed, alpha=-(1 - eps) / (z.shape[1] - 1))
+    return _less_mean((shrunk / roots[:, None]) @ vectors.mT, failed=roots[:, 0].isnan())
+
+
+@torch.library.custom_op("contrastive_kernels::view_distance", mutates_args=())
+def view_distance(z: Tensor, normalize: bool) -> Tensor:
+    """Mean over the pairs of the V views z (V, M, D) of |u_v - u_w|^2: (M,), in O(V).
+
+    u_v is z_v, or with `normalize` z_v / max(|z_v|, 1e-12).
+    """
+    if _use_cpu_kernel(z):
+        return torch.ops.contrastive_kernels.view_distance_cpu(z, normalize)
+    return dense_view_distance(z, normalize)
+
+
+@torch.library.custom_op("contrastive_kernels::view_distance_backward", mutates_args=())
+def view_distance_backward(grad: Tensor, z: Tensor, normalize: bool) -> Tensor:
+    """Gradient of the views (V, M, D)."""
+    if _use_cpu_kernel(z):
+        return torch.ops.contrastive_kernels.view_distance_backward_cpu(grad, z, normalize)
+    scale = grad[:, None] * (4 / (z.shape[0] - 1))
+    if not normalize:
+        return scale * (z - z.mean(0))
+    norm = z.norm(dim=-1, keepdim=True)
+    unit = z / norm.clamp(min=1e-12)
+    along_unit = scale * (unit - unit.mean(0))
+    # a norm that was raised to 1e-12 is a constant
+    radial = torch.where(norm > 1e-12, (along_unit * unit).sum(-1, keepdim=True), 0.0)
+    return (along_unit - radial * unit) / norm.clamp(min=1e-12)
+
+
+@torch.library.custom_op("contrastive_kernels::permute_rows", mutates_args=())
+def permute_rows(x: Tensor, permutations: Tensor) -> Tensor:
+    """Rows of x (V, N, D) in the orders of permutations (I, N): (V, I N, D)."""
+    return x.index_select(1, permutations.flatten())
+
+
+@torch.library.custom_op("contrastive_kernels::permute_rows_backward", mutates_args=())
+def permute_rows_backward(grad: Tensor, permutations: Tensor) -> Tensor:
+    """Gradient of the rows (V, N, D): rows are gathered, where index_add would scatter them."""
+    count, n = permutations.shape
+    inverse = torch.empty_like(permutations)
+    inverse.scatter_(1, permutations, torch.arange(n, device=grad.device).expand_as(inverse))
+    parts = grad.unflatten(1, (count, n)).unbind(1)
+    total = parts[0].index_select(1, inverse[0])
+    for part, index in zip(parts[1:], inverse[1:], strict=True):
+        total += part.index_select(1, index)
+    return total
+
+
+def dense_view_distance(z: Tensor, normalize: bool) -> Tensor:
+    """`view_distance` in operations that autograd differentiates any number of times."""
+    unit = F.normalize(z, dim=-1) if normalize else z
+    # the sum over the pairs is V times that of the squared distances to the mean of the views
+    return (unit - unit.mean(0)).square().sum((0, -1)) * (2 / (z.shape[0] - 1))
+
+
+def center(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Xc, C = (1 - eps) Xc^T Xc / (n - 1) + eps I and the mean of the groups x (G, n, D)."""
+    mean = x.mean(1, keepdim=True)
+    centered = x - mean
+    covariance = (centered.mT @ centered) * ((1 - eps) / (x.shape[1] - 1))
+    return centered, shrink_diagonal(covariance, eps), mean
+
+
+def shrink_diagonal(covariance: Tensor, eps: float) -> Tensor:
+    """covariance + eps I."""
+    if eps == 0:
+        return covariance
+    dim = covariance.shape[-1]
+    return covariance + eps * torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
+
+
+def invert_cholesky(covariance: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(L^-1, info) of C = L L^T (G, D, D); `mean` (G, 1, D) is that of the features."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    noise = 10 * torch.finfo(covariance.dtype).eps
+    # what is left of a variance below this is rounding, of the elimination or of the mean
+    lowest = noise * covariance.diagonal(dim1=-2, dim2=-1)
+    if mean is not None:
+        lowest = torch.maximum(lowest, (noise * mean[:, 0]).square())
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    info = _info(covariance, (failed == 0) & (pivots > lowest).all(-1))
+    fine = (info == FINE)[:, None, None]
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    identity = identity.expand_as(covariance)
+    inverse = torch.linalg.solve_triangular(
+        torch.where(fine, factor, identity), identity, upper=False
+    )
+    return torch.where(fine, inverse, torch.nan).contiguous(), info
+
+
+def invert_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """(C^-1/2, info) of the covariances C (G, D, D)."""
+    vectors, roots, info = _eigen(covariance)
+    return (vectors / roots[:, None]) @ vectors.mT, info
+
+
+def approximate_root(covariance: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """(P close to C^-1/2, info) of the covariances C (G, D, D), by Newton-Schulz steps."""
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    info = torch.where(trace.isfinite(), FINE, NOT_FINITE).to(torch.int32).flatten()
+    constant = trace == 0
+    trace = trace.clamp(min=torch.finfo(covariance.dtype).tiny)
+    # what was made of constant features is 0, and so is their gradient
+    scale = torch.where(constant, 0.0, trace.rsqrt())
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    # P <- P (3 I - P P S) / 2 loses P S = S P to rounding and diverges after about 15 steps;
+    # the coupled pair Y = S P, P stays stable and costs no more
+    root, inverse = covariance / trace, identity.expand_as(covariance)
+    for step in range(iterations):
+        factor = 1.5 * identity - 0.5 * (inverse @ root)
+        inverse = factor @ inverse
+        if step + 1 < iterations:
+            root = root @ factor
+    return inverse * scale, info
+
+
+def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    finite = torch.isfinite(covariance).all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], covariance, 0.0))
+    noise = 10 * torch.finfo(covariance.dtype).eps * values[:, -1]
+    info = _info(covariance, values[:, 0] > noise)
+    roots = torch.where(info[:, None] == FINE, values, torch.nan).sqrt()
+    return vectors.contiguous(), roots, info
+
+
+def _info(covariance: Tensor, definite: Tensor) -> Tensor:
+    finite = torch.isfinite(covariance).all(-1).all(-1)
+    info = torch.where(finite, torch.where(definite, FINE, NOT_DEFINITE), NOT_FINITE)
+    return info.to(torch.int32)
+
+
+def _less_mean(gradient: Tensor, failed: Tensor) -> Tensor:
+    gradient = gradient - gradient.mean(1, keepdim=True)
+    return gradient.masked_fill_(failed[:, None, None], 0.0)
+
+
+def _use_cpu_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu" and CPU_ERROR is None
+
+
+def _takes_cpu_kernel(groups: Tensor, kernel: str) -> bool:
+    """The CPU kernel gives each group one thread, which pays unless few large ones leave threads
+    idle."""
+    if kernel != "auto" or not _use_cpu_kernel(groups):
+        return kernel == "cpu"
+    count, n, dim = groups.shape
+    return count >= torch.get_num_threads() or n * dim**2 <= _LARGE_GROUP
+
+
+def _setup_whiten(ctx, inputs, output) -> None:
+    *made, info = output
+    _x, *ctx.options = inputs
+    ctx.save_for_backward(*made)
+    ctx.mark_non_differentiable(info)
+
+
+def _backward_cholesky(ctx, grad: Tensor, *_rest) -> tuple[Tensor, None, None]:
+    return whiten_cholesky_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def _backward_zca(ctx, grad: Tensor, *_rest) -> tuple[Tensor, None]:
+    return whiten_zca_backward(grad, *ctx.saved_tensors, *ctx.options), None
+
+
+def _setup_view_distance(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.normalize = inputs[1]
+
+
+def _backward_view_distance(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return view_distance_backward(grad, *ctx.saved_tensors, ctx.normalize), None
+
+
+def _setup_permute(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_permute(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return permute_rows_backward(grad, *ctx.saved_tensors), None
+
+
+def _fake_groups(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    info = x.new_empty(x.shape[0], dtype=torch.int32)
+    return (torch.empty_like(x), *(x.new_empty(shape) for shape in shapes), info)
+
+
+def _square(x: Tensor) -> tuple[int, ...]:
+    return (x.shape[0], x.shape[2], x.shape[2])
+
+
+def _register() -> None:
+    whiten_cholesky.register_autograd(_backward_cholesky, setup_context=_setup_whiten)
+    whiten_zca.register_autograd(_backward_zca, setup_context=_setup_whiten)
+    view_distance.register_autograd(_backward_view_distance, setup_context=_setup_view_distance)
+    permute_rows.register_autograd(_backward_permute, setup_context=_setup_permute)
+    whiten_cholesky.register_fake(lambda x, eps, kernel: _fake_groups(x, _square(x)))
+    whiten_zca.register_fake(lambda x, eps: _fake_groups(x, _square(x), (x.shape[0], x.shape[2])))
+    view_distance.register_fake(lambda z, normalize: z.new_empty(z.shape[1]))
+    permute_rows.register_fake(
+        lambda x, permutations: x.new_empty(x.shape[0], permutations.numel(), x.shape[2])
+    )
+    permute_rows_backward.register_fake(
+        lambda grad, permutations: grad.new_empty(
+            grad.shape[0], permutations.shape[1], grad.shape[2]
+        )
+    )
+    backwards = (whiten_cholesky_backward, whiten_zca_backward, view_distance_backward)
+    for backward in backwards:
+        backward.register_fake(lambda grad, z, *rest: torch.empty_like(z))
+    for backward in (*backwards, permute_rows_backward):
+        backward.register_autograd(no_second_order)
+    for operator in (whiten_cholesky, whiten_zca, view_distance, *backwards):
+        for device in ("cpu", "cuda"):
+            operator.register_autocast(device, torch.float32)
+
+
+_register()

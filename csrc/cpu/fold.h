@@ -1,0 +1,76 @@
+// The folds: what a sweep over a row of logits z keeps, and the coefficients its backward needs.
+//
+// Each fold is init / push / merge / done and a coefficient dL/dz. `V` is a value: one float or
+// double (merging) or a vector of them (tiles); `Math` brings exp and log1p for it. No torch here,
+// and nothing that a CUDA compiler would refuse, which a test holds it to. The Triton kernels have
+// the same formulas in triton/folds.py.
+#pragma once
+
+#ifdef __CUDACC__
+#define CK_FOLD __host__ __device__ __forceinline__
+#else
+#define CK_FOLD inline __attribute__((always_inline))
+#endif
+
+namespace ck {
+
+// sum_j exp(z_j - shift) and, for the mean, sum_j exp(z_j - shift) z_j. Any shift gives the same
+// lse = shift + log(sum); it must only keep the exponentials within range. A dropped pair has
+// weight 0 and must come with a finite z.
+template <class V>
+struct SoftmaxState {
+  V sum;
+  V weighted;
+};
+
+template <bool WithMean>
+struct SoftmaxFold {
+  template <class V>
+  static CK_FOLD SoftmaxState<V> init() {
+    return {V{}, V{}};
+  }
+
+  // weight = exp(z - shift), or 0 for a dropped pair
+  template <class V>
+  static CK_FOLD void push(SoftmaxState<V>& state, V weight, V z) {
+    state.sum += weight;
+    if constexpr (WithMean) state.weighted += weight * z;
+  }
+
+  // other's terms, rescaled from its shift to ours by factor = exp(other shift - our shift)
+  template <class V>
+  static CK_FOLD void merge(SoftmaxState<V>& state, const SoftmaxState<V>& other, V factor) {
+    state.sum += other.sum * factor;
+    if constexpr (WithMean) state.weighted += other.weighted * factor;
+  }
+
+  template <class V>
+  static CK_FOLD V mean(const SoftmaxState<V>& state) {
+    return state.weighted / state.sum;
+  }
+};
+
+// dL/dz of one pair from gradients of lse (a) and of mean (b): p (a + b (z - mean + 1))
+template <bool WithMean, class V>
+CK_FOLD V softmax_coefficient(V p, V z, V mean, V a, V b) {
+  if constexpr (WithMean) return p * (a + b * (z - mean + 1));
+  return p * a;
+}
+
+// log(1 + exp(z)), accurate for both signs of z
+template <class Math, class V>
+CK_FOLD V softplus(V z) {
+  const V magnitude = z < 0 ? -z : z;
+  const V positive = z < 0 ? V{} : z;
+  return positive + Math::log1p(Math::exp(-magnitude));
+}
+
+// d softplus / dz
+template <class Math, class V>
+CK_FOLD V sigmoid(V z) {
+  const V magnitude = z < 0 ? -z : z;
+  const V e = Math::exp(-magnitude);
+  return (z < 0 ? e : V{} + 1) / (1 + e);
+}
+
+}  // namespace ck

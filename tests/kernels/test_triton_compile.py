@@ -1,0 +1,286 @@
+"""The Triton kernels compiled for GPUs that need not be there: no spills, tensor cores in use.
+
+Run as a program, in a process without Triton's interpreter, this file compiles and prints a line of
+JSON for each kernel; the tests judge what it printed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import resources
+from contrastive_kernels import triton as operators
+from contrastive_kernels.__main__ import main
+from contrastive_kernels.triton import configs, tune
+from contrastive_kernels.triton.compile import Compiled, compiling
+from contrastive_kernels.triton.configs import SHARED_KIB, TILES, Tile, row
+from contrastive_kernels.triton.tune import Entry, Trial
+
+ROOT = Path(__file__).resolve().parents[2]
+INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+# What is compiled here; the rest differs little: `python -m benchmarks.gpu.resources` has all.
+KINDS = {80: ("half",), 86: ("half",), 90: ("half", "single", "double"), 100: ("half",)}
+# The most bytes that a thread may spill, where another tile is expected to be slower.
+SPILLS = {
+    "sm_90 rows and columns with mean backward D=768": 200,
+}
+
+
+def arguments(dim: int, **used: bool) -> list[torch.Tensor | None]:
+    """x, y, scale, bias, ids to drop and ids to keep, of which only those named are there."""
+    n, meta = resources.N, resources.META
+    x = torch.empty(n, dim, dtype=torch.bfloat16, device=meta)
+    if used.get("half"):
+        x = x.half()
+    ids = torch.empty(n, dtype=torch.int64, device=meta)
+    floats = torch.empty(n, device=meta)
+    y = None if used.get("symmetric") else x
+    drop, keep = (ids if used.get(name) else None for name in ("drop", "keep"))
+    pairs = [drop, None if y is None else drop, keep, None if y is None else keep]
+    return [x, y, torch.empty((), device=meta), floats if used.get("bias") else None, *pairs]
+
+
+def forward(dim: int, *, mean=False, above=False, unit=True, columns=False, attend=False, **used):
+    tensors = arguments(dim, **used)
+    above = torch.empty(resources.N, device=resources.META) if above else None
+    operators.row_stats(*tensors, above, mean, unit, columns, attend)
+
+
+def softplus(dim: int, *, above=False, summed=False, unit=True, **used):
+    tensors = arguments(dim, **used)
+    above = torch.empty(resources.N, device=resources.META) if above else None
+    needs = [summed, summed, summed, summed and bool(used.get("bias"))]
+    operators.row_softplus(*tensors, above, unit, needs)
+
+
+def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=False, **used):
+    tensors = arguments(dim, **used)
+    some, none = (torch.empty(n, device=resources.META) for n in (resources.N, 0))
+    grads = [some if rows else None, some if mean and rows else None,
+             some if columns else None, some if mean and columns else None]  # fmt: skip
+    needs = [not key, key, True, key and bool(used.get("bias"))]
+    operators.row_stats_backward(*tensors, *4 * [some], none, none, *grads, unit, needs)
+
+
+# What the losses launch beside the commonest case.
+VARIANTS: dict[str, Callable[[int], None]] = {
+    "plain": lambda d: forward(d, unit=False),
+    "bias": lambda d: forward(d, drop=True, bias=True),
+    "mean": lambda d: forward(d, drop=True, mean=True),
+    "mean above": lambda d: forward(d, drop=True, mean=True, above=True),
+    "keep mean above bias": lambda d: forward(d, keep=True, mean=True, above=True, bias=True),
+    "attend above": lambda d: forward(d, drop=True, attend=True, above=True),
+    "attend keep bias": lambda d: forward(d, drop=True, attend=True, keep=True, bias=True),
+    "attend float16": lambda d: forward(d, drop=True, attend=True, half=True),
+    "rows and columns keep": lambda d: forward(d, columns=True, drop=True, keep=True),
+    "symmetric": lambda d: forward(d, symmetric=True, drop=True),
+    "symmetric above": lambda d: forward(d, symmetric=True, drop=True, above=True),
+    "softplus above": lambda d: softplus(d, drop=True, bias=True, above=True),
+    "softplus summed": lambda d: softplus(d, drop=True, bias=True, summed=True),
+    "backward plain": lambda d: backward(d, unit=False),
+    "key bias backward": lambda d: backward(d, drop=True, bias=True, key=True),
+    "mean backward": lambda d: backward(d, drop=True, mean=True),
+    "rows and columns backward": lambda d: backward(d, drop=True, columns=True),
+    "rows and columns with mean backward": lambda d: backward(d, columns=True, mean=True),
+    "symmetric backward": lambda d: backward(d, symmetric=True, drop=True),
+    "float16 backward": lambda d: backward(d, drop=True, half=True),
+}
+
+
+def results() -> Iterator[tuple[str, int, Compiled]]:
+    """(what it was compiled for, architecture, kernel) of all that the tests judge."""
+    for architecture, entry in resources.configurations():
+        if entry.kind in KINDS[architecture]:
+            with compiling(architecture, only=resources.KERNELS[entry.schedule]) as made:
+                resources.workload(entry, resources.META, resources.N)()
+            yield from ((f"sm_{architecture} {entry}", architecture, one) for one in made)
+    for name, run in VARIANTS.items():
+        for dim in (128,) if name.startswith("attend") else (128, 768):
+            with compiling(90) as made:
+                run(dim)
+            yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[tuple[str, int, Compiled]]:
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = map(json.loads, done.stdout.splitlines())
+    return [(label, architecture, Compiled(*made)) for label, architecture, made in rows]
+
+
+def judged(wrong: Iterator[str]) -> None:
+    lines = list(wrong)
+    assert not lines, "\n" + "\n".join(lines)
+
+
+def test_every_kernel_compiles(compiled):
+    assert len(compiled) > 200
+    judged(f"{label}: {one.kernel}: {one.error}" for label, _, one in compiled if one.error)
+
+
+def test_no_kernel_spills(compiled):
+    judged(
+        f"{label}: {one.kernel} spills {one.spilled} bytes"
+        for label, _, one in compiled
+        if one.spilled > SPILLS.get(label, 0)
+    )
+
+
+def test_resources_are_within_the_limits(compiled):
+    judged(
+        f"{label}: {one.kernel} takes {one.registers} registers, {one.shared} bytes of shared "
+        f"memory, {one.tensor} columns of tensor memory"
+        for label, architecture, one in compiled
+        if one.registers > 255 or one.shared > SHARED_KIB[architecture] * 1024 or one.tensor > 512
+    )
+
+
+def test_the_folds_are_inlined(compiled):
+    judged(f"{label}: {one.kernel} has calls" for label, _, one in compiled if one.calls)
+
+
+def test_tensor_cores_are_used(compiled):
+    swept = [found for found in compiled if found[2].kernel in resources.KERNELS.values()]
+    judged(
+        f"{label}: {one.kernel} multiplies by {one.instruction or 'no tensor core'}"
+        for label, architecture, one in swept
+        if one.instruction != INSTRUCTION[architecture] and "double" not in label
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    [((8, 0), 80), ((8, 6), 86), ((8, 7), 80), ((8, 9), 86), ((9, 0), 90), ((10, 0), 100),
+     ((10, 3), 100), ((12, 0), 86), ((15, 1), 100)],
+)  # fmt: skip
+def test_the_nearest_architecture_is_taken(capability, row):
+    assert configs.row_of(*capability) == row
+
+
+def test_a_gpu_that_is_too_old_is_named():
+    with pytest.raises(RuntimeError, match=r"compute capability 8.0 or newer, this one has 7.5"):
+        configs.row_of(7, 5)
+
+
+@pytest.mark.parametrize(
+    ("dim", "found"), [(3, (64, 16)), (64, (64, 64)), (65, (128, 128)), (256, (256, 256))]
+)
+def test_a_tile_holds_the_vectors(monkeypatch, dim, found):
+    width, block_k = found
+    monkeypatch.setattr(configs, "INTERPRETED", False)
+    monkeypatch.setattr(configs, "properties", lambda device: configs.Properties(90, 132))
+    expected = TILES[90]["half"]["attend"][width]._replace(block_k=block_k)
+    assert configs.tile("attend", dim, "half", resources.META) == expected
+    assert configs.tile("stats", 257, "half", resources.META) == TILES[90]["half"]["stats"][0]
+
+
+def tiles() -> Iterator[tuple[int, Entry, Tile]]:
+    for architecture, entry in resources.configurations():
+        yield architecture, entry, TILES[architecture][entry.kind][entry.schedule][entry.width]
+
+
+def test_blocks_fit_what_is_packed():
+    for _, entry, tile in tiles():
+        for block in (tile.block_m, tile.block_n):
+            assert 256 % block == 0
+        if entry.schedule == "two_way":
+            assert tile.block_n % tile.block_m == 0
+        if entry.schedule in ("attend", "gradient"):
+            assert tile.block_k == entry.width  # gradients are kept whole
+
+
+def test_the_table_of_resources_has_these_tiles():
+    text = resources.DOC.read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    documented = [cells[:7] for cells in rows if cells and cells[0].startswith("sm_")]
+    expected = [resources.first_columns(*found) for found in resources.configurations()]
+    assert documented == expected
+
+
+ENTRY = Entry("attend", 128, "half")
+OTHERS = [Tile(64, 32, 128, 4, 2), Tile(128, 32, 128, 8, 3), Tile(64, 32, 128, 8, 3)]
+
+
+def test_candidates():
+    for architecture, entry, _ in tiles():
+        found = tune.candidates(entry, architecture)
+        assert 5 < len(found) < 100 and len(found) == len(set(found))
+        if entry.schedule == "two_way":
+            assert all(tile.block_n % tile.block_m == 0 for tile in found)
+    every = tune.entries(list(tune.SCHEDULES), [64, 128, 256, 1000], list(tune.DTYPES))
+    assert len(every) == sum(1 for architecture, _, _ in tiles() if architecture == 90)
+    assert tune.entries(["attend"], [100], ["half"]) == [ENTRY]
+    assert tune.entries(["coefficient"], [100], ["half"]) == []
+
+
+def test_trials_are_timed_compared_and_undone():
+    before = TILES[90]["half"]["attend"][128]
+    good, wrong, failing = OTHERS
+
+    def run():
+        now = TILES[90]["half"]["attend"][128]
+        if now == failing:
+            raise RuntimeError("out of resources\nand more")
+        return torch.ones(3) * (2 if now == wrong else 1), torch.ones(0)
+
+    times = iter([2.0, 1.0])
+    found = list(tune.trials(ENTRY, 90, run, lambda function: next(times), [before, *OTHERS]))
+    assert [trial.milliseconds for trial in found] == [2.0, 1.0, None, None]
+    assert "wrong by 1.0e+00" in found[2].failed
+    assert found[3].failed == "RuntimeError: out of resources"
+    assert tune.best(found) == found[1] and tune.best(found[2:]) is None
+    assert TILES[90]["half"]["attend"][128] == before
+
+
+def test_the_tile_of_the_table_comes_first(monkeypatch):
+    monkeypatch.setattr(tune, "workload", lambda *arguments: lambda: (torch.ones(2),))
+    found = tune.tune([ENTRY], torch.device("cpu"), 90, lambda run: 1.0)[ENTRY]
+    now = TILES[90]["half"]["attend"][128]
+    assert found[0] == Trial(now, 1.0)
+    assert {trial.tile for trial in found} == {now, *tune.candidates(ENTRY, 90)}
+
+
+def test_what_is_printed_can_be_pasted():
+    for kinds in TILES.values():
+        for schedules in kinds.values():
+            for rows in schedules.values():
+                assert eval(tune.literal(rows), {"row": row}) == rows
+    now = TILES[90]["half"]["attend"][128]
+    found = {ENTRY: [Trial(now, 2.0), Trial(OTHERS[0], 1.0)]}
+    lines = tune.report(found, 90)
+    assert lines[1].split()[:5] == ["attend", "D=128", "half", "2.000", "1.000"]
+    assert lines[1].endswith(str(tuple(OTHERS[0])))
+    assert lines[-1].startswith('90 half: "attend": row((') and "(64, 32, 4, 2)" in lines[-1]
+    assert "nothing ran: no" in tune.report({ENTRY: [Trial(now, failed="no")]}, 90)[1]
+    trial = json.loads(tune.record(found, 90))["trials"][1]
+    assert trial["schedule"] == "attend" and trial["tile"]["block_n"] == 32
+
+
+def test_tuning_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["tune"]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--dim", "0"], ["--dtype", "int8"], ["--schedule", "x"],
+                                   ["--schedule", "attend", "--dim", "512"]])  # fmt: skip
+def test_wrong_options_of_tune(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["tune", *wrong])
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    for result in results():
+        print(json.dumps(result), flush=True)
