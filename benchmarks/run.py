@@ -133,6 +133,12 @@ def _end(options: argparse.Namespace, result: dict, path: Path | None) -> int:
     return 1 if failed else 0
 
 
+def _warn_of_load(environment: dict) -> None:
+    load = environment.get("load", 0.0)  # which a GPU has not
+    if load > 0.5:
+        print(f"warning: the machine is not idle (load {load})")
+
+
 @contextmanager
 def _on_gpu(options: argparse.Namespace, cases: list[Case]) -> Iterator[tuple[dict, Measure]]:
     """The head of the result, and how a case is measured."""
@@ -179,8 +185,7 @@ def _on_cpu(options: argparse.Namespace, cases: list[Case]) -> Iterator[tuple[di
     )
     if environment["backend"] == "reference":
         print(f"warning: ours is the dense reference: {ck.backends()['cpu'].reason}")
-    if environment["load"] > 0.5:
-        print(f"warning: the machine is not idle (load {environment['load']})")
+    _warn_of_load(environment)
     used = {case.dtype for case in cases} | {torch.float32, torch.bfloat16}
     gemm = {name: gemm_flops(dtype) for name, dtype in DTYPES.items() if dtype in used}
     print("GEMM rate: " + ", ".join(f"{n} {rate / 1e9:.0f} GFLOP/s" for n, rate in gemm.items()))
@@ -220,6 +225,7 @@ def _against_base(options: argparse.Namespace, cases: list[Case]) -> Iterator[tu
     ):
         threads = "" if on_gpu else f", {options.threads} threads"
         print(f"{environment['device']}{threads}, torch {torch.__version__}")
+        _warn_of_load(environment)
         for name, worker in (("ours", ours), ("base", theirs)):
             print(f"{name}: {worker.build.name}, contrastive_kernels {worker.version}")
             if worker.reason is not None:
