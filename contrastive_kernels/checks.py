@@ -16,7 +16,7 @@ from .sources import NegativeSource, is_source
 from .types import FLOATS, statistics_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
-_SHAPES = {1: "(N,)", 2: "(N, D)", 3: "(N, M, D)"}
+_SHAPES = {1: "(N,)", 2: "(N, D)", 3: "(N, M, D)", 4: "(N, T, S, D)"}
 
 
 def check_features(name: str, x: Any, dims: tuple[int, ...], *, rows: bool = True) -> None:
