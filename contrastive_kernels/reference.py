@@ -268,6 +268,29 @@ def eqco(
     )
 
 
+def rince(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    temperature: float = 0.1,
+    scale: float | Tensor | None = None,
+    q: float = 0.5,
+    lam: float = 0.01,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """-e^{q s+} / q + (lam (e^{s+} + sum_neg e^{s-}))^q / q (Chuang et al. 2022, sec. 4); query and
+    key (N, D), negatives (M, D), (N, M, D), or None for the other rows' keys."""
+    scale = 1 / temperature if scale is None else scale
+    z = scale * similarity(query, key if negatives is None else negatives, normalize)
+    if negatives is None:
+        z = z.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    positive = (scale * row_dot(query, key, normalize=normalize)).exp()
+    denominator = positive + z.exp().sum(1)
+    return reduce(-(positive**q) / q + (lam * denominator) ** q / q, reduction)
+
+
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,

@@ -30,6 +30,7 @@ from .info_nce import EqCo, InfoNCE, eqco, info_nce
 from .mnrl import DIRECTIONS, MNRL, mnrl
 from .nce import NCE, nce
 from .nt_xent import DCL, HCL, Debiased, NTXent, dcl, debiased, hcl, nt_xent
+from .rince import RINCE, rince
 from .sup_con import SupCon, sup_con
 from .whitening import INTL, WMSE, intl, w_mse
 
@@ -42,6 +43,7 @@ __all__ = [
     "INTL",
     "MNRL",
     "NCE",
+    "RINCE",
     "WMSE",
     "CACRViews",
     "CLIPDistill",
@@ -67,6 +69,7 @@ __all__ = [
     "mnrl",
     "nce",
     "nt_xent",
+    "rince",
     "siglip_loss",
     "sup_con",
     "w_mse",
@@ -344,6 +347,20 @@ INTL_CASES = {
 LOSSES = (
     Row(info_nce, InfoNCE, INFO_NCE_CASES, two_views=("query", "key")),
     Row(eqco, EqCo, EQCO_CASES, two_views=("query", "key")),
+    Row(
+        rince,
+        RINCE,
+        {
+            # a small q: at low temperatures exp(q s) does not fit float16
+            "rince": Case(PAIR, {"q": 0.1}, benchmark=Benchmark(TEMPERATURE)),
+            "rince defaults": Case(PAIR),
+            "rince scale": Case(PAIR | {"scale": number(3.0)}, {"q": 1.0, "lam": 0.1}),
+            "rince shared": Case(PAIR | NEGATIVES, {"q": 0.1}, temperatures=True),
+            "rince chunks": Case(PAIR | {"negatives": chunks()}),
+            "rince own": Case(PAIR | OWN),
+        },
+        two_views=("query", "key"),
+    ),
     Row(
         clip_loss,
         CLIPLoss,

@@ -1,0 +1,100 @@
+"""Robust InfoNCE, for positives that may be false."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve_backend
+from ..checks import (
+    check_negatives,
+    check_other_rows,
+    check_positive,
+    check_reduction,
+    check_views,
+    resolve_scale,
+)
+from ..distributed import Batch, join
+from ..ops import operands, row_dot, sweep
+from ..sources import NegativeSource, as_source
+from ..types import Group, IdPair, Loss
+from .algebra import replicated, softplus
+from .base import ContrastiveLoss, loss
+from .stats import pair_stats
+
+
+@loss
+def rince(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | NegativeSource | None = None,
+    temperature: float = 0.1,
+    scale: float | Tensor | None = None,
+    q: float = 0.5,
+    lam: float = 0.01,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """RINCE (Chuang et al. 2022, sec. 4): InfoNCE that is robust against false positives.
+
+    loss_i = -exp(q s_i+) / q + (lam (exp(s_i+) + sum_j exp(s_ij)))^q / q,   s = <query, key> /
+    temperature. Towards q = 0 its gradient is that of InfoNCE; with q = 1 the loss is symmetric in
+    the sense that makes a classifier robust to noisy labels.
+
+    Args:
+        query: (N, D).
+        key: (N, D), row i is the positive of query i.
+        negatives: (M, D) shared, in one tensor or in chunks, (N, M, D) for each query, or None: the
+            keys of the other rows. With a `group` every rank has the shared ones.
+        scale: number or tensor of one element (may be learned), instead of 1 / temperature.
+        q: robustness, in (0, 1].
+        lam: weight of the denominator, > 0.
+
+    Returns:
+        0-d, or (N,) with reduction="none"; it may be negative. exp(q s) is finite in float32 while
+        q / temperature is below 88.
+    """
+    n = check_views("query", query, "key", key, rows=group is None)
+    check_reduction(reduction)
+    scale = resolve_scale(temperature, scale)
+    check_positive("lam", lam)
+    if not 0 < q <= 1:
+        raise ValueError(f"q must be a number in (0, 1], got {q}")
+    m = 0
+    if negatives is not None:
+        negatives = as_source("negatives", negatives)
+        m = check_negatives(query, negatives, rows=group is None)
+    backend = resolve_backend(backend, query.device)
+    batch, others = join(group, n, m, exchange=exchange, negatives=negatives, num_negatives=m)
+    keys: Tensor | NegativeSource = key
+    key_batch: Batch | None = batch
+    exclude: IdPair | None = None
+    if negatives is None:
+        check_other_rows("query", batch.total)
+        ids = batch.own_ids(query.device)
+        exclude = (ids, ids)
+    else:
+        keys, key_batch = replicated(negatives, n, others)
+
+    options = {"normalize": normalize, "backend": backend}
+    dot = row_dot(query, key, **options)
+    pos = scale * dot
+    pairs = operands(query, keys, scale=scale, exclude=exclude, batch=key_batch, **options)
+    out = sweep(pairs, threshold=pos.detach() if return_stats else None)
+    gap = softplus(out.lse - pos)  # that of InfoNCE: log of the denominator less the positive
+    rows = (q * pos).exp() * torch.expm1(q * (gap + math.log(lam))) / q
+    value = batch.reduce_rows(rows, reduction)
+    if not return_stats:
+        return value
+    return value, pair_stats(dot, [out], scale, batch, lse=gap + pos)
+
+
+class RINCE(ContrastiveLoss):
+    function = staticmethod(rince)
