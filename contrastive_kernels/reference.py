@@ -442,6 +442,42 @@ def gist(
     return reduce(rows, reduction)
 
 
+def cpc(
+    predictions: Tensor,
+    targets: Tensor,
+    *,
+    negatives_from: str = "both",
+    temperature: float = 1.0,
+    scale: float | Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log( e^{s+} / (e^{s+} + sum_neg e^{s-}) ) of every prediction (n, t, s) against the target
+    z_{n, t+s+1} (van den Oord et al. 2018, eq. 4), s = <prediction, z> / temperature.
+
+    predictions (N, T, S, D), targets (N, T, D); the negatives are targets of other "sequences", of
+    other "times" of the same sequence, or of "both". reduction="none" gives (N, P), by step and
+    then by time, for the P pairs (t, s) with t + s + 1 < T.
+    """
+    scale = 1 / temperature if scale is None else scale
+    n, times, steps, _ = predictions.shape
+    keys = targets.flatten(0, 1)
+    sequence = torch.arange(n, device=keys.device).repeat_interleave(times)
+    time = torch.arange(times, device=keys.device).repeat(n)
+    other_sequence = torch.arange(n, device=keys.device)[:, None] != sequence[None, :]
+    rows = []
+    for step in range(1, min(steps, times - 1) + 1):
+        for now in range(times - step):
+            query, target = predictions[:, now, step - 1], targets[:, now + step]
+            other_time = ~other_sequence & (time != now + step)[None, :]
+            both = other_sequence | other_time
+            kept = {"sequences": other_sequence, "times": other_time, "both": both}[negatives_from]
+            positive = scale * row_dot(query, target, normalize=normalize)
+            logits = scale * similarity(query, keys, normalize)
+            rows.append(cross_entropy_rows(positive, logits, kept, None))
+    return reduce(torch.stack(rows, 1), reduction)
+
+
 def sup_con(
     features: Tensor,
     labels: Tensor,

@@ -25,6 +25,7 @@ from .cases import (
 )
 from .clip import CLIPLoss, SigLIPLoss, clip_loss, siglip_loss
 from .clip_distill import CLIPDistill, clip_distill
+from .cpc import CPC, cpc
 from .gist import GIST, gist
 from .info_nce import EqCo, InfoNCE, eqco, info_nce
 from .mnrl import DIRECTIONS, MNRL, mnrl
@@ -37,6 +38,7 @@ from .whitening import INTL, WMSE, intl, w_mse
 __all__ = [
     "CACR",
     "CCT",
+    "CPC",
     "DCL",
     "GIST",
     "HCL",
@@ -59,6 +61,7 @@ __all__ = [
     "cct",
     "clip_distill",
     "clip_loss",
+    "cpc",
     "dcl",
     "debiased",
     "eqco",
@@ -233,6 +236,7 @@ HCL_CASES = {
     "hcl hard": Case(VIEWS, {"beta": 2.5, "temperature": 0.2}, {"N": 13}),
     "hcl clamped": Case(VIEWS, {"tau_plus": 0.9}),
 }
+SEQUENCES = {"predictions": features("N T S D"), "targets": features("N T D")}
 LABELS = ids("N", (0, 1, 0, 2, 0, 1, 3))
 LABELLED = {"features": features("N D"), "labels": LABELS}
 SUP_CON_CASES = {
@@ -398,6 +402,19 @@ LOSSES = (
         alone=True,
     ),
     Row(nt_xent, NTXent, NT_XENT_CASES, rows="2N", two_views=("z1", "z2")),
+    Row(
+        cpc,
+        CPC,
+        {
+            "cpc": Case(SEQUENCES),
+            "cpc sequences": Case(SEQUENCES, {"negatives_from": "sequences"}),
+            "cpc times": Case(SEQUENCES, {"negatives_from": "times"}, {"T": 5}),
+            "cpc one sequence": Case(SEQUENCES, {}, {"N": 1}, grouped=False),
+            "cpc far": Case(SEQUENCES, {"normalize": True, "temperature": 0.1}, {"T": 2, "S": 4}),
+            "cpc scale": Case(SEQUENCES | {"scale": number(0.5)}),
+        },
+        alone=True,
+    ),
     Row(sup_con, SupCon, SUP_CON_CASES),
     Row(dcl, DCL, DCL_CASES, rows="2N", two_views=("z1", "z2")),
     Row(

@@ -1,0 +1,134 @@
+"""Contrastive predictive coding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve_backend
+from ..checks import (
+    check_choice,
+    check_features,
+    check_other_rows,
+    check_pair,
+    check_reduction,
+    check_same_rows,
+    resolve_scale,
+)
+from ..distributed import Batch, join
+from ..ops import operands, row_dot, sweep
+from ..types import Group, IdPair, Loss
+from .algebra import softplus
+from .base import ContrastiveLoss, loss
+from .stats import mi_lower_bound, pair_stats
+
+SOURCES = ("sequences", "times", "both")
+
+
+@loss
+def cpc(
+    predictions: Tensor,
+    targets: Tensor,
+    *,
+    negatives_from: str = "both",
+    temperature: float = 1.0,
+    scale: float | Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+    exchange: str = "auto",
+    return_stats: bool = False,
+) -> Loss:
+    """CPC (van den Oord et al. 2018, eq. 4): InfoNCE of predictions of a sequence's own future.
+
+    loss_nts = -log(exp(z_+) / (exp(z_+) + sum_j exp(z_j))),   z = <prediction, target> /
+    temperature, z_+ for prediction (n, t, s) and the target of sequence n at time t + s + 1, over
+    the (t, s) whose target there is, t + s + 1 < T.
+
+    Args:
+        predictions: (N, T, S, D), from each time those of S steps ahead, already projected (W_s c_t
+            in the paper).
+        targets: (N, T, D), the encoded z_t.
+        negatives_from: "sequences": the targets of all times of other sequences; "times": those of
+            other times of the same one; "both".
+        scale: number or tensor of one element (may be learned), instead of 1 / temperature.
+
+    Returns:
+        0-d, the mean over all predictions with a target; or with reduction="none" one loss for each
+        of them, (N, P): by step, then by time. LossStats has their rank and lse, (N P,).
+    """
+    whole = group is None  # else the rank's part may be empty
+    check_features("predictions", predictions, (4,), rows=whole)
+    check_features("targets", targets, (3,), rows=whole)
+    check_pair(predictions, targets, "predictions", "targets")
+    check_same_rows("predictions", predictions, "targets", targets)
+    n, times, dim = targets.shape
+    if predictions.shape[1] != times:
+        raise ValueError(
+            f"predictions must have the {times} times of targets, got {predictions.shape[1]}"
+        )
+    steps = min(predictions.shape[2], times - 1)
+    if steps < 1:
+        raise ValueError(
+            "predictions and targets must have at least 1 step and 2 times, got shapes "
+            f"{tuple(predictions.shape)} and {tuple(targets.shape)}"
+        )
+    check_choice("negatives_from", negatives_from, SOURCES)
+    check_reduction(reduction)
+    scale = resolve_scale(temperature, scale)
+    backend = resolve_backend(backend, targets.device)
+    batch, _ = join(group, n, exchange=exchange)
+    if negatives_from == "sequences":
+        check_other_rows("targets", batch.total)
+
+    queries = torch.cat([predictions[:, : times - 1 - s, s] for s in range(steps)], 1)
+    options = {"normalize": normalize, "backend": backend}
+    count = queries.shape[1]
+    queries = queries.flatten(0, 1)
+    dot = row_dot(queries, _of_queries(targets, steps).flatten(0, 1), **options)
+    pos = scale * dot
+    every_target = batch.times(times)
+    exclude, keep = _ids(batch, every_target, times, steps, negatives_from, targets.device)
+    pairs = operands(
+        queries, targets.flatten(0, 1), scale=scale, exclude=exclude, keep=keep,
+        batch=every_target, **options,
+    )  # fmt: skip
+    out = sweep(pairs, threshold=pos.detach() if return_stats else None)
+    rows = softplus(out.lse - pos)
+    every_query = batch.times(count)
+    value = every_query.reduce_rows(rows.view(n, count), reduction)
+    if not return_stats:
+        return value
+    stats = pair_stats(dot, [out], scale, every_query, lse=rows + pos)
+    every = every_target.total
+    sizes = {"sequences": every - times, "times": times - 1, "both": every - 1}
+    bound = mi_lower_bound(every_query.mean(rows), sizes[negatives_from])
+    return value, stats._replace(mi_lower_bound=bound)
+
+
+class CPC(ContrastiveLoss):
+    function = staticmethod(cpc)
+
+
+def _of_queries(of_targets: Tensor, steps: int) -> Tensor:
+    """What belongs to the targets (N, T, ...), for each query: (N, P, ...)."""
+    return torch.cat([of_targets[:, s + 1 :] for s in range(steps)], 1)
+
+
+def _ids(
+    batch: Batch,
+    every_target: Batch,
+    times: int,
+    steps: int,
+    negatives_from: str,
+    device: torch.device,
+) -> tuple[IdPair | None, IdPair | None]:
+    """(exclude, keep) of queries and targets: by sequence, or by the target itself."""
+    sequences = batch.own_ids(device).repeat_interleave(times)
+    of_queries = _of_queries(sequences.view(-1, times), steps).flatten()
+    if negatives_from == "sequences":
+        return (of_queries, sequences), None
+    own = every_target.own_ids(device)
+    exclude = (_of_queries(own.view(-1, times), steps).flatten(), own)
+    return exclude, (of_queries, sequences) if negatives_from == "times" else None
