@@ -39,7 +39,8 @@ demo: setup
 	@$(RUN) -m contrastive_kernels demo $(ARGS)
 
 test: lint $(VENV)/peers.stamp
-	@$(RUN) -m pytest -q -n logical --maxprocesses=8 --dist=loadfile --durations=10 $(ARGS)
+	@$(RUN) -m pytest -q -n logical --maxprocesses=8 --dist=loadfile \
+	    --no-loadscope-reorder --durations=10 $(ARGS)
 
 lint: setup
 	@$(RUN) -m ruff check --quiet .

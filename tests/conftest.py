@@ -2,17 +2,19 @@
 
 import os
 
+import interpreted
 import pytest
 import torch
 
 DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
-# What these test does not depend on the device.
-CPU_ONLY = (
-    "test_bench_base", "test_bench_cases", "test_bench_installed", "test_bench_options",
-    "test_bench_output", "test_bench_run", "test_build", "test_demo", "test_distributed",
-    "test_examples", "test_fold", "test_imports", "test_infomin", "test_negatives_study",
-    "test_readme", "test_whiten_block",
-)  # fmt: skip
+# What these folders and files test does not depend on the device.
+CPU_ONLY = {
+    "distributed", "package", "test_bench_base", "test_bench_cases", "test_bench_installed",
+    "test_bench_options", "test_bench_output", "test_bench_run", "test_fold", "test_infomin",
+    "test_negatives_study", "test_whiten_block",
+}  # fmt: skip
+# Files that a worker is busy with for long: started first, none is left alone with one at the end.
+SLOWEST = ("test_triton_compile", "test_distributed", "test_losses", "test_ops", "test_triton")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when contrastive_kernels is imported
 else:
@@ -25,8 +27,20 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share the cores, w
 @pytest.fixture(autouse=True)
 def device(request):
     """On a GPU, makes tensors on the CPU where the test does not depend on the device."""
-    if DEVICE != "cpu" and request.module.__name__.rpartition(".")[2] in CPU_ONLY:
+    if DEVICE != "cpu" and CPU_ONLY & {request.path.parent.name, request.path.stem}:
         with torch.device("cpu"):
             yield
     else:
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter():
+    if DEVICE == "cpu":
+        interpreted.prepare_once()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Puts the slowest files first."""
+    order = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

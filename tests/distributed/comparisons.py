@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import interpreted
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -184,16 +185,19 @@ def compare_dtype(setup: Setup, dtype: torch.dtype) -> dict[str, float]:
     return report
 
 
+def _single(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+
+
 def compare_autocast(setup: Setup) -> dict[str, float]:
     """Largest error of the loss and of each gradient, relative to the largest entry, of float32
     features on Triton under autocast to bfloat16, against one process under the same."""
 
-    def single(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point()
-                else t for k, t in tensors.items()}  # fmt: skip
-
     made = setup.prepare()
-    whole, mine = single(made.whole), single(made.mine)
+    whole, mine = _single(made.whole), _single(made.mine)
     names = [k for k, t in mine.items() if t.requires_grad and t.dim() > 1]
     with torch.autocast("cpu", torch.bfloat16):
         wanted = made.one(whole, backend="triton")
@@ -233,10 +237,29 @@ def _compare(got: Tensor, wanted: Tensor) -> tuple[float, float, float]:
 
 def under_autocast() -> dict:
     """The errors of a few cases, which take seconds each in Triton's interpreter."""
+    interpreted.prepare_once()
     cases = [("clip_loss", "gather"), ("siglip_loss", "ring"), ("sup_con views", "ring"),
              ("cacr", "gather"), ("cacr", "ring")]  # fmt: skip
     setups = [Setup(name, "uneven", exchange, "mean") for name, exchange in cases]
     return {setup: compare_autocast(setup) for setup in setups}
+
+
+def reference_under_autocast() -> dict[Setup, bool]:
+    """Whether the reference, of float32 features, gives equal bits within a region of autocast."""
+    report = {}
+    for name in FIRST:
+        for exchange in exchanges(name):
+            setup = Setup(name, "uneven", exchange, "mean")
+            made = setup.prepare()
+            mine = _single(made.mine)
+            leaves = [t for t in mine.values() if t.requires_grad]
+            results = []
+            for enabled in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    loss = made.each(mine, backend="reference")
+                results.append([loss, *torch.autograd.grad(loss, leaves)])
+            report[setup] = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return report
 
 
 def everything() -> dict:

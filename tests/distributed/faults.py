@@ -69,6 +69,10 @@ def errors() -> dict[str, tuple[str, float]]:
     return {name: timed(call) for name, call in calls.items()}
 
 
+def everything() -> dict[str, dict]:
+    return {"differences": differences(), "errors": errors()}
+
+
 def never_comes(folder: str) -> tuple[str, float]:
     """Rank 1 stays away until the others have given up."""
     done = os.path.join(folder, "done")

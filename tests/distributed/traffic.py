@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import interpreted
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
@@ -71,6 +72,7 @@ def everything() -> dict[tuple[str, str, int], list[int]]:
 
 def under_autocast() -> list[int]:
     """The same of float32 features for Triton, under autocast to bfloat16, round the ring."""
+    interpreted.prepare_once()
     x, y = (randn(ROWS, DIM, seed=s, dtype=torch.float32).requires_grad_() for s in (1, 2))
     options = {"group": dist.group.WORLD, "exchange": "ring", "backend": "triton"}
     with counted(dist.get_world_size(), dist.get_rank()) as counts:

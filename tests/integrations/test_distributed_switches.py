@@ -31,7 +31,7 @@ TOLERANCE = 1e-10
 @cache
 def reports(world: int) -> list[dict]:
     """One start of the processes serves all tests."""
-    return gloo.run(world, switch_cases.everything)
+    return gloo.run(world, switch_cases.everything, before=switch_cases.modules)
 
 
 def assert_equal(got: dict, wanted: dict) -> None:

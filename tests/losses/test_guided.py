@@ -208,24 +208,3 @@ def test_operators():
     guides, limit = [randn(5, 2, seed=i) for i in (3, 4)], randn(5, seed=5)
     arguments = (x, guides[0], y, guides[1], limit, True)
     torch.library.opcheck(torch.ops.contrastive_kernels.guided_lse.default, arguments)
-
-
-def test_one_graph_for_every_size():
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, _inputs):
-        graphs.append(graph)
-        return graph
-
-    def loss(anchor, positive, negatives, *guides):
-        return fused(guides)(anchor, positive, negatives)
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=count)
-    for n in (6, 11, 20):
-        inputs, guides = features(n, n + 3, 8, 5, torch.float32)
-        got = value_and_gradients(lambda *x, g=guides: compiled(*x, *g), inputs)
-        wanted = value_and_gradients(lambda *x, g=guides: loss(*x, *g), inputs)
-        for a, b in zip(got, wanted, strict=True):
-            torch.testing.assert_close(a, b)
-    assert len(graphs) == 1

@@ -188,24 +188,3 @@ def test_bad_options(options, message):
 def test_bad_documents(documents, message):
     with pytest.raises(ValueError, match=message):
         mnrl(torch.ones(4, 3), documents)
-
-
-@pytest.mark.parametrize("hardness", [None, "all_negatives"])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_one_graph_for_every_size(blocks, hardness):
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, _inputs):
-        graphs.append(graph)
-        return graph
-
-    options = {"directions": ALL, "hardness_mode": hardness, "hardness_strength": 3.0}
-    compiled = torch.compile(partial(mnrl, **options), fullgraph=True, dynamic=True, backend=count)
-    for n in (6, 11, 20):
-        inputs = [t.float() for t in features(n, blocks, 5)]
-        got = value_and_gradients(compiled, inputs)
-        wanted = value_and_gradients(partial(mnrl, **options), inputs)
-        for a, b in zip(got, wanted, strict=True):
-            torch.testing.assert_close(a, b)
-    assert len(graphs) == 1

@@ -19,7 +19,7 @@ struct Turns {
   bool last_first;
   long turn = 0;
   std::mutex mutex = {};
-  std::condition_variable changed = {};
+  std::vector<std::condition_variable> ready{size_t(threads)};  // one for each: others sleep on
 };
 
 struct Team {
@@ -31,13 +31,13 @@ struct Team {
   void begin() {
     const int slot = turns.last_first ? turns.threads - 1 - index : index;
     std::unique_lock lock(turns.mutex);
-    turns.changed.wait(lock, [&] { return turns.turn == round * turns.threads + slot; });
+    turns.ready[slot].wait(lock, [&] { return turns.turn == round * turns.threads + slot; });
   }
   void end() {
     std::scoped_lock lock(turns.mutex);
     ++turns.turn;
     ++round;
-    turns.changed.notify_all();
+    turns.ready[turns.turn % turns.threads].notify_one();
   }
   template <class Body>
   void for_each(int count, const Body& body) {

@@ -1,0 +1,51 @@
+"""Trainings, modules and queues on two ranks beside one process."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import gloo
+import pytest
+import torch.distributed as dist
+import training
+
+import contrastive_kernels as ck
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()),
+    reason="this torch has no gloo",
+)
+TOLERANCE = 1e-10
+
+
+@cache
+def results() -> list[dict]:
+    return gloo.run(2, training.everything)
+
+
+@pytest.mark.parametrize("name", ["ddp", "accumulated", "fsdp", "cached"])
+def test_training_steps_are_those_of_one_process(name):
+    for report in results():
+        assert len(report["trainings"][name]) == 6
+        for parameter, error in report["trainings"][name].items():
+            assert error <= TOLERANCE, parameter
+
+
+@pytest.mark.parametrize("name", ["NCE", "MNRL", "GIST"])
+def test_modules_pass_the_group(name):
+    for report in results():
+        assert report["modules"][name] <= TOLERANCE
+
+
+def test_a_compiled_step():
+    assert all(report["compiled"] <= TOLERANCE for report in results())
+
+
+def test_queues_over_ranks_are_one_queue():
+    expected = {"copies": True, "parts": True, "losses": True, "start": True}
+    assert [report["queues"] for report in results()] == [expected, expected]
+
+
+def test_a_sharded_queue_needs_a_group():
+    with pytest.raises(ValueError, match="sharded needs a group"):
+        ck.FeatureQueue(8, 3, sharded=True)
