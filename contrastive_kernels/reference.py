@@ -2,7 +2,7 @@
 
 Everything here is plain differentiable torch (any device, any floating dtype, second-order
 gradients) and stores the whole similarity matrix. Half inputs are promoted to float32 first.
-The losses never use row statistics, so that an error in the algebra of `losses.py` cannot hide.
+The losses never use row statistics, so that an error in the algebra of `losses/` cannot hide.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // The mean distance over the pairs of views of each row, in one pass over the views; formulas and
-// names are those of whitening_ops.py.
+// names are those of whitening/operators.py.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

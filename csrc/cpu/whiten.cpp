@@ -1,5 +1,5 @@
 // Cholesky whitening of many small groups: one group at a time on each thread, in a workspace of
-// its own, with the products of gemm.h. Formulas and names are those of whitening_ops.py.
+// its own, with the products of gemm.h. Formulas and names are those of whitening/operators.py.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -1,5 +1,5 @@
 // The Python module `_cuda`. It knows no torch: pointers and the stream are integers, and the
-// caller answers for sizes, types and contiguity (contrastive_kernels/cuda.py).
+// caller answers for sizes, types and contiguity (contrastive_kernels/whitening/cuda.py).
 #include <pybind11/pybind11.h>
 
 #include "whiten.h"
