@@ -91,13 +91,15 @@ def join(
     more_rows: int = 0,
     *,
     exchange: str = "auto",
+    replicated: bool = False,
     **differing: Any,
 ) -> tuple[Batch, Batch]:
     """The batches of this call: of its `rows`, and of its `more_rows`.
 
     With a group one all-gather of three numbers, which are read on the host. Of the arguments of
     the call tensors may differ between ranks in their first size alone, and all else must not;
-    `differing` replaces arguments, or adds to them, where that is not the way to see it.
+    `differing` replaces arguments where that is not the way to see them. `replicated`: `more_rows`
+    are negatives that every rank has all of.
 
     Raises:
         ValueError, on every rank: another loss, dtype, number of features or option somewhere; no
@@ -117,6 +119,8 @@ def join(
         "loss": group.name, "exchange": exchange, "autocast": str(autocast),
         **{name: _describe(value) for name, value in arguments.items()},
     }  # fmt: skip
+    if replicated:
+        described["number of negatives"] = str(more_rows)
     digest = hashlib.blake2b(repr(described).encode(), digest_size=7).digest()
     numbers = group.gather_numbers(rows, more_rows, int.from_bytes(digest))
     sizes, more, digests = (list(each) for each in zip(*numbers, strict=True))

@@ -96,7 +96,7 @@ def cacr(
     backend = resolve_backend(backend, query.device)
     batch, others = join(
         group, n, m, exchange=exchange, negatives=negatives,
-        num_negatives=None if sharded_negatives else m,
+        replicated=not sharded_negatives,
     )  # fmt: skip
     ids = None
     candidates: Tensor | NegativeSource = positives

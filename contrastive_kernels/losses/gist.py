@@ -105,7 +105,7 @@ def gist(
     backend = resolve_backend(backend, anchor.device)
     batch, others = join(
         group, n, m, exchange=exchange, anchor_guide=anchor_guide.detach(),
-        positive_guide=positive_guide.detach(), num_negatives=None if sharded_negatives else m,
+        positive_guide=positive_guide.detach(), replicated=not sharded_negatives,
     )  # fmt: skip
 
     anchor, positive = unit(anchor, normalize), unit(positive, normalize)

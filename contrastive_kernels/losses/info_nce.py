@@ -106,7 +106,7 @@ def info_nce(
     backend = resolve_backend(backend, query.device)
     batch, others = join(
         group, n, m, exchange=exchange, negatives=negatives, in_batch=in_batch,
-        num_negatives=None if sharded_negatives else m,
+        replicated=not sharded_negatives,
     )  # fmt: skip
     if negatives is None:
         check_other_rows("query", batch.total)

@@ -154,7 +154,7 @@ def _join(
 ) -> tuple[Batch, Tensor | NegativeSource, Batch | None]:
     """(batch of the rows, the negatives, what a sweep takes as their batch)"""
     n, m = query.shape[0], negatives.shape[-2]
-    batch, others = join(group, n, m, negatives=negatives, num_negatives=m)
+    batch, others = join(group, n, m, negatives=negatives, replicated=True)
     return batch, *replicated(negatives, n, others)
 
 

@@ -72,7 +72,7 @@ def rince(
         negatives = as_source("negatives", negatives)
         m = check_negatives(query, negatives, rows=group is None)
     backend = resolve_backend(backend, query.device)
-    batch, others = join(group, n, m, exchange=exchange, negatives=negatives, num_negatives=m)
+    batch, others = join(group, n, m, exchange=exchange, negatives=negatives, replicated=True)
     keys: Tensor | NegativeSource = key
     key_batch: Batch | None = batch
     exclude: IdPair | None = None
