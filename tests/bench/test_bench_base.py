@@ -13,7 +13,7 @@ from benchmarks.base import builds, compare
 from benchmarks.cases.inputs import Sizes
 from benchmarks.cases.table import CASES
 
-# A package whose info_nce is right and whose dcl is not; it has no nce.
+# A package whose info_nce is right and whose nt_xent is not; it has no sup_con.
 OTHER = """
 from types import SimpleNamespace
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def info_nce(query, key, *, temperature):
     logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / temperature
     return logits.logsumexp(1).mean() - logits.diagonal().mean()
 
-def dcl(z1, z2, *, temperature, sigma=None):
+def nt_xent(z1, z2, *, temperature):
     return info_nce(z1, z2, temperature=temperature)
 """
 SETUP = """
@@ -121,7 +121,7 @@ def test_the_base_takes_the_place_of_the_baselines(capsys):
 
 def test_two_builds_in_turn(short, tmp_path, capfd):
     other, path = package(tmp_path / "other", OTHER), tmp_path / "x.json"
-    names = ["info_nce_small", "dcl_small", "nce_small"]
+    names = ["info_nce", "nt_xent", "sup_con", "-N", "256", "-D", "16"]
     arguments = ["--base", str(other), "--case", *names, "--threads", "1", "--json", str(path)]
     assert run.main(arguments) == 0
     result = json.loads(path.read_text())
@@ -133,12 +133,12 @@ def test_two_builds_in_turn(short, tmp_path, capfd):
     assert theirs["ratio"] == times[0]["median"] / times[1]["median"]
     reasons = [record["peers"][0]["reason"] for record in rest]
     assert reasons[0].startswith("absent: differs from float64: value")
-    assert reasons[1] == "absent: NotImplementedError: this build has no nce"
+    assert reasons[1] == "absent: NotImplementedError: this build has no sup_con"
     assert all(record["ours"]["milliseconds"]["median"] > 0 for record in rest)
     out = capfd.readouterr().out
     assert f"base: {other}, contrastive_kernels 0.0.1\n" in out
     assert "warning: base is the dense reference: made up" in out
-    assert compare.HEAD + "\ninfo_nce_small  N=256" in out
+    assert compare.HEAD + "\ninfo_nce  N=256" in out
 
 
 def test_a_package_that_cannot_be_loaded(short, tmp_path, capfd):
