@@ -14,6 +14,11 @@ BACKENDS = available_backends(DEVICE)
 DOUBLE = torch.float64
 
 
+def interpreted(backend: str) -> bool:
+    """Whether its kernels are interpreted here, which is slow."""
+    return backend == "triton" and DEVICE == "cpu"
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
@@ -31,9 +36,8 @@ def views(n: int, dim: int, *others: tuple[int, ...]) -> list[Tensor]:
 
 
 def sample(backend: str, combinations: list, seed: int, every: int = 5) -> list:
-    """All combinations; of interpreted kernels, which are slow, a fifth, by the seed."""
-    interpreted = backend == "triton" and DEVICE == "cpu"
-    return combinations[seed % every :: every] if interpreted else combinations
+    """All combinations; of interpreted kernels a fifth, by the seed."""
+    return combinations[seed % every :: every] if interpreted(backend) else combinations
 
 
 def value_and_gradients(

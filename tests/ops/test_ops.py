@@ -24,6 +24,9 @@ SIZES = [(1, 1, 1), (3, 5, 7), (64, 128, 16), (65, 129, 33), (257, 300, 64), (2,
 def test_sweep_equals_the_reference_in_float64(backend, kind, sizes):
     if kind == "paired" and sizes[1] > 300:
         sizes = (sizes[0], 131, sizes[2])
+    seed = sum(sizes)
+    if kind == "paired" and oracles.interpreted(backend):
+        sizes = (sizes[0], min(sizes[1], 131), sizes[2])  # still several tiles, and a part of one
     x, y, ids = make_case(kind, sizes)
     keys = sizes[0] if y is None else sizes[1]
     threshold = oracles.randn(sizes[0], seed=9)
@@ -36,7 +39,7 @@ def test_sweep_equals_the_reference_in_float64(backend, kind, sizes):
     # own keys have no columns: combinations that only ask for these are one
     chosen = dict.fromkeys(
         (mean, columns and kind != "paired", normalize, mask)
-        for mean, columns, normalize, mask in oracles.sample(backend, list(flags), sum(sizes))
+        for mean, columns, normalize, mask in oracles.sample(backend, list(flags), seed)
     )
     for mean, columns, normalize, mask in chosen:
         bias = oracles.randn(keys, seed=7) if mean and kind != "self" else None
@@ -222,7 +225,8 @@ def test_ids_too_large_for_a_lane(backend):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_give_equal_bits(backend, kind):
-    x, y, ids = make_case(kind, (301, 517, 40))
+    keys = 131 if kind == "paired" and oracles.interpreted(backend) else 517
+    x, y, ids = make_case(kind, (301, keys, 40))
     options = dict(exclude=ids, normalize=True, mean=True, columns=kind == "shared")
     runs = [
         run(sweeps.sweep, x, y, 10.0, None, torch.float32, backend=backend, **options)
