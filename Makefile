@@ -45,6 +45,7 @@ test: lint $(VENV)/peers.stamp
 lint: setup
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check .
+	@$(RUN) -m mypy --no-error-summary
 	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	    | xargs $(VENV)/bin/clang-format --dry-run --Werror
 

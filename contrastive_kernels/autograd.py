@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def no_second_order(*_: Any) -> Any:
+def no_second_order(ctx: Any = None, *_: Any) -> Any:
     """The backward of what has no second derivative."""
     raise NotImplementedError(
         'second-order gradients need backend="reference": the fused backward has no derivative'

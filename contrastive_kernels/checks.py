@@ -7,7 +7,7 @@ came. A public function calls them once; what it calls checks nothing again.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -160,6 +160,18 @@ def finite(name: str, value: float) -> float:
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value}")
     return value
+
+
+@overload
+def scalar(name: str, value: float) -> float: ...
+
+
+@overload
+def scalar(name: str, value: Tensor) -> Tensor: ...
+
+
+@overload
+def scalar(name: str, value: float | Tensor) -> float | Tensor: ...
 
 
 def scalar(name: str, value: float | Tensor) -> float | Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,10 @@ class FeatureQueue(nn.Module):
         sharded: each rank keeps 1 / W of the queue; W divides `size`.
     """
 
+    features: Tensor
+    position: Tensor
+    seen: Tensor
+
     def __init__(
         self,
         size: int,
@@ -52,10 +56,10 @@ class FeatureQueue(nn.Module):
     ) -> None:
         super().__init__()
         self.group = None if group is None else resolve_group(group)
-        if sharded and self.group is None:
-            raise ValueError("sharded needs a group")
         self.rank, self.world = 0, 1  # of those that share the rows
         if sharded:
+            if self.group is None:
+                raise ValueError("sharded needs a group")
             self.rank, self.world = self.group.rank(), self.group.size()
             if size % self.world != 0:
                 raise ValueError(f"size must be a multiple of the {self.world} ranks, got {size}")
@@ -88,8 +92,10 @@ class FeatureQueue(nn.Module):
         With a group: the features of all ranks, of which some may have none.
         """
         rows, dim = self.features.shape
-        alone = self.group is None
-        with nullcontext() if alone else GroupCall(self.group, "enqueue", [features]) as group:
+        context: AbstractContextManager[GroupCall | None] = nullcontext()
+        if self.group is not None:
+            context = GroupCall(self.group, "enqueue", [features])
+        with context as group:
             check_features("features", features, (2,), rows=group is None)
             if features.shape[1] != dim:
                 raise ValueError(
@@ -128,6 +134,8 @@ class MemoryBank(nn.Module):
         momentum: m in bank[i] <- normalize(m bank[i] + (1 - m) feature), in [0, 1].
         dtype, device, generator: of the random start.
     """
+
+    features: Tensor
 
     def __init__(
         self,

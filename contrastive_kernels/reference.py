@@ -7,15 +7,17 @@ The losses never use row statistics, so that an error in the algebra of `losses/
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from operator import add
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import IdPair, SoftplusSweep, Sweep
+from .types import Counts, IdPair, SoftplusSweep, Sweep
 
 
 def promote(x: Tensor) -> Tensor:
@@ -58,15 +60,13 @@ def masked_softmax_stats(z: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return lse, (exp * z).sum(-1) / norm
 
 
-def threshold_stats(
-    z: Tensor, kept: Tensor, threshold: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(rank, total, count) of the kept entries of each row, without gradient."""
+def threshold_stats(z: Tensor, kept: Tensor, threshold: Tensor | None) -> Counts | None:
+    """Counts of the kept entries of each row, without gradient."""
     if threshold is None:
-        return None, None, None
+        return None
     z = z.detach()
     rank = (kept & (z > threshold.detach()[:, None])).sum(1)
-    return rank, torch.where(kept, z, 0.0).sum(1), kept.sum(1)
+    return Counts(rank, torch.where(kept, z, 0.0).sum(1), kept.sum(1))
 
 
 def sweep(
@@ -85,8 +85,8 @@ def sweep(
     """Softmax statistics of z_ij = scale <x_i, y_j> + bias_j over the kept pairs.
 
     x (N, D); y (M, D), (N, M, D) or None (y = x); bias (M,); threshold (N,). All numbers are
-    float32 for half inputs; rank and count are int64. A row (column) without a kept pair has
-    lse -inf, mean 0 and zero gradient.
+    float32 for half inputs; rank and pairs are int64. A row (column) without a kept pair has lse
+    -inf, mean 0 and zero gradient.
     """
     z = scale * similarity(x, y, normalize)
     if bias is not None:
@@ -94,15 +94,12 @@ def sweep(
     kept = kept_pairs(z, exclude, keep)
     lse, row_mean = masked_softmax_stats(z, kept)
     col_lse, col_mean = masked_softmax_stats(z.T, kept.T) if columns else (None, None)
-    rank, total, count = threshold_stats(z, kept, threshold)
     return Sweep(
         lse=lse,
         mean=row_mean if mean else None,
         col_lse=col_lse,
         col_mean=col_mean if mean else None,
-        rank=rank,
-        total=total,
-        count=count,
+        counts=threshold_stats(z, kept, threshold),
     )
 
 
@@ -125,7 +122,7 @@ def softplus_sweep(
     kept = kept_pairs(z, exclude, keep)
     # F.softplus turns linear above 20, too coarse for float64; logsigmoid is exact everywhere
     value = torch.where(kept, -F.logsigmoid(-torch.where(kept, z, 0.0)), 0.0).sum(1)
-    return SoftplusSweep(value, *threshold_stats(z, kept, threshold))
+    return SoftplusSweep(value, threshold_stats(z, kept, threshold))
 
 
 def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False) -> Tensor:
@@ -430,7 +427,7 @@ def gist(
         contrasts.append((anchors, anchors))
     if contrast_positives:
         contrasts.append((positives, positives))
-    if negatives is not None:
+    if negatives is not None and negatives_guide is not None:
         contrasts.append((anchors, (negatives, negatives_guide.double())))
     logits, kept = [], []
     for (x, x_guide), (y, y_guide) in contrasts:
@@ -742,7 +739,8 @@ def cacr_views(
         repulsion(views[v], views[u], other_rows, t_neg, cost, rbf_t, detach_weights)
         for v, u in combinations(range(count), 2)
     ]
-    return reduce(alpha * sum(attract) / count + beta * sum(repel) / len(repel), reduction)
+    attracted, repelled = functools.reduce(add, attract), functools.reduce(add, repel)
+    return reduce(alpha * attracted / count + beta * repelled / len(repel), reduction)
 
 
 def cct(

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .types import FLOATS
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 CHUNK_BYTES = 2**25
 
@@ -124,7 +127,7 @@ class _Listed:
         return iter(self.chunks)
 
 
-def is_source(keys: Any) -> bool:
+def is_source(keys: Any) -> TypeIs[NegativeSource]:
     """Whether keys come in chunks; a tensor has all of the protocol, and is none."""
     if keys is None or isinstance(keys, Tensor):
         return False

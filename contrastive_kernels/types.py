@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ else:
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 IdPair = tuple[Tensor, Tensor]  # integers: of the rows (N,), of the columns (M,)
+
+
+T = TypeVar("T")
+
+
+def known(value: T | None) -> T:
+    """`value`, for who has asked for it, so that it is there."""
+    assert value is not None
+    return value
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -41,11 +50,22 @@ class RowColumnStats(NamedTuple):
     col_mean: Tensor
 
 
+class Counts(NamedTuple):
+    """What a sweep counts for a threshold, of each row (N,), without gradient.
+
+    rank: the number of logits above the threshold; total, pairs: the sum and the number of all.
+    """
+
+    rank: Tensor
+    total: Tensor
+    pairs: Tensor
+
+
 class Sweep(NamedTuple):
     """What one sweep over a similarity matrix gives; what was not asked for is None.
 
-    lse, mean, rank, total and count have one entry per row, col_lse and col_mean one per column.
-    attended (N, D) and slope (N,) are what a forward sweep leaves to its backward: see
+    lse, mean and counts have one entry per row, col_lse and col_mean one per column. attended
+    (N, D) and slope (N,) are what a forward sweep leaves to its backward: see
     `ops/registration.py`.
     """
 
@@ -53,9 +73,7 @@ class Sweep(NamedTuple):
     mean: Tensor | None = None
     col_lse: Tensor | None = None
     col_mean: Tensor | None = None
-    rank: Tensor | None = None
-    total: Tensor | None = None
-    count: Tensor | None = None
+    counts: Counts | None = None
     attended: Tensor | None = None
     slope: Tensor | None = None
 
@@ -64,9 +82,7 @@ class SoftplusSweep(NamedTuple):
     """Row sums of softplus, with the same optional counts as `Sweep`."""
 
     value: Tensor
-    rank: Tensor | None = None
-    total: Tensor | None = None
-    count: Tensor | None = None
+    counts: Counts | None = None
 
 
 class LossStats(NamedTuple):

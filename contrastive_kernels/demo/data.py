@@ -1,7 +1,7 @@
 """The images: digits and photographs that come inside scikit-learn and scikit-image."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ def photographs(seed: int) -> ImageSet:
         train.append(_patches(left, stride=PATCH // 2, most=250, rng=rng))
         test.append(_patches(right, stride=PATCH, most=50, rng=rng))
     classes = np.arange(len(PHOTOGRAPHS))
-    scene = {"mid": 0.5, "padding": "reflection"}
+    scene: dict[str, Any] = {"mid": 0.5, "padding": "reflection"}
     return ImageSet(
         name="photograph patches",
         side=16,

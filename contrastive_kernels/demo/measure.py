@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -91,6 +91,7 @@ def _step(losses: ModuleType, case: Case) -> Callable[[], Tensor]:
     def features(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
+    options: dict[str, Any]
     match case.loss:
         case "nt_xent":
             live = [features(n, d), features(n, d)]

@@ -1,12 +1,13 @@
 """The table and the picture."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
@@ -115,7 +116,7 @@ def million_lines(million: Million) -> str:
 
 def picture(results: Results, path: Path, seed: int) -> None:
     """Curves of every training, the moved test digits before and after, and the peak memory."""
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -123,9 +124,9 @@ def picture(results: Results, path: Path, seed: int) -> None:
         "axes.titlelocation": "left",
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(13, 7.6), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.45])
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+        figure = Figure(figsize=(13, 7.6), layout=layout)
+        top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.45], squeeze=False)[:, 0]
         top.suptitle("The same training with the fused and with the dense loss", fontsize=12)
         bottom.suptitle("What an encoder learned, and what the losses need", fontsize=12)
         curves = top.subplots(1, len(results.trials), sharex=True)
@@ -171,7 +172,14 @@ def _embedding(axes: Axes, points: np.ndarray, labels: np.ndarray, seed: int) ->
     colors = matplotlib.colormaps["tab10"]
     for label in np.unique(labels):
         chosen = plane[labels == label]
-        axes.scatter(*chosen.T, s=26, marker=f"${label}$", color=colors(label % 10), linewidth=0.3)
+        axes.scatter(
+            chosen[:, 0],
+            chosen[:, 1],
+            s=26,
+            marker=f"${label}$",
+            color=colors(label % 10),
+            linewidth=0.3,
+        )
     axes.set_axis_off()
 
 

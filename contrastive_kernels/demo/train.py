@@ -85,6 +85,8 @@ class Run:
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
         """Embeddings (N, D) of one random view by the key encoder, a slow average of the other."""
+        if self.key_network is None:
+            raise ValueError("this method has no key encoder")
         for slow, fast in zip(
             self.key_network.parameters(), self.network.parameters(), strict=True
         ):

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from ..types import Group
 from .collectives import all_gather, all_gather_objects, resolve_group
 from .shards import Batch, Shards
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 EXCHANGES = ("auto", "gather", "ring")
 FAILED = -1  # in place of a fingerprint, which is not negative
@@ -59,6 +60,10 @@ class GroupCall:
         return all_gather(mine, self.ranks).tolist()
 
 
+# The `group` of a loss: users pass a Group, and what `collective` decorates sees the GroupCall.
+GroupLike: TypeAlias = Group | GroupCall | None
+
+
 def collective(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates what takes a `group` and joins it: inside, `group` is the GroupCall."""
     signature = inspect.signature(function)
@@ -86,7 +91,7 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def join(
-    group: GroupCall | None,
+    group: GroupLike,
     rows: int,
     more_rows: int = 0,
     *,
@@ -110,6 +115,7 @@ def join(
         raise ValueError(f'exchange must be "auto", "gather" or "ring", got {exchange!r}')
     if group is None:
         return Batch(rows), Batch(more_rows)
+    assert isinstance(group, GroupCall), "what joins a group is decorated by `collective`"
     arguments = {**group.arguments, **differing}
     for name in ("group", "exchange"):
         arguments.pop(name, None)

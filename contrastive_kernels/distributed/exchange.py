@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..types import known
 from .collectives import all_to_all
 from .shards import Shards
 
@@ -126,7 +127,7 @@ class Gather(Exchange):
             result = visit(block.rows, block.own, loaded.part(block.keys))
             if neutral is not None and results is None:
                 results = _place(result, block.keys, neutral, shards.total)
-            elif result is not None:
+            elif results is not None and result is not None:
                 results[block.keys] = result
         if results is None or shards.world == 1:
             return results
@@ -138,7 +139,7 @@ class Gather(Exchange):
             results = torch.cat([part[:size] for part, size in parts])
         arrived = all_to_all(results, received, sent, shards.group)
         count = sum(self._meets(other, shards.rank) for other in others)
-        return reduce(merge, arrived.view(count, own, len(neutral)).unbind())
+        return reduce(merge, arrived.view(count, own, len(known(neutral))).unbind())
 
     def _meets(self, rank: int, shard: int) -> bool:
         steps = (rank - shard) % self.shards.world
@@ -194,7 +195,7 @@ class Ring(Exchange):
             if keys is not None:
                 arrived = iter(keys.wait())
                 loaded = KeyShard(*(None if t is None else next(arrived) for t in loaded))
-        return mine if transfer is None else merge(mine, transfer.wait()[0])
+        return mine if transfer is None else merge(known(mine), transfer.wait()[0])
 
 
 class _Transfer:

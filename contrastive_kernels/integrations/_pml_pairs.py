@@ -25,7 +25,8 @@ class LabelPairs:
         self, make: Callable[[], tuple], *, own: Tensor | None = None, one_each: bool = False
     ) -> None:
         self.own, self.one_each = own, one_each
-        self._make, self._made = make, None
+        self._make = make
+        self._made: tuple | None = None
 
     def __len__(self) -> int:
         return 4

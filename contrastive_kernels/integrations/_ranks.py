@@ -6,7 +6,8 @@ that a rank gathers carry a gradient home, or they do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from ..backends import resolve_backend
 from ..checks import check_views, scalar
-from ..distributed import GroupCall, all_gather, collective, join
+from ..distributed import GroupLike, all_gather, collective, join
 from ..losses.algebra import softplus
 from ..losses.info_nce import info_nce
 from ..ops import operands, row_dot, sweep
-from ..types import Group
+from ..types import known
 
 
 def world_size() -> int:
@@ -26,7 +27,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def group_if(gathers: bool) -> Group | None:
+def group_if(gathers: bool) -> dist.ProcessGroup | None:
     """The default group for a loss that gathers, if it has several processes."""
     return dist.group.WORLD if gathers and world_size() > 1 else None
 
@@ -37,19 +38,20 @@ def own_mean(rows: Tensor) -> Tensor:
 
 
 def whole_loss_inputs(
-    features: Sequence[Tensor],
+    features: tuple[Tensor, Tensor],
     logit_scale: float | Tensor,
     *,
     gather_with_grad: bool,
-    group: Group,
-) -> tuple[Sequence[Tensor], float | Tensor]:
+    group: dist.ProcessGroup,
+) -> tuple[tuple[Tensor, Tensor], float | Tensor]:
     """Features and scale for a loss of all rows, with the gradients that these have where each
     rank computes the whole loss by itself, as open_clip does with local_loss=False."""
     scale = scalar("logit_scale", logit_scale)
     if isinstance(scale, Tensor):
         scale = _Backward.apply(scale, lambda grad: all_gather(grad.unsqueeze(0), group).mean(0))
     if not gather_with_grad:  # features get their gradient from this rank's loss, not from all
-        features = [_Backward.apply(t, lambda grad: grad / group.size()) for t in features]
+        x, y = (_Backward.apply(t, lambda grad: grad / group.size()) for t in features)
+        features = x, y
     return features, scale
 
 
@@ -60,7 +62,7 @@ def own_clip_loss(
     logit_scale: float | Tensor,
     *,
     gather_with_grad: bool,
-    group: Group,
+    group: GroupLike,
 ) -> Tensor:
     """The mean `clip_loss` of this rank's pairs, as open_clip has it with local_loss=True: with
     the gradient to the features of all ranks, or as queries against keys without gradient."""
@@ -69,7 +71,7 @@ def own_clip_loss(
     return loss(image_features, text_features, scalar("logit_scale", logit_scale), group)
 
 
-def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: GroupCall) -> Tensor:
+def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: GroupLike) -> Tensor:
     """Both directions from one sweep."""
     batch, _ = join(group, len(x))
     backend = resolve_backend("auto", x.device)
@@ -86,27 +88,30 @@ def _own_pairs(x: Tensor, y: Tensor, scale: float | Tensor, group: GroupCall) ->
             lse = lse + mean.detach() / value * (scale - value)
         return softplus(lse - scale * dot)
 
-    return own_mean(direction(out.lse, out.mean) + direction(out.col_lse, out.col_mean)) / 2
+    rows = direction(out.lse, known(out.mean))
+    columns = direction(known(out.col_lse), known(out.col_mean))
+    return own_mean(rows + columns) / 2
 
 
-def _own_queries(x: Tensor, y: Tensor, scale: float | Tensor, group: GroupCall) -> Tensor:
+def _own_queries(x: Tensor, y: Tensor, scale: float | Tensor, group: Any) -> Tensor:
+    """`group` is the call, which `info_nce` joins."""
     directions = [
         info_nce(
             query, key.detach(), scale=scale, normalize=False, reduction="none", group=group
         )
         for query, key in ((x, y), (y, x))
     ]  # fmt: skip
-    return own_mean(sum(directions)) / 2
+    return own_mean(directions[0] + directions[1]) / 2
 
 
 class _Backward(torch.autograd.Function):
     """The tensor itself, with `change` applied to its gradient."""
 
     @staticmethod
-    def forward(ctx, t: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, t: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.change = change
         return t.view_as(t)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.change(grad), None

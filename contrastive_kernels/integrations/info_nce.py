@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..losses.info_nce import info_nce as fused
 from .swap import Peer, Unfused
 
 PEER = Peer("info_nce", "info-nce-pytorch", ("0.1", "0.2"))
-peer = PEER.load("info_nce")
+peer: Any = PEER.load("info_nce")
 
 
 @PEER.fused(peer, "info_nce")

@@ -6,6 +6,8 @@ mean over the rank's own rows, and the gradient, after DDP's mean, that of one p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,13 +21,13 @@ from ._ranks import group_if, own_mean
 from .swap import Peer, Unfused
 
 PEER = Peer("lightly", "lightly", ("1.5.26", "1.7"))
-peer = PEER.load("lightly.loss")
+peer: Any = PEER.load("lightly.loss")
 
 ALONE = Unfused("a batch of one pair has no negatives")
 
 
 @PEER.fused(peer.NTXentLoss)
-def _nt_xent(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
+def _nt_xent(self: Any, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
     scale = 1 / self.temperature
     bank = self.memory_bank
     if bank.size[0] == 0:
@@ -47,7 +49,7 @@ def _nt_xent(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
 
 
 @PEER.fused(peer.DCLLoss)
-def _dcl(self, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
+def _dcl(self: Any, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
     group = group_if(self.gather_distributed)
     if len(out0) == 1 and group is None:
         return ALONE

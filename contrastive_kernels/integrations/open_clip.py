@@ -10,10 +10,10 @@ The version range is that of the sources compared; their losses are the same lin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import scalar
 from ..losses.clip import clip_loss, siglip_loss
@@ -23,8 +23,9 @@ from ._ranks import group_if, own_clip_loss, own_mean, whole_loss_inputs, world_
 from .swap import Peer, Unfused, check_option
 
 PEER = Peer("open_clip", "open_clip_torch", ("3.0", "3.4"))
-peer = PEER.load("open_clip.loss")
+peer: Any = PEER.load("open_clip.loss")
 
+C = TypeVar("C", bound=type)
 LossOrDict = Tensor | dict[str, Tensor] | Unfused
 _CLIP = ("get_logits", "get_ground_truth")
 GRAD_SCALES = ("peer", "exact")
@@ -32,7 +33,7 @@ GRAD_SCALES = ("peer", "exact")
 
 @PEER.fused(peer.ClipLoss, grad_scale=GRAD_SCALES)
 def _clip(
-    self,
+    self: Any,
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
@@ -61,7 +62,7 @@ def _clip(
 
 @PEER.fused(peer.DistillClipLoss, grad_scale=GRAD_SCALES)
 def _distill(
-    self,
+    self: Any,
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
@@ -99,7 +100,7 @@ def _distill(
 
 @PEER.fused(peer.SigLipLoss, grad_scale=GRAD_SCALES)
 def _siglip(
-    self,
+    self: Any,
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
@@ -121,15 +122,16 @@ def _siglip(
     return {"contrastive_loss": loss} if output_dict else loss
 
 
-def _with_grad_scale(cls: type) -> type:
+def _with_grad_scale(cls: C) -> C:
     """Gives the constructor of `cls` the option grad_scale."""
-    init = cls.__init__
+    owner: Any = cls
+    init = owner.__init__
 
-    def __init__(self, *args: Any, grad_scale: str = "peer", **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, grad_scale: str = "peer", **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         self.grad_scale = check_option("grad_scale", grad_scale, GRAD_SCALES)
 
-    cls.__init__ = __init__
+    owner.__init__ = __init__
     return cls
 
 
@@ -171,7 +173,7 @@ class SigLipLoss(peer.SigLipLoss):
     forward = _siglip
 
 
-def _reason(loss: nn.Module, owner: type, methods: tuple[str, ...], **scalars) -> str | None:
+def _reason(loss: Any, owner: type, methods: tuple[str, ...], **scalars: Any) -> str | None:
     """Why `loss` has to run its own code, or None. `methods`: those that the fused form replaces
     as they are in the peer's class `owner`."""
     if loss.world_size > 1:
@@ -188,28 +190,28 @@ def _reason(loss: nn.Module, owner: type, methods: tuple[str, ...], **scalars) -
     return None
 
 
-def _unfused(loss: nn.Module, reason: str) -> Unfused:
+def _unfused(loss: Any, reason: str) -> Unfused:
     """The peer's own code for this reason, if it can give the gradients that are asked for."""
     if loss.world_size > 1 and _exact(loss):
         raise RuntimeError(f'grad_scale="exact" must run fused over processes, but {reason}')
     return Unfused(reason)
 
 
-def _group(loss: nn.Module) -> Group | None:
+def _group(loss: Any) -> Group | None:
     return group_if(loss.world_size > 1)
 
 
-def _exact(loss: nn.Module) -> bool:
+def _exact(loss: Any) -> bool:
     """Whether `grad_scale`, of the drop-in or of a patch, is "exact"."""
     return getattr(loss, "grad_scale", "peer") == "exact"
 
 
-def _no_negatives(loss: nn.Module, image_features: Tensor) -> str | None:
+def _no_negatives(loss: Any, image_features: Tensor) -> str | None:
     alone = len(image_features) == 1 and loss.world_size == 1
     return "a batch of one pair has no negatives" if alone else None
 
 
-def _cache_labels(loss: nn.Module, image_features: Tensor) -> None:
+def _cache_labels(loss: Any, image_features: Tensor) -> None:
     """Leaves in the loss the labels that its readers may ask it to cache."""
     if loss.cache_labels:
         ranks = 1 if loss.local_loss else loss.world_size

@@ -16,26 +16,28 @@ Where results differ from the peer's:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..types import statistics_dtype
+from ..types import known, statistics_dtype
 from ._pml_pairs import Candidates, LabelPairs
 from .swap import Peer, Unfused
 
 PEER = Peer("pytorch_metric_learning", "pytorch-metric-learning", ("2.9", "2.10"))
-peer = PEER.load("pytorch_metric_learning.losses")
-distances = PEER.load("pytorch_metric_learning.distances")
-reducers = PEER.load("pytorch_metric_learning.reducers")
-per_anchor = PEER.load("pytorch_metric_learning.reducers.per_anchor_reducer")
-pairs_of = PEER.load("pytorch_metric_learning.utils.loss_and_miner_utils")
+peer: Any = PEER.load("pytorch_metric_learning.losses")
+distances: Any = PEER.load("pytorch_metric_learning.distances")
+reducers: Any = PEER.load("pytorch_metric_learning.reducers")
+per_anchor: Any = PEER.load("pytorch_metric_learning.reducers.per_anchor_reducer")
+pairs_of: Any = PEER.load("pytorch_metric_learning.utils.loss_and_miner_utils")
 
 LOSSES = (peer.NTXentLoss, peer.SupConLoss)
 
 
 @PEER.fused(peer.NTXentLoss, "compute_loss")
 def _nt_xent(
-    self,
+    self: Any,
     embeddings: Tensor,
     labels: Tensor | None,
     indices_tuple: tuple | LabelPairs | None,
@@ -72,7 +74,7 @@ def _nt_xent(
 
 @PEER.fused(peer.SupConLoss, "compute_loss")
 def _sup_con(
-    self,
+    self: Any,
     embeddings: Tensor,
     labels: Tensor | None,
     indices_tuple: tuple | LabelPairs | None,
@@ -98,7 +100,7 @@ def _sup_con(
 
 @PEER.fused(peer.CrossBatchMemory, "create_indices_tuple")
 def _queue_pairs(
-    self,
+    self: Any,
     embeddings: Tensor,
     labels: Tensor,
     E_mem: Tensor,
@@ -110,7 +112,7 @@ def _queue_pairs(
         return Unfused(f"the loss is {type(self.loss).__name__}")
     if self.miner or input_indices_tuple is not None:
         return Unfused("a miner or an indices_tuple chooses pairs")
-    own = None
+    own: Tensor | None = None
     if do_remove_self_comparisons:
         if len(labels) == 1:
             return Unfused("a batch of one, whose pair with itself the peer keeps")
@@ -126,20 +128,20 @@ def _queue_pairs(
 
 
 @PEER.fused(peer.SelfSupervisedLoss)
-def _self_supervised(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor | Unfused:
+def _self_supervised(self: Any, embeddings: Tensor, ref_emb: Tensor | None) -> Tensor | Unfused:
     if not isinstance(self.loss, LOSSES):
         return Unfused(f"the loss is {type(self.loss).__name__}")
     labels = torch.arange(len(embeddings), device=embeddings.device)
     ref_labels = labels.clone()
     if self.symmetric:
-        embeddings, ref_emb = torch.cat((embeddings, ref_emb)), None
+        embeddings, ref_emb = torch.cat((embeddings, known(ref_emb))), None
         labels = ref_labels = labels.repeat(2)
     pairs = LabelPairs(lambda: pairs_of.get_all_pairs_indices(labels, ref_labels), one_each=True)
     return self.loss(embeddings, labels, pairs, ref_emb, ref_labels)
 
 
 def _candidates(
-    loss: nn.Module,
+    loss: Any,
     embeddings: Tensor,
     labels: Tensor | None,
     pairs: tuple | LabelPairs | None,
@@ -167,11 +169,11 @@ def _candidates(
     ref_labels = labels if same else ref_labels.long()
     if same:  # the peer's sign that an anchor is its own reference
         own = torch.arange(len(labels), device=labels.device)
-    y = ref_emb
+    y: Tensor | None = ref_emb
     if same and ref_emb is embeddings:
         y = None
-    elif not y.requires_grad:  # a queue moves on, maybe before the backward pass
-        y, ref_labels = y.clone(), ref_labels.clone()
+    elif not ref_emb.requires_grad:  # a queue moves on, maybe before the backward pass
+        y, ref_labels = ref_emb.clone(), ref_labels.clone()
     temperature = loss.temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.to(statistics_dtype(embeddings))
@@ -181,7 +183,7 @@ def _candidates(
     )  # fmt: skip
 
 
-def _reducer(loss: nn.Module) -> nn.Module:
+def _reducer(loss: Any) -> nn.Module:
     """The reducer that gets the loss, beside those of regularizers."""
     reducer = loss.reducer
     if isinstance(reducer, reducers.MultipleReducers):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,28 +25,34 @@ from ._ranks import group_if, own_mean
 from .swap import Peer, Unfused
 
 PEER = Peer("sentence_transformers", "sentence-transformers", ("6.2", "6.3"))
-peer = PEER.load("sentence_transformers.sentence_transformer.losses")
-util = PEER.load("sentence_transformers.util")
-embed_columns = PEER.load("sentence_transformers.base.losses.merged_forward").embed_columns
+peer: Any = PEER.load("sentence_transformers.sentence_transformer.losses")
+util: Any = PEER.load("sentence_transformers.util")
+embed_columns: Any = PEER.load("sentence_transformers.base.losses.merged_forward").embed_columns
 
 NORMALIZES = {util.cos_sim: True, util.pytorch_cos_sim: True, util.dot_score: False}
 
 
 @PEER.fused(peer.MultipleNegativesRankingLoss, "compute_loss_from_embeddings")
-def _ranking(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor | Unfused:
+def _ranking(self: Any, embeddings: list[Tensor], labels: Tensor | None) -> Tensor | Unfused:
     return _rank(self, embeddings)
 
 
 @PEER.fused(peer.CachedMultipleNegativesRankingLoss, "calculate_loss")
 def _cached_ranking(
-    self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    self: Any,
+    reps: list[list[Tensor]],
+    labels: Tensor | None = None,
+    *,
+    with_backward: bool = False,
 ) -> Tensor | Unfused:
     """All rows at once: the loss needs no mini-batches, the embeddings keep theirs."""
     return _finish(_rank(self, [torch.cat(column) for column in reps]), with_backward)
 
 
 @PEER.fused(peer.GISTEmbedLoss)
-def _gist(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor | Unfused:
+def _gist(
+    self: Any, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor
+) -> Tensor | Unfused:
     features = list(sentence_features)
     if len(features) not in (2, 3):
         return Unfused("the columns are not an anchor, a positive and at most one negative")
@@ -63,7 +70,7 @@ def _gist(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) 
 
 @PEER.fused(peer.CachedGISTEmbedLoss, "calculate_loss")
 def _cached_gist(
-    self,
+    self: Any,
     reps: list[list[Tensor]],
     reps_guided: list[list[Tensor]],
     *,
@@ -73,7 +80,7 @@ def _cached_gist(
     return _finish(_guided(self, *columns), with_backward)
 
 
-def _rank(loss, embeddings: list[Tensor]) -> Tensor | Unfused:
+def _rank(loss: Any, embeddings: list[Tensor]) -> Tensor | Unfused:
     """`mnrl` of the columns (N, D), with the options of the peer's loss."""
     if loss.similarity_fct not in NORMALIZES:
         return Unfused("similarity_fct is neither cos_sim nor dot_score")
@@ -90,7 +97,7 @@ def _rank(loss, embeddings: list[Tensor]) -> Tensor | Unfused:
     return own_mean(rows)
 
 
-def _guided(loss, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
+def _guided(loss: Any, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
     """`gist` of the columns (N, D), with the options of the peer's loss."""
     (anchor, positive, *negatives), (anchor_guide, positive_guide, *negatives_guide) = (
         embeddings, guides,
@@ -115,7 +122,7 @@ def _guided(loss, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
     return own_mean(rows)
 
 
-def _for_guide(loss, features: dict[str, Tensor]) -> dict[str, Tensor]:
+def _for_guide(loss: Any, features: dict[str, Tensor]) -> dict[str, Tensor]:
     """A column of texts as the guide's own tokenizer writes it."""
     texts = loss.tokenizer.batch_decode(features["input_ids"], skip_special_tokens=True)
     return util.batch_to_device(loss.guide.preprocess(texts), loss.guide.device)

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..types import known
+
 PEERS = (
     "info_nce",
     "lightly",
@@ -148,8 +150,8 @@ class Peer:
             raise ImportError(f"{needs}, found {found}")
         _imported[module] = self.swaps
 
-    def load(self, module: str) -> ModuleType:
-        """A module of the peer."""
+    def load(self, module: str) -> Any:
+        """A module of the peer, whose classes are bases of ours."""
         return importlib.import_module(module)
 
     def fused(
@@ -169,7 +171,8 @@ class Peer:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version)[0].split("."))
+    numbers = known(re.match(r"\d+(\.\d+)*", version))[0]
+    return tuple(int(part) for part in numbers.split("."))
 
 
 def patch(peer: str, *names: str, **options: str) -> None:

@@ -15,22 +15,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses.clip import clip_loss, siglip_loss
 from ..types import statistics_dtype
 from .swap import Peer, Unfused
 
 PEER = Peer("transformers", "transformers", ("5.12", "5.25"))
-clip = PEER.load("transformers.models.clip.modeling_clip")
-siglip = PEER.load("transformers.models.siglip.modeling_siglip")
-siglip2 = PEER.load("transformers.models.siglip2.modeling_siglip2")
-can_return_tuple = PEER.load("transformers.utils.generic").can_return_tuple
+clip: Any = PEER.load("transformers.models.clip.modeling_clip")
+siglip: Any = PEER.load("transformers.models.siglip.modeling_siglip")
+siglip2: Any = PEER.load("transformers.models.siglip2.modeling_siglip2")
+can_return_tuple: Any = PEER.load("transformers.utils.generic").can_return_tuple
 
 
 def _clip_or_siglip(output: type) -> Callable:
     def forward(
-        self,
+        self: Any,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -60,7 +60,7 @@ _siglip = PEER.fused(siglip.SiglipModel)(_clip_or_siglip(siglip.SiglipOutput))
 @PEER.fused(siglip2.Siglip2Model)
 @can_return_tuple
 def _siglip2(
-    self,
+    self: Any,
     input_ids: Tensor | None = None,
     pixel_values: Tensor | None = None,
     pixel_attention_mask: Tensor | None = None,
@@ -102,7 +102,7 @@ class Siglip2Model(siglip2.Siglip2Model):
 
 
 def _forward(
-    model: nn.Module,
+    model: Any,
     output: type,
     text: dict[str, Any],
     image: dict[str, Any],

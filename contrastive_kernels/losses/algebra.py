@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +42,11 @@ def log_count(count: int | Tensor, dtype: torch.dtype) -> float | Tensor:
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)); F.softplus turns linear above 20 by default, too coarse for float64."""
     return F.softplus(x, threshold=40.0)
+
+
+def add_up(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors, of at least one."""
+    return reduce(add, parts)
 
 
 def log_add(total: Tensor, *parts: Tensor) -> Tensor:

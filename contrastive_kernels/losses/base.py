@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, Literal, ParamSpec, Protocol, overload
 
 from torch import Tensor, nn
 
 from ..distributed import collective
-from ..types import Loss
+from ..types import Loss, LossStats
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
 
 OPTIONS = {
     "temperature": "a number > 0 that similarities are divided by.",
@@ -39,7 +39,34 @@ Raises:
     NotImplementedError: a second derivative with another backend than "reference"."""
 
 
-def loss(function: Callable[P, R]) -> Callable[P, R]:
+class LossFunction(Protocol[P]):
+    """What type checkers see of a loss: whether LossStats come with it depends on `return_stats`.
+
+    Its other arguments are not checked where that is True.
+    """
+
+    __name__: str
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # the first that fits counts
+        self, *args: Any, return_stats: Literal[True], **options: Any
+    ) -> tuple[Tensor, LossStats]: ...
+
+    @overload
+    def __call__(self, *args: P.args, **options: P.kwargs) -> Tensor: ...
+
+
+@overload
+def loss(  # type: ignore[overload-overlap]  # likewise
+    function: Callable[P, Tensor],
+) -> Callable[P, Tensor]: ...
+
+
+@overload
+def loss(function: Callable[P, Loss]) -> LossFunction[P]: ...
+
+
+def loss(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a loss: it may join a `group`, and its help describes every option."""
     function.__doc__ = _documented(function)
     return collective(function)
@@ -80,6 +107,7 @@ class ContrastiveLoss(nn.Module):
     """
 
     function: ClassVar[Callable[..., Loss]]
+    __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls) -> None:
         options = [p for p in inspect.signature(cls.function).parameters.values() if _is_option(p)]

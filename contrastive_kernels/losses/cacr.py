@@ -25,8 +25,8 @@ from ..checks import (
 from ..distributed import Batch, join
 from ..ops import operands, row_dot, sweep
 from ..sources import NegativeSource, as_source, is_source
-from ..types import Group, IdPair, Loss, LossStats, Sweep, statistics_dtype
-from .algebra import log_count, replicated, unit
+from ..types import Group, IdPair, Loss, LossStats, Sweep, known, statistics_dtype
+from .algebra import add_up, log_count, replicated, unit
 from .base import ContrastiveLoss, loss
 
 
@@ -124,8 +124,8 @@ def cacr(
         similarity = row_dot(query, positives, normalize=normalize, backend=backend)
     stats = _stats(batch.mean(similarity), [out], options, batch)
     if k == 1:
-        accuracy = batch.mean((out.rank == 0).to(value.dtype))
-        stats = stats._replace(accuracy=accuracy, rank=out.rank)
+        rank = known(out.counts).rank
+        stats = stats._replace(accuracy=batch.mean((rank == 0).to(value.dtype)), rank=rank)
     return value, stats
 
 
@@ -170,7 +170,7 @@ def cacr_views(
     pairs = list(combinations(range(v), 2))
     z = unit(views, normalize)
     distance = {pair: (z[pair[0]] - z[pair[1]]).square().sum(-1) for pair in pairs}
-    attraction = sum(
+    attraction = add_up(
         _attraction(
             torch.stack([distance[min(i, j), max(i, j)] for j in range(v) if j != i], 1),
             t_pos,
@@ -188,13 +188,13 @@ def cacr_views(
         )
         repulsions.append(repulsion)
         sweeps.append(out)
-    losses = (alpha / v) * attraction + (beta / len(pairs)) * sum(repulsions)
+    losses = (alpha / v) * attraction + (beta / len(pairs)) * add_up(repulsions)
     value = batch.reduce_rows(losses, reduction)
     if not return_stats:
         return value
     similarity = batch.mean(torch.stack([(z[i] * z[j]).sum(-1) for i, j in pairs]))
     stats = _stats(similarity, sweeps, options, batch)
-    correct = torch.stack([out.rank == 0 for out in sweeps])
+    correct = torch.stack([known(out.counts).rank == 0 for out in sweeps])
     return value, stats._replace(accuracy=batch.mean(correct.to(value.dtype)))
 
 
@@ -279,14 +279,14 @@ class _UnitDistance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, positives: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, positives: Tensor) -> Tensor:
         difference = unit(positives, True) - unit(query, True).unsqueeze(1)
         distance = torch.linalg.vector_norm(difference, dim=-1).square()
         ctx.save_for_backward(query, positives, distance)
         return distance
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         query, positives, distance = ctx.saved_tensors
         direction = unit(query, True)
         difference = unit(positives, True) - direction.unsqueeze(1)
@@ -350,7 +350,8 @@ def _repulsion(
     threshold = None if distance is None else (t_neg * (shift - distance)).detach()
     if options.cost == "euclidean":
         out = at(t_neg, mean=True, threshold=threshold)
-        mean = _with_gradient(out.mean, out.lse) if options.detach else out.mean
+        mean = known(out.mean)
+        mean = _with_gradient(mean, out.lse) if options.detach else mean
         return mean / t_neg - shift, out
     out = at(t_neg, threshold=threshold)
     t = t_neg + options.rbf_t
@@ -369,7 +370,8 @@ def _with_gradient(value: Tensor, source: Tensor) -> Tensor:
 def _stats(similarity: Tensor, sweeps: list[Sweep], options: Options, batch: Batch) -> LossStats:
     negative = None
     if options.normalize:
-        total = batch.total_of(sum(out.total.sum() for out in sweeps))
-        count = batch.total_of(sum(out.count.sum() for out in sweeps))
-        negative = total / count / (2 * options.t_neg)
+        counts = [known(out.counts) for out in sweeps]
+        total = batch.total_of(add_up(each.total.sum() for each in counts))
+        pairs = batch.total_of(add_up(each.pairs.sum() for each in counts))
+        negative = total / pairs / (2 * options.t_neg)
     return LossStats(positive_similarity=similarity, negative_similarity=negative)

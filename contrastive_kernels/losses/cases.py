@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..types import known
 from .base import ContrastiveLoss
 
 # What a letter of a shape stands for, unless a case or its user says otherwise.
@@ -205,8 +206,8 @@ def tensors(
     device = torch.get_default_device() if device is None else torch.device(device)
     if parts is not None:
         sizes["N"] = sum(parts)
-    known = sizes_of(case, sizes)
-    source = _Source(torch.Generator(device).manual_seed(seed), known, parts or (known["N"],))
+    every = sizes_of(case, sizes)
+    source = _Source(torch.Generator(device).manual_seed(seed), every, parts or (every["N"],))
     made: dict[str, Tensor] = {}
     for name, given in case.inputs.items():
         match given.kind:
@@ -215,13 +216,13 @@ def tensors(
             case "queue" | "chunks":
                 made[name] = F.normalize(source.normal(given), dim=-1)
             case "view":
-                axes = case.inputs[given.of].shape
+                axes = case.inputs[known(given.of)].shape
                 broadcast = tuple(slice(None) if axis in axes else None for axis in given.shape)
-                made[name] = made[given.of][broadcast] + noise * source.normal(given)
+                made[name] = made[known(given.of)][broadcast] + noise * source.normal(given)
             case "number":
-                made[name] = torch.tensor(*given.values, dtype=torch.float64, device=device)
+                made[name] = torch.tensor(given.values[0], dtype=torch.float64, device=device)
             case "same":
-                made[name] = made[given.of]
+                made[name] = made[known(given.of)]
             case "ids":
                 made[name] = source.ids(given)
             case "permutations":
@@ -247,11 +248,15 @@ class _Source(NamedTuple):
         return [sum(size for _, size in terms(axis, self.sizes)) for axis in given.shape]
 
     def normal(self, given: Input) -> Tensor:
-        like = {"dtype": torch.float64, "device": self.generator.device}
-        return torch.randn(self.shape(given), generator=self.generator, **like)
+        return torch.randn(
+            self.shape(given),
+            generator=self.generator,
+            dtype=torch.float64,
+            device=self.generator.device,
+        )
 
     def ids(self, given: Input) -> Tensor:
-        blocks = zip(given.values, terms(*given.shape, self.sizes), strict=True)
+        blocks = zip(given.values, terms(given.shape[0], self.sizes), strict=True)
         values = [cycle[i % len(cycle)] for cycle, (_, size) in blocks for i in range(size)]
         return torch.tensor(values, device=self.generator.device)
 

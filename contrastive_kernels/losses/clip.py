@@ -96,7 +96,7 @@ def siglip_loss(
     value = add_rows(out.value, softplus(-pos), reduction, batch)
     if not return_stats:
         return value
-    return value, pair_stats(dot, [out], scale, batch, bias=bias)
+    return value, pair_stats(dot, [out.counts], scale, batch, bias=bias)
 
 
 class CLIPLoss(ContrastiveLoss):

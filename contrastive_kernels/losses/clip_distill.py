@@ -59,11 +59,11 @@ def clip_distill(
     Returns:
         0-d, or (N,): the average of the two directions of each pair.
     """
-    rows = group is None  # else the rank's part may be empty
-    n = check_views("image_features", image_features, "text_features", text_features, rows=rows)
+    whole = group is None  # else the rank's part may be empty
+    n = check_views("image_features", image_features, "text_features", text_features, rows=whole)
     teachers = check_views(
         "teacher_image_features", teacher_image_features,
-        "teacher_text_features", teacher_text_features, rows=rows,
+        "teacher_text_features", teacher_text_features, rows=whole,
     )  # fmt: skip
     if teachers != n:
         raise ValueError(
@@ -118,7 +118,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, summed: bool, recorded: bool,
+        ctx: Any, summed: bool, recorded: bool,
         x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor,
     ) -> Tensor:  # fmt: skip
         features = x, y, teacher_x, teacher_y

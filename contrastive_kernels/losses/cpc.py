@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,7 +85,7 @@ def cpc(
         check_other_rows("targets", batch.total)
 
     queries = torch.cat([predictions[:, : times - 1 - s, s] for s in range(steps)], 1)
-    options = {"normalize": normalize, "backend": backend}
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     count = queries.shape[1]
     queries = queries.flatten(0, 1)
     dot = row_dot(queries, _of_queries(targets, steps).flatten(0, 1), **options)
@@ -100,7 +102,7 @@ def cpc(
     value = every_query.reduce_rows(rows.view(n, count), reduction)
     if not return_stats:
         return value
-    stats = pair_stats(dot, [out], scale, every_query, lse=rows + pos)
+    stats = pair_stats(dot, [out.counts], scale, every_query, lse=rows + pos)
     every = every_target.total
     sizes = {"sequences": every - times, "times": times - 1, "both": every - 1}
     bound = mi_lower_bound(every_query.mean(rows), sizes[negatives_from])

@@ -95,7 +95,7 @@ def gist(
     if sharded_negatives and (whole or negatives is None):
         raise ValueError("sharded_negatives needs a group and negatives")
     m = 0
-    if negatives is not None:
+    if negatives is not None and negatives_guide is not None:
         check_features("negatives", negatives, (2,), rows=not sharded_negatives)
         check_pair(anchor, negatives, "anchor", "negatives")
         _check_guide("negatives", negatives, negatives_guide)
@@ -128,7 +128,7 @@ def gist(
         contrasts.append(lse(*anchors, *every_anchor, limit, None))
     if contrast_positives:
         contrasts.append(lse(*positives, *every_positive, limit, None))
-    if negatives is not None:
+    if negatives is not None and negatives_guide is not None:
         keys, keys_guide = unit(negatives, normalize), unit(negatives_guide.detach(), normalize)
         if sharded_negatives:  # else every rank has them all
             keys, keys_guide = others.gather_keys(keys), others.gather_keys(keys_guide)

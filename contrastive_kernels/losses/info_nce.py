@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..checks import (
 from ..distributed import Batch, join
 from ..ops import operands, row_dot, sweep
 from ..sources import NegativeSource, as_source, is_source
-from ..types import Group, IdPair, Loss
+from ..types import Group, IdPair, Loss, known
 from .algebra import count_equal_ids, log_add, log_count, replicated, softplus
 from .base import ContrastiveLoss, loss
 from .stats import mi_lower_bound, pair_stats
@@ -205,7 +206,7 @@ def contrast(
         count = _count_negatives(seen, in_batch, unmasked)
     margin = _log_margin(alpha, count, pos)
 
-    options = {"scale": scale, "normalize": normalize, "backend": backend}
+    options: dict[str, Any] = {"scale": scale, "normalize": normalize, "backend": backend}
     sweeps = []
     if in_batch:
         if batch_ids is None:
@@ -232,19 +233,21 @@ def contrast(
     losses = rows
     if symmetric:
         if count is not None:
-            flipped = None if exclude is None else (batch_ids[1], batch_ids[0])
+            flipped = None if exclude is None else known(batch_ids)[::-1]
             column_count = _count_negatives([(flipped, batch)], True, unmasked)
             margin = _log_margin(alpha, column_count, pos)
-        columns = _rows(sweeps[0].col_lse, pos, margin, unmasked)
+        columns = _rows(known(sweeps[0].col_lse), pos, margin, unmasked)
         losses = 0.5 * (rows + columns)
     value = batch.reduce_rows(losses, reduction)
     if not return_stats:
         return value
     extra = None if unmasked is None else (unmasked, pos)
-    stats = pair_stats(dot, sweeps, scale, batch, lse=rows + pos, extra=extra)
+    stats = pair_stats(
+        dot, [out.counts for out in sweeps], scale, batch, lse=rows + pos, extra=extra
+    )
     if key_bias is not None:
         stats = stats._replace(negative_similarity=None)
-    if alpha is None:
+    if alpha is None and count is not None:
         bound = batch.mean(mi_lower_bound(rows, count))
         if symmetric:
             bound = 0.5 * (bound + batch.mean(mi_lower_bound(columns, column_count)))
@@ -263,7 +266,8 @@ def _count_negatives(
     if any(ids is None for ids, _ in seen):
         return kept - 1 if in_batch else kept
     for ids, batch in seen:
-        kept = kept - count_equal_ids(ids[0], batch.all_ids(ids[1]))
+        row_ids, col_ids = known(ids)
+        kept = kept - count_equal_ids(row_ids, batch.all_ids(col_ids))
     return kept if unmasked is None else kept - unmasked.long()
 
 
@@ -271,7 +275,7 @@ def _log_margin(
     alpha: float | None, count: int | Tensor | None, like: Tensor
 ) -> float | Tensor | None:
     """log(alpha / count), 0 for a row without negatives; None without alpha."""
-    if alpha is None:
+    if alpha is None or count is None:
         return None
     margin = math.log(alpha) - log_count(count, like.dtype)
     return torch.where(count > 0, margin, 0.0) if isinstance(count, Tensor) else margin
@@ -283,7 +287,8 @@ def _above(
     """`threshold`, raised above the rounding of the logit of a positive that a row still sees."""
     if threshold is None or unmasked is None:
         return threshold
-    rounding = 32 * torch.finfo(threshold.dtype).eps * (threshold.abs() + abs(scale))
+    size = scale.abs() if isinstance(scale, Tensor) else abs(scale)
+    rounding = 32 * torch.finfo(threshold.dtype).eps * (threshold.abs() + size)
     return torch.where(unmasked, threshold + rounding, threshold).detach()
 
 
@@ -300,5 +305,5 @@ def _rows(
     gap = gap.clamp(min=0)
     if margin is None:
         return torch.where(unmasked, gap, rows)
-    ratio = margin.exp()
+    ratio = margin.exp() if isinstance(margin, Tensor) else math.exp(margin)
     return torch.where(unmasked, gap + torch.log1p((1 - ratio) * torch.expm1(-gap)), rows)

@@ -22,8 +22,8 @@ from ..checks import (
 )
 from ..distributed import Batch, Shards, join
 from ..ops import operands, row_dot, sweep
-from ..types import Group, IdPair, Loss, Sweep
-from .algebra import log_add
+from ..types import Counts, Group, IdPair, Loss, Sweep, known
+from .algebra import add_up, log_add
 from .base import ContrastiveLoss, loss
 from .stats import mi_lower_bound, pair_stats
 
@@ -102,7 +102,7 @@ def mnrl(
     ids = batch.own_ids(query.device)
     document_ids = ids if pairs else of_documents.own_ids(query.device, repeat=blocks)
     same_query = (ids if pairs else document_ids[:n], document_ids)
-    options = {"normalize": normalize, "backend": backend}
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     dots = row_dot(query, own, **options)
     dot, pos = dots[:, 0], scale * dots[:, 0]
     backward = "doc_to_query" in directions
@@ -120,7 +120,7 @@ def mnrl(
 
     if backward:
         # the columns of the same sweep, unless its logits are not those of this direction
-        columns = lse(positive, query, (ids, ids), batch) if in_batch else out.col_lse[:n]
+        columns = lse(positive, query, (ids, ids), batch) if in_batch else known(out.col_lse)[:n]
         logits["doc_to_query"] = [columns]
     if "query_to_query" in directions:
         logits["query_to_query"] = [lse(query, None, (ids, ids), batch)]
@@ -131,12 +131,12 @@ def mnrl(
     if partition_mode == "joint":
         rows = _excess(chain(*logits.values()), pos, 2 if backward else 1)
     else:
-        rows = sum(_excess(part, pos) for part in logits.values()) / len(logits)
+        rows = add_up(_excess(part, pos) for part in logits.values()) / len(logits)
     value = batch.reduce_rows(rows, reduction)
     if not return_stats:
         return value
-    sweeps = [out] if pairs else [out, _counts(sharp * dots.detach())]
-    stats = pair_stats(dot, sweeps, sharp, batch, lse=rows + pos)
+    counts = [out.counts] if pairs else [out.counts, _counts(sharp * dots.detach())]
+    stats = pair_stats(dot, counts, sharp, batch, lse=rows + pos)
     if len(logits) == 1 and not (in_batch or own_negatives):
         bound = mi_lower_bound(batch.mean(rows), blocks * batch.total - 1)
         stats = stats._replace(mi_lower_bound=bound)
@@ -168,11 +168,12 @@ def _check_documents(query: Tensor, documents: Tensor | Sequence[Tensor], rows: 
 def _count_blocks(batch: Batch, of_documents: Batch) -> int:
     """1 + K, the number of documents of each query; a rank without rows learns it from others."""
     blocks = of_documents.total // batch.total
-    if isinstance(batch, Shards) and of_documents.sizes != batch.times(blocks).sizes:
-        raise ValueError(
-            "documents must be as many for each query on every rank of group, got "
-            f"{of_documents.sizes} for {batch.sizes} rows of query"
-        )
+    if isinstance(batch, Shards) and isinstance(of_documents, Shards):
+        if of_documents.sizes != batch.times(blocks).sizes:
+            raise ValueError(
+                "documents must be as many for each query on every rank of group, got "
+                f"{of_documents.sizes} for {batch.sizes} rows of query"
+            )
     return blocks
 
 
@@ -208,8 +209,9 @@ def _sweep_harder(
 ) -> tuple[Sweep, float | Tensor]:
     """A sweep over scale <x, y> + strength * stop_grad(<x, y>), and the scale that it ran with;
     `threshold` is a similarity."""
+    share: float | Tensor = 1.0
     if not strength:
-        share, sharp = 1.0, scale
+        sharp = scale
     else:
         share = scale / (scale + strength)
         share = share.detach() if isinstance(share, Tensor) else share
@@ -229,12 +231,11 @@ def _excess(logits: Iterable[Tensor], pos: Tensor, positives: int = 1) -> Tensor
     return log_add(start, *(z - pos for z in logits))
 
 
-def _counts(logits: Tensor) -> Sweep:
+def _counts(logits: Tensor) -> Counts:
     """What `pair_stats` needs of the hard negatives, logits (N, 1 + K), the positive first."""
     pos, negatives = logits[:, :1], logits[:, 1:]
-    return Sweep(
-        lse=negatives.logsumexp(1),
+    return Counts(
         rank=(negatives > pos).sum(1),
         total=negatives.sum(1),
-        count=torch.full_like(pos[:, 0], negatives.shape[1]),
+        pairs=torch.full_like(pos[:, 0], negatives.shape[1]),
     )

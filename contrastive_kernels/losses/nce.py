@@ -17,7 +17,7 @@ from ..checks import (
     resolve_scale,
     scalar,
 )
-from ..distributed import Batch, GroupCall, collective, join
+from ..distributed import Batch, GroupLike, collective, join
 from ..ops import operands, row_dot, softplus_sweep, sweep
 from ..sources import NegativeSource, as_source
 from ..types import Group, Loss
@@ -73,7 +73,7 @@ def nce(
     negatives = _check(query, key, negatives, num_data, group)
     backend = resolve_backend(backend, query.device)
     batch, negatives, others = _join(group, query, negatives)
-    options = {"normalize": normalize, "backend": backend}
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     if log_z is None:
         log_z = _estimate(query, key, negatives, scale, num_data, batch, others, options)
     dot = row_dot(query, key, **options)
@@ -85,7 +85,7 @@ def nce(
     value = add_rows(out.value, softplus(-pos), reduction, batch)
     if not return_stats:
         return value
-    return value, pair_stats(dot, [out], scale, batch, bias=bias)
+    return value, pair_stats(dot, [out.counts], scale, batch, bias=bias)
 
 
 @collective
@@ -110,6 +110,7 @@ def estimate_log_z(
 
 class NCE(ContrastiveLoss):
     function = staticmethod(nce)
+    log_z: Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -139,7 +140,7 @@ def _read_estimated(module: NCE, _incompatible_keys: Any) -> None:
 
 
 def _check(
-    query: Tensor, key: Tensor, negatives: Any, num_data: int, group: GroupCall | None
+    query: Tensor, key: Tensor, negatives: Any, num_data: int, group: GroupLike
 ) -> Tensor | NegativeSource:
     """The negatives, or raise."""
     n = check_views("query", query, "key", key, rows=group is None)
@@ -150,7 +151,7 @@ def _check(
 
 
 def _join(
-    group: GroupCall | None, query: Tensor, negatives: Tensor | NegativeSource
+    group: GroupLike, query: Tensor, negatives: Tensor | NegativeSource
 ) -> tuple[Batch, Tensor | NegativeSource, Batch | None]:
     """(batch of the rows, the negatives, what a sweep takes as their batch)"""
     n, m = query.shape[0], negatives.shape[-2]

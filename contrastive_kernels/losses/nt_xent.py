@@ -17,7 +17,7 @@ from ..checks import (
     check_views,
     resolve_scale,
 )
-from ..distributed import Batch, GroupCall, join
+from ..distributed import Batch, GroupLike, join
 from ..ops import operands, row_dot, sweep
 from ..types import Group, Loss, Sweep
 from .algebra import log_count, softplus
@@ -58,7 +58,7 @@ def nt_xent(
     value = views.anchors.reduce_rows(rows, reduction)
     if not return_stats:
         return value
-    stats = pair_stats(dot, [out], scale, views.batch, lse=rows + pos)
+    stats = pair_stats(dot, [out.counts], scale, views.batch, lse=rows + pos)
     bound = mi_lower_bound(views.batch.mean(rows), views.anchors.total - 2)
     return value, stats._replace(mi_lower_bound=bound)
 
@@ -110,7 +110,7 @@ def dcl(
     value = views.anchors.reduce_rows(out.lse - pos, reduction)
     if not return_stats:
         return value
-    return value, pair_stats(dot, [out], scale, views.batch, lse=out.lse)
+    return value, pair_stats(dot, [out.counts], scale, views.batch, lse=out.lse)
 
 
 @loss
@@ -178,7 +178,7 @@ def hcl(
         log_r = out.lse - views.sweep_negatives(beta * scale).lse + log_n
     log_g = _log_debiased(log_r, pos + log_n, tau_plus).clamp(min=log_n - scale)
     value = views.anchors.reduce_rows(softplus(log_g - pos), reduction)
-    return (value, pair_stats(dot, [out], sharp, views.batch)) if return_stats else value
+    return (value, pair_stats(dot, [out.counts], sharp, views.batch)) if return_stats else value
 
 
 class NTXent(ContrastiveLoss):
@@ -213,7 +213,7 @@ class Views(NamedTuple):
         z2: Tensor,
         normalize: bool,
         backend: str,
-        group: GroupCall | None,
+        group: GroupLike,
         exchange: str,
     ) -> Views:
         """Of arguments of a loss, or raise."""

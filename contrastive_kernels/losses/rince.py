@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def rince(
     else:
         keys, key_batch = replicated(negatives, n, others)
 
-    options = {"normalize": normalize, "backend": backend}
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     dot = row_dot(query, key, **options)
     pos = scale * dot
     pairs = operands(query, keys, scale=scale, exclude=exclude, batch=key_batch, **options)
@@ -93,7 +94,7 @@ def rince(
     value = batch.reduce_rows(rows, reduction)
     if not return_stats:
         return value
-    return value, pair_stats(dot, [out], scale, batch, lse=gap + pos)
+    return value, pair_stats(dot, [out.counts], scale, batch, lse=gap + pos)
 
 
 class RINCE(ContrastiveLoss):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..distributed import Batch
-from ..types import LossStats, SoftplusSweep, Sweep
-from .algebra import log_count
+from ..types import Counts, LossStats, known
+from .algebra import add_up, log_count
 
 
 def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:
@@ -27,7 +29,7 @@ def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:
 
 def pair_stats(
     dot: Tensor,
-    sweeps: list[Sweep | SoftplusSweep],
+    counts: Sequence[Counts | None],
     scale: float | Tensor,
     batch: Batch,
     *,
@@ -37,12 +39,13 @@ def pair_stats(
 ) -> LossStats:
     """Statistics of a loss with one positive for each row, of similarity `dot`.
 
-    `sweeps` saw the negatives at logits scale * similarity + bias. `extra` = (rows, logits) marks
-    the rows whose positive the sweeps counted too.
+    `counts` are there, of sweeps that saw the negatives at logits scale * similarity + bias.
+    `extra` = (rows, logits) marks the rows whose positive the sweeps counted too.
     """
-    rank = sum(out.rank for out in sweeps)
-    total = sum(out.total.sum() for out in sweeps)
-    count = sum(out.count.sum() for out in sweeps)
+    found = [known(each) for each in counts]
+    rank = add_up(each.rank for each in found)
+    total = add_up(each.total.sum() for each in found)
+    count = add_up(each.pairs.sum() for each in found)
     if extra is not None:
         total = total - (extra[0] * extra[1]).sum()
         count = count - extra[0].sum()

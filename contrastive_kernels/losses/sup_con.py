@@ -18,7 +18,7 @@ from ..checks import (
 )
 from ..distributed import Batch, Shards, join
 from ..ops import operands, sweep
-from ..types import Group, Loss, LossStats, Sweep
+from ..types import Group, Loss, LossStats, Sweep, known
 from .algebra import count_equal_ids, softplus, unit
 from .base import ContrastiveLoss, loss
 
@@ -81,11 +81,11 @@ def sup_con(
     if not return_stats:
         return value
     # an only positive is not in the sweep
-    lone, pos = out.count == 1, out.positive.detach()
-    lse = out.sweep.lse.detach()
-    positives = batch.total_of(out.count.sum())
-    negatives = batch.total_of((out.sweep.count - torch.where(lone, 0, out.count)).sum())
-    total = batch.total_of((out.sweep.total - torch.where(lone, 0.0, pos)).sum())
+    lone, pos = out.positives == 1, out.positive.detach()
+    lse, counts = out.sweep.lse.detach(), known(out.sweep.counts)
+    positives = batch.total_of(out.positives.sum())
+    negatives = batch.total_of((counts.pairs - torch.where(lone, 0, out.positives)).sum())
+    total = batch.total_of((counts.total - torch.where(lone, 0.0, pos)).sum())
     stats = LossStats(
         positive_similarity=batch.total_of(pos.sum()) / (scale * positives),
         negative_similarity=total / (scale * negatives),
@@ -106,7 +106,7 @@ class SupConRows(NamedTuple):
 
     loss: Tensor
     positive: Tensor
-    count: Tensor
+    positives: Tensor
     sweep: Sweep
 
 
@@ -144,7 +144,7 @@ def sup_con_rows(
         count = torch.searchsorted(ordered, labels, right=True, out_int32=True) - place - 1
         only = ref_only = count == 1
     else:
-        itself = 0 if own is None else 1
+        ref_labels, itself = known(ref_labels), 0 if own is None else 1
         count = count_equal_ids(labels, ref_labels) - itself
         ref_place = torch.searchsorted(ordered, ref_labels).clamp(max=n - 1)
         ref_place = torch.where(ordered[ref_place] == ref_labels, ref_place, n)
@@ -156,7 +156,8 @@ def sup_con_rows(
     ref_ids = torch.where(ref_only, ref_place, ref_ids)
     ids = ref_ids
     if ref is not None:
-        ids = torch.where(only, place, -1 if own is None else n + 1 + own)
+        itself_ids = -1 if own is None else n + 1 + own
+        ids = torch.where(only, place, itself_ids)
     pairs = operands(
         features, ref, scale=scale, exclude=(ids, ref_ids), normalize=normalize, backend=backend,
         batch=batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def w_mse(
         check_ids("permutations", permutations, (permutations.shape[0], n))
     permutations = permutations.long()
     views = views.to(statistics_dtype(views))
-    distance = view_distance
+    distance: Callable[[Tensor, bool], Tensor] = view_distance
     if backend == "reference":
         permuted = views.index_select(1, permutations.flatten())
         distance = dense_view_distance

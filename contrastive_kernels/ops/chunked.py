@@ -18,7 +18,7 @@ from torch import Tensor
 from ..autograd import once_differentiable
 from ..backends import can_attend
 from ..sources import NegativeSource
-from ..types import IdPair, SoftplusSweep, Sweep, statistics_dtype
+from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
 from . import pairs
 from .pairs import Gradients, Needs, Pairs, merge, operand_dtype
 
@@ -95,14 +95,17 @@ def softmax(given: Pairs, *, mean: bool, threshold: Tensor | None) -> Sweep:
     lse, row_mean, rank, total, count = _apply(
         _Softmax, x, given, threshold, chunks._replace(mean=mean)
     )
-    return Sweep(lse, row_mean, rank=rank, total=total, count=count)
+    counts = None if threshold is None else Counts(rank, total, count)
+    return Sweep(lse, row_mean, counts=counts)
 
 
 def softplus(given: Pairs, *, threshold: Tensor | None) -> SoftplusSweep:
     """`primitives.softplus_sweep` likewise; `bias` is (M,) or, the same for all keys, 0-d."""
     x, chunks = _operands(given)
     attend = _needs_grad(x) and not _needs_grad(given.scale, given.bias)
-    return SoftplusSweep(*_apply(_Softplus, x, given, threshold, chunks._replace(attend=attend)))
+    chunks = chunks._replace(attend=attend)
+    value, *counts = _apply(_Softplus, x, given, threshold, chunks)
+    return SoftplusSweep(value, None if threshold is None else Counts(*counts))
 
 
 def _operands(given: Pairs) -> tuple[Tensor, Chunks]:
@@ -117,7 +120,7 @@ def _apply(
     given: Pairs,
     threshold: Tensor | None,
     chunks: Chunks,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     apply = function.apply
     if torch.compiler.is_compiling():  # a graph cannot hold passes over a file
         apply = torch.compiler.disable(apply)
@@ -139,10 +142,10 @@ class _Softmax(torch.autograd.Function):
         stats = None  # lse and what merges with its weights: the mean, or attended and slope
         for _, block in chunks.blocks(x, scale, bias, ids):
             out = pairs.softmax(block, mean=chunks.mean, threshold=threshold, attend=chunks.attend)
-            for sums, t in zip(counts, (out.rank, out.total, out.count), strict=False):
+            for sums, t in zip(counts, out.counts or (), strict=True):
                 sums += t
-            made = (out.lse, out.mean, out.attended, out.slope)
-            made = [t.view(len(x), -1) for t in made if t is not None and len(t)]
+            found = (out.lse, out.mean, out.attended, out.slope)
+            made = [t.view(len(x), -1) for t in found if t is not None and len(t)]
             part = torch.cat(made, 1).double()
             stats = part if stats is None else merge(stats, part)
         if stats is None:  # there are no rows
@@ -169,13 +172,14 @@ class _Softmax(torch.autograd.Function):
         x, scale, bias, ids, (lse, mean, attended, slope) = _saved(ctx)
         if grad_lse is None and grad_mean is None:
             return 6 * (None,)
-        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        stats = Sweep(known(lse), mean, attended=attended, slope=slope)
+        grad_lse = torch.zeros_like(stats.lse) if grad_lse is None else grad_lse
         if mean is not None and grad_mean is None:
             grad_mean = torch.zeros_like(mean)
-        stats = Sweep(lse, mean, attended=attended, slope=slope)
+        grads = Sweep(grad_lse, grad_mean)
 
         def gradients(block: Pairs, needs: Needs) -> Gradients:
-            return pairs.softmax_backward(block, stats, Sweep(grad_lse, grad_mean), needs)
+            return pairs.softmax_backward(block, stats, grads, needs)
 
         if attended is None:
             return _second_pass(ctx, x, scale, bias, ids, gradients)
@@ -196,11 +200,12 @@ class _Softplus(torch.autograd.Function):
         attended = _zeros(x, *x.shape) if chunks.attend else None
         ones = x.new_ones(len(x), dtype=statistics_dtype(x))
         for _, block in chunks.blocks(x, scale, bias, ids):
-            for total, t in zip(sums, pairs.softplus(block, threshold=threshold), strict=False):
+            out = pairs.softplus(block, threshold=threshold)
+            for total, t in zip(sums, (out.value, *(out.counts or ())), strict=True):
                 total += t
             if attended is not None:  # a row's gradient from above will be a factor
                 needs = Needs(x=True, y=False, scale=False, bias=False)
-                attended += pairs.softplus_backward(block, ones, needs).x
+                attended += known(pairs.softplus_backward(block, ones, needs).x)
         value, *counts = (t.to(ones.dtype) for t in sums)
         ctx.chunks = chunks
         _save(ctx, x, scale, bias, ids, attended)
@@ -248,17 +253,17 @@ def _second_pass(
     """The gradients of a Function's inputs, from those of all blocks."""
     needs = _needs(ctx)
     grad_x, grad_scale = _zeros(x, *x.shape), _zeros(x)
-    grad_bias = _zeros(x, *bias.shape) if needs.bias else None
+    grad_bias = None if bias is None or not needs.bias else _zeros(x, *bias.shape)
     for columns, block in ctx.chunks.blocks(x, scale, bias, ids):
         made = gradients(block, needs)
         if needs.x:
-            grad_x += made.x
+            grad_x += known(made.x)
         if needs.scale:
-            grad_scale += made.scale
-        if needs.bias and bias.dim():
-            grad_bias[columns] = made.bias
-        elif needs.bias:
-            grad_bias += made.bias.sum()
+            grad_scale += known(made.scale)
+        if grad_bias is not None and grad_bias.dim():
+            grad_bias[columns] = known(made.bias)
+        elif grad_bias is not None:
+            grad_bias += known(made.bias).sum()
     return _results(ctx, x, grad_x, grad_scale, grad_bias)
 
 
@@ -271,7 +276,7 @@ def _results(ctx: Any, x: Tensor, *gradients: Tensor | None) -> tuple[Tensor | N
     """Gradients of (x, scale, bias) as those of a Function's inputs."""
     dtypes = (x.dtype, *2 * (statistics_dtype(x),))
     given = zip(gradients, ctx.needs_input_grad[:3], dtypes, strict=True)
-    return *(g.to(dtype) if need else None for g, need, dtype in given), None, None, None
+    return *(known(g).to(dtype) if need else None for g, need, dtype in given), None, None, None
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:

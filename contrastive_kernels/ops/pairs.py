@@ -7,7 +7,7 @@ The functions ending in `_backward` are for who does the work of autograd by han
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..distributed.shards import Batch
 from ..sources import NegativeSource
-from ..types import IdPair, SoftplusSweep, Sweep, statistics_dtype
+from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
 from . import registration
 
 
@@ -42,6 +42,11 @@ class Pairs(NamedTuple):
     @property
     def keys(self) -> Tensor | NegativeSource:
         return self.x if self.y is None else self.y
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """y, where it is known not to come in chunks."""
+        return cast("Tensor | None", self.y)
 
 
 class Needs(NamedTuple):
@@ -87,7 +92,7 @@ def softmax(
     if pairs.backend == "reference":
         with full_precision(pairs.x):
             return reference.sweep(
-                pairs.x, pairs.y, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
+                pairs.x, pairs.tensor, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
                 keep=pairs.keep, normalize=pairs.normalize, mean=mean, columns=columns,
                 threshold=threshold,
             )  # fmt: skip
@@ -97,15 +102,12 @@ def softmax(
         "row_stats", pairs.backend, **_operands(pairs), threshold=threshold, mean=mean,
         normalize=pairs.normalize, columns=columns, attend=attend,
     )  # fmt: skip
-    counted = threshold is not None
     return Sweep(
         lse=out.lse,
         mean=out.mean if mean else None,
         col_lse=out.col_lse if columns else None,
         col_mean=out.col_mean if columns and mean else None,
-        rank=out.rank if counted else None,
-        total=out.total if counted else None,
-        count=out.count if counted else None,
+        counts=None if threshold is None else Counts(out.rank, out.total, out.count),
         attended=out.attended if attend else None,
         slope=out.slope if attend else None,
     )
@@ -118,7 +120,7 @@ def softplus(
     if pairs.backend == "reference":
         with full_precision(pairs.x):
             return reference.softplus_sweep(
-                pairs.x, pairs.keys, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
+                pairs.x, pairs.tensor, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
                 keep=pairs.keep, normalize=pairs.normalize, threshold=threshold,
             )  # fmt: skip
     out = registration.call(
@@ -127,7 +129,7 @@ def softplus(
     )  # fmt: skip
     if threshold is None:
         return SoftplusSweep(out.value)
-    return SoftplusSweep(out.value, out.rank, out.total, out.count)
+    return SoftplusSweep(out.value, Counts(out.rank, out.total, out.count))
 
 
 def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> Gradients:
@@ -167,7 +169,7 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat((lse, means), 1)
 
 
-def _operands(pairs: Pairs) -> dict:
+def _operands(pairs: Pairs) -> dict[str, Any]:
     """The arguments that all operators on pairs share."""
     exclude, keep = pairs.exclude or (None, None), pairs.keep or (None, None)
     one_side = pairs.y is None  # one set of ids serves rows and columns
@@ -181,16 +183,16 @@ def _operands(pairs: Pairs) -> dict:
 def _dense_backward(
     pairs: Pairs, stats: Sweep | None, grads: Sweep | Tensor, needs: Needs
 ) -> Gradients:
-    operands = {"x": pairs.x, "y": pairs.y, "scale": pairs.scale, "bias": pairs.bias}
-    leaves = {name: t if t is None else t.detach() for name, t in operands.items()}
+    operands = {"x": pairs.x, "y": pairs.tensor, "scale": pairs.scale, "bias": pairs.bias}
+    leaves: dict[str, Any] = {k: t if t is None else t.detach() for k, t in operands.items()}
     wanted = {name: leaves[name].requires_grad_() for name in leaves if getattr(needs, name)}
     with torch.enable_grad():
         block = pairs._replace(**leaves)
-        if stats is None:
+        if isinstance(grads, Tensor):
             given = [(softplus(block).value, grads)]
         else:
-            asked = {"mean": grads.mean is not None, "columns": grads.col_lse is not None}
-            out = softmax(block, **asked)
+            stats = known(stats)
+            out = softmax(block, mean=grads.mean is not None, columns=grads.col_lse is not None)
             given = [
                 *_shares(out.lse, out.mean, stats.lse, stats.mean, grads.lse, grads.mean),
                 *_shares(
@@ -214,8 +216,9 @@ def _shares(
     """(output, its gradient) of the lse and mean of a part of each row, from those of the whole."""
     if grad_lse is None:
         return []
+    lse, whole_lse = known(lse), known(whole_lse)
     share = (lse.detach() - whole_lse.masked_fill(whole_lse == -torch.inf, 0.0)).exp()
-    if mean is None:
+    if mean is None or grad_mean is None or whole_mean is None:
         return [(lse, share * grad_lse)]
     rest = grad_lse + grad_mean * (mean.detach() - whole_mean)
     return [(lse, share * rest), (mean, share * grad_mean)]

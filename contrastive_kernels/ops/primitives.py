@@ -9,6 +9,8 @@ public `row_stats` and `row_softplus`, and `checked_operands`, do.
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict, Unpack, overload
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from ..types import (
     RowStats,
     SoftplusSweep,
     Sweep,
+    known,
     statistics_dtype,
 )
 from . import chunked, pairs, registration, sharded
@@ -60,7 +63,7 @@ def operands(
     if y is None and not (bias is None and _same_ids(exclude) and _same_ids(keep)):
         y = x  # not a symmetric matrix
     if bias is not None and bias.dim() == 0 and not (is_source(y) or isinstance(batch, Shards)):
-        bias = bias.expand(y.shape[-2])
+        bias = bias.expand(known(y).shape[-2])
     return Pairs(x, y, scale, bias, exclude, keep, normalize, backend, batch)
 
 
@@ -116,13 +119,14 @@ def sweep(
     if isinstance(given.batch, Shards):
         return sharded.softmax(given, mean=mean, columns=columns, threshold=threshold)
     attend = False
-    if not (mean or columns or given.y is None or given.y.dim() == 3):
+    y = given.y
+    if not (mean or columns or y is None or y.dim() == 3):
         # the weighted mean of the keys is the gradient of the queries: take it in the same sweep
-        frozen = not (given.y.requires_grad or _requires_grad(given.bias))
+        frozen = not (y.requires_grad or _requires_grad(given.bias))
         attend = (
             given.x.requires_grad
             and torch.is_grad_enabled()
-            and can_attend(given.backend, given.x, given.y.dtype, frozen)
+            and can_attend(given.backend, given.x, y.dtype, frozen)
         )
     return pairs.softmax(given, mean=mean, columns=columns, threshold=threshold, attend=attend)
 
@@ -140,14 +144,15 @@ def softplus_sweep(
         out = sharded.softplus(given, threshold=threshold)
     else:
         attend = None
+        keys = given.x if given.y is None else given.y
         if (
             summed
             and threshold is None
             and can_sum(given.backend)
-            and given.keys.dim() == 2
+            and keys.dim() == 2
             and torch.is_grad_enabled()
         ):
-            operands = (given.x, given.keys, given.scale, given.bias)
+            operands = (given.x, keys, given.scale, given.bias)
             attend = Needs(*(_requires_grad(t) for t in operands))
         out = pairs.softplus(given, threshold=threshold, attend=attend)
     return out._replace(value=out.value.sum()) if summed else out
@@ -174,6 +179,41 @@ def keeps_frozen_keys(x: Tensor, y: Tensor, backend: str) -> bool:
     must not change before it."""
     needed = torch.is_grad_enabled() and x.requires_grad
     return needed and not can_attend(backend, x, y.dtype, frozen=True)
+
+
+class _Options(TypedDict, total=False):
+    scale: float | Tensor
+    bias: Tensor | None
+    exclude: IdPair | None
+    keep: IdPair | None
+    normalize: bool
+    backend: str
+
+
+@overload
+def row_stats(
+    x: Tensor,
+    y: Tensor | NegativeSource,
+    *,
+    columns: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> RowStats: ...
+
+
+@overload
+def row_stats(
+    x: Tensor,
+    y: Tensor | NegativeSource,
+    *,
+    columns: Literal[True],
+    **options: Unpack[_Options],
+) -> RowColumnStats: ...
+
+
+@overload
+def row_stats(
+    x: Tensor, y: Tensor | NegativeSource, *, columns: bool, **options: Unpack[_Options]
+) -> RowStats | RowColumnStats: ...
 
 
 def row_stats(
@@ -227,9 +267,10 @@ def row_stats(
         got = "in chunks" if is_source(y) else "of shape (N, M, D)"
         raise ValueError(f"columns=True needs keys of shape (M, D), got a y {got}")
     out = sweep(given, mean=True, columns=columns)
+    mean = known(out.mean)
     if columns:
-        return RowColumnStats(out.lse, out.mean, out.col_lse, out.col_mean)
-    return RowStats(out.lse, out.mean)
+        return RowColumnStats(out.lse, mean, known(out.col_lse), known(out.col_mean))
+    return RowStats(out.lse, mean)
 
 
 def row_softplus(

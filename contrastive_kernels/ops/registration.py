@@ -84,10 +84,10 @@ def _stats(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=statistics_dtype(x))
 
 
-def _gradients(needs: list[bool], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+def _gradients(needs: list[bool], x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    inputs = (x, *(x if t is None else t for t in others))
     return tuple(
-        t.new_empty(t.shape if need else (0,))
-        for need, t in zip(needs, (t if t is not None else inputs[0] for t in inputs), strict=True)
+        t.new_empty(t.shape if need else (0,)) for need, t in zip(needs, inputs, strict=True)
     )
 
 
@@ -298,9 +298,9 @@ def _autocast_rule(op: Callable, device: str) -> Callable:
 
     def call(x: Tensor, y: Tensor | None, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
-        x, y = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, y))
+        features = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, y))
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return op(x, y, *rest)
+            return op(*features, *rest)
 
     return call
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..autograd import once_differentiable
 from ..distributed.exchange import Exchange, KeyShard, choose
 from ..distributed.shards import Shards
-from ..types import SoftplusSweep, Sweep, statistics_dtype
+from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
 from . import pairs
 from .pairs import Gradients, Needs, Pairs, merge, operand_dtype
 
@@ -48,12 +48,14 @@ def softmax(given: Pairs, *, mean: bool, columns: bool, threshold: Tensor | None
     symmetric = given.y is None and not columns and threshold is None
     out = _apply(_Softmax, given, threshold, mean=mean, columns=columns, symmetric=symmetric)
     lse, row_mean, col_lse, col_mean, rank, total, count = out
-    return Sweep(lse, row_mean, col_lse, col_mean, rank, total, count)
+    counts = None if threshold is None else Counts(rank, total, count)
+    return Sweep(lse, row_mean, col_lse, col_mean, counts)
 
 
 def softplus(given: Pairs, *, threshold: Tensor | None) -> SoftplusSweep:
     """`primitives.softplus_sweep` likewise; `bias` is (n_r,) or, the same for all keys, 0-d."""
-    return SoftplusSweep(*_apply(_Softplus, given, threshold))
+    value, *counts = _apply(_Softplus, given, threshold)
+    return SoftplusSweep(value, None if threshold is None else Counts(*counts))
 
 
 def _apply(
@@ -63,7 +65,7 @@ def _apply(
     *,
     symmetric: bool = False,
     **asked: bool,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     # what the operators of Triton do under autocast, but before the keys travel
     x, y = (
         t.to(operand_dtype(given.backend, t.dtype, t.device))
@@ -95,9 +97,9 @@ class _Softmax(torch.autograd.Function):
             level = None if threshold is None else threshold[rows]
             out = pairs.softmax(block, mean=mean, columns=columns, threshold=level)
             stats[rows] = merge(stats[rows], _stacked(out.lse, out.mean))
-            for total, t in zip(counts, (out.rank, out.total, out.count), strict=False):
+            for total, t in zip(counts, out.counts or (), strict=True):
                 total[rows] += t
-            return _stacked(out.col_lse, out.col_mean) if columns else None
+            return _stacked(known(out.col_lse), out.col_mean) if columns else None
 
         loaded = exchange.load(shard._replace(keys=y))
         neutral = None
@@ -105,16 +107,15 @@ class _Softmax(torch.autograd.Function):
             neutral = stats.new_tensor([-torch.inf, 0.0][: 1 + mean])
         column_stats = exchange.run(_with_bias(loaded, exchange, bias), visit, neutral, merge)
         if options.symmetric:
-            stats, column_stats = merge(stats, column_stats), None
+            stats, column_stats = merge(stats, known(column_stats)), None
         ctx.options = options
         ctx.save_for_backward(
             x, scale, bias, stats, column_stats, *row_ids, loaded.keys, loaded.exclude, loaded.keep
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*counts)
-        return (
-            *_columns(stats, mean), *_columns(column_stats, mean), *(counts or 3 * (None,))
-        )  # fmt: skip
+        of_columns = (None, None) if column_stats is None else _columns(column_stats, mean)
+        return *_columns(stats, mean), *of_columns, *(counts or 3 * (None,))
 
     @staticmethod
     @once_differentiable
@@ -131,7 +132,9 @@ class _Softmax(torch.autograd.Function):
         elif options.symmetric:
             of_keys = torch.cat((stats, row_grads), 1)
 
-        def gradients(block: Pairs, rows: slice, key_stats: Tensor | None, needs: Needs):
+        def gradients(
+            block: Pairs, rows: slice, key_stats: Tensor | None, needs: Needs
+        ) -> Gradients:
             whole = Sweep(*_columns(stats[rows], mean))
             upstream = Sweep(*_columns(row_grads[rows], mean))
             if key_stats is not None and block.y is not None:
@@ -158,7 +161,7 @@ class _Softplus(torch.autograd.Function):
             block = _block(options, x, scale, bias, row_ids, rows, own, keys)
             if block is not None:
                 out = pairs.softplus(block, threshold=threshold)
-                for total, t in zip(sums, out, strict=False):
+                for total, t in zip(sums, (out.value, *(out.counts or ())), strict=True):
                     total += t
 
         loaded = exchange.load(shard._replace(keys=y))
@@ -178,7 +181,7 @@ class _Softplus(torch.autograd.Function):
         if grad is None:
             grad = x.new_zeros(x.shape[:1], dtype=statistics_dtype(x))
 
-        def gradients(block: Pairs, rows: slice, _: Tensor | None, needs: Needs):
+        def gradients(block: Pairs, rows: slice, _: Tensor | None, needs: Needs) -> Gradients:
             return pairs.softplus_backward(block, grad[rows], needs)
 
         return _backward(ctx, x, scale, bias, row_ids, loaded, None, gradients)
@@ -211,28 +214,28 @@ def _backward(
         needs = need._replace(y=need.y and not own)
         made = gradients(block, rows, keys.stats, needs)
         if need.x:
-            grad_x[rows] += made.x
+            grad_x[rows] += known(made.x)
         if need.scale:
-            grad_scale.add_(made.scale)
+            grad_scale.add_(known(made.scale))
         if need.bias and not by_key:
-            grad_bias.add_(made.bias.sum())
-        results = [made.y.to(dtype)] if needs.y else []
+            grad_bias.add_(known(made.bias).sum())
+        results = [known(made.y).to(dtype)] if needs.y else []
         if need.bias and by_key:
-            results.append(made.bias.unsqueeze(1))
+            results.append(known(made.bias).unsqueeze(1))
         return torch.cat(results, 1) if len(results) > 1 else next(iter(results), None)
 
     loaded = _with_bias(loaded, exchange, bias)
     loaded = loaded._replace(stats=exchange.load(KeyShard(stats=of_keys)).stats)
     neutral = x.new_zeros(width, dtype=dtype) if width else None
     results = exchange.run(loaded, visit, neutral, torch.Tensor.add_)
-    grad_y = results[:, :dim] if need.y else None
+    grad_y = known(results)[:, :dim] if need.y else None
     if options.symmetric:  # one tensor is both sides
-        grad_x, grad_y = grad_x + grad_y, None
+        grad_x, grad_y = grad_x + known(grad_y), None
     if need.bias and by_key:
-        grad_bias = results[:, -1]
+        grad_bias = known(results)[:, -1]
     return (
         grad_x.to(x.dtype) if need.x else None,
-        None if grad_y is None else grad_y.to(loaded.keys.dtype),
+        None if grad_y is None else grad_y.to(known(loaded.keys).dtype),
         grad_scale if need.scale else None,
         grad_bias if need.bias else None,
         None, None, None, None,
@@ -257,16 +260,16 @@ def _block(
     shard: KeyShard,
 ) -> Pairs | None:
     """Rows x against the keys that came, or themselves; None if there is no pair."""
-    x, keys = x[rows], cast(Tensor, shard.keys)
+    x, keys = x[rows], known(shard.keys)
     if not (len(x) and len(keys)):
         return None
     key_bias = bias.expand(len(keys)) if bias is not None and bias.dim() == 0 else shard.bias
 
-    def ids(of_rows: Tensor | None, of_keys: Tensor | None):
+    def ids(of_rows: Tensor | None, of_keys: Tensor | None) -> IdPair | None:
         if of_rows is None:
             return None
         mine = of_rows[rows]
-        return (mine, mine if own else of_keys)
+        return (mine, mine if own else known(of_keys))
 
     return Pairs(
         x, None if own else keys, scale, key_bias, ids(row_ids.exclude, shard.exclude),
@@ -274,11 +277,9 @@ def _block(
     )  # fmt: skip
 
 
-def _columns(stats: Tensor | None, mean: bool) -> list[Tensor | None]:
-    """[lse, mean] of merged statistics, None for what is not there."""
-    if stats is None:
-        return [None, None]
-    return [stats[:, 0].clone(), stats[:, 1].clone() if mean else None]
+def _columns(stats: Tensor, mean: bool) -> tuple[Tensor, Tensor | None]:
+    """(lse, mean) of merged statistics, None for a mean that is not there."""
+    return stats[:, 0].clone(), stats[:, 1].clone() if mean else None
 
 
 def _stacked(lse: Tensor, mean: Tensor | None) -> Tensor:

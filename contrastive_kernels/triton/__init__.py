@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ..types import known
 from . import backward, forward, row_dots
 from .backward import Gradients, Upstream
 from .engine import COLUMNS, ROWS, Needs, Problem
@@ -43,7 +44,7 @@ def row_stats(
             row = forward.stats(problem, ROWS, mean=mean, threshold=threshold, attend=attend)
             col = forward.stats(problem, COLUMNS, mean=mean) if columns else Outputs()
         statistics = (row.first, row.second, col.first, col.second)
-        counts = (row.rank, row.total, row.count)
+        counts = (row.rank, row.total, row.pairs)
         return _or_empty(problem, *statistics, *counts, row.gradient, row.slope)
 
 
@@ -85,7 +86,7 @@ def row_stats_backward(
         else:
             out = backward.no_gradients(x, x if y is None else y, lse.dtype)
         if made:
-            grad = grad_lse.masked_fill(lse == -torch.inf, 0.0)
+            grad = known(grad_lse).masked_fill(lse == -torch.inf, 0.0)
             if wanted.x:
                 dx = torch.mul(attended, grad[:, None], out=torch.empty_like(attended))
                 out = out._replace(x=dx)
@@ -117,7 +118,7 @@ def row_softplus(
         else:
             row = forward.stats(problem, ROWS, softplus=True, threshold=threshold)
             gradients = backward.no_gradients(*problem.inputs, problem.dtype)
-        return *_or_empty(problem, row.first, row.rank, row.total, row.count), *gradients
+        return *_or_empty(problem, row.first, row.rank, row.total, row.pairs), *gradients
 
 
 def row_softplus_backward(
@@ -163,8 +164,9 @@ def _problem(
     keep: tuple[Tensor | None, Tensor | None],
     normalize: bool,
 ) -> Problem:
-    own_keys = y is not None and y.dim() == 3
-    products = row_dots.products(x, y, normalize) if own_keys else None
+    products = None
+    if y is not None and y.dim() == 3:  # keys of their own
+        products = row_dots.products(x, y, normalize)
     return Problem(x, y, scale, bias, exclude, keep, normalize, products)
 
 

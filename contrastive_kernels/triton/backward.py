@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..types import known
 from . import engine, folds, forward, row_dots
 from .configs import Tile
 from .engine import COLUMNS, ROWS, Needs, Problem, cdiv, next_power_of_2
@@ -40,12 +41,12 @@ class Upstream:
         if grad_lse is None and grad_mean is None:
             return
         if grad_lse is None:
-            grad_lse = torch.zeros_like(grad_mean)
+            grad_lse = torch.zeros_like(known(grad_mean))
         side = {"grad_lse": grad_lse.contiguous()}
         if lse is not None:
             side["lse"] = lse
         if grad_mean is not None:
-            side |= {"mean": mean, "grad_mean": grad_mean.contiguous()}
+            side |= {"mean": known(mean), "grad_mean": grad_mean.contiguous()}
         self.sides[which] = side
         if half:  # |dL/dz| <= |a| + |b| (1 + max of p |z - mean|), and that is at most log M
             self.largest = self.largest + grad_lse.abs().amax()
@@ -81,10 +82,10 @@ def gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Gradients:
     dx, dy = by_side
     absent = no_gradients(*problem.inputs, problem.dtype)
     return Gradients(
-        dx if needs.x else absent.x,
-        dy if needs.y else absent.y,
-        slope.sum() * (0.5 if problem.symmetric else 1.0) if needs.scale else absent.scale,
-        bias if needs.bias else absent.bias,
+        known(dx) if needs.x else absent.x,
+        known(dy) if needs.y else absent.y,
+        known(slope).sum() * (0.5 if problem.symmetric else 1.0) if needs.scale else absent.scale,
+        known(bias) if needs.bias else absent.bias,
     )
 
 
@@ -101,10 +102,10 @@ def summed_softplus(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
     out = forward.stats(problem, ROWS, softplus=True, attend=True)
     made = gradients(problem, upstream, needs._replace(x=False, scale=False))
     if needs.x:
-        made = made._replace(x=out.gradient)
+        made = made._replace(x=known(out.gradient))
     if needs.scale:
-        made = made._replace(scale=out.slope.sum())
-    return out.first.sum(), made
+        made = made._replace(scale=known(out.slope).sum())
+    return known(out.first).sum(), made
 
 
 def side_gradient(
@@ -132,7 +133,7 @@ def side_gradient(
             scaled=False,
         )  # fmt: skip
         if bias is not None:
-            torch.sum(bias_sums, 0, out=bias[start:stop])
+            torch.sum(known(bias_sums), 0, out=bias[start:stop])
     return gradient, slope, bias
 
 
@@ -185,23 +186,23 @@ def stored_gradients(
                 problem, upstream, mine, theirs, float16_scale, c, values, bias_sums, chosen
             )
             for total_of, sums in ((bias, bias_sums), (upstream.values, values)):
-                if sums is not None:
+                if total_of is not None and sums is not None:
                     total_of[start:stop] += sums.sum(0)
             add_product(total, c, theirs.features)
             if both:
-                add_product(other_sum[begin:end], c.T, mine.features)
+                add_product(known(other_sum)[begin:end], c.T, mine.features)
         finish(
             problem, mine, float16_scale, gradient[start:stop], slope[start:stop],
             total.unsqueeze(0), scaled=True,
         )  # fmt: skip
     results: list[Tensor | None] = [None, None]
     results[which] = gradient
-    if both:
-        results[1 - which] = problem.empty(m, dim, dtype=problem.inputs[1 - which].dtype)
+    if other_sum is not None:
+        theirs_whole = problem.empty(m, dim, dtype=problem.inputs[1 - which].dtype)
         finish(
-            problem, other, float16_scale, results[1 - which], None, other_sum.unsqueeze(0),
-            scaled=True,
-        )  # fmt: skip
+            problem, other, float16_scale, theirs_whole, None, other_sum.unsqueeze(0), scaled=True
+        )
+        results[1 - which] = theirs_whole
     return results, slope, bias
 
 
@@ -232,10 +233,11 @@ def paired_gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Grad
     """`gradients` for keys of their own: dL/dz is as large as the products, y is D times larger."""
     chosen = problem.tile("stats")
     own, other = problem.side(ROWS), problem.side(COLUMNS)
-    c = torch.empty_like(problem.products)
+    products = known(problem.products)
+    c = torch.empty_like(products)
     coefficients(problem, upstream, own, other, None, c, None, None, chosen)
     dbias = c.sum(0) if needs.bias else problem.empty(0)
-    dscale = (c * problem.products).sum() if needs.scale else problem.empty(0)
+    dscale = (c * products).sum() if needs.scale else problem.empty(0)
     dx, dy = row_dots.products_backward(
         *problem.features, c.mul_(problem.scale), problem.normalize, needs.x, needs.y
     )

@@ -20,6 +20,7 @@ import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
+from ..types import known
 from . import configs, engine
 from .configs import Properties, Tile
 
@@ -49,7 +50,7 @@ class Compiled(NamedTuple):
 
     def programs(self, architecture: int) -> int:
         """How many programs one multiprocessor holds at once."""
-        warps = self.tile.warps
+        warps = known(self.tile).warps
         registers = -(-self.registers // 8) * 8 * 32 * warps
         # each program takes 1 KiB more than its own
         shared = (configs.SHARED_KIB[architecture] + 1) * 1024 // (self.shared + 1024)
@@ -82,7 +83,9 @@ def compiling(architecture: int, only: str = "") -> Iterator[list[Compiled]]:
     made: list[Compiled] = []
     seen: set[Any] = set()
 
-    def launch(kernel: Any, grid: Any, *args: Any, tile: Tile | None = None, **constants: Any):
+    def launch(
+        kernel: Any, grid: Any, *args: Any, tile: Tile | None = None, **constants: Any
+    ) -> None:
         name = kernel.fn.__name__
         if only not in ("", name):
             return

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import resident_dim
-from ..types import statistics_dtype
+from ..types import known, statistics_dtype
 from . import tiles
 from .configs import INTERPRETED, Tile, arithmetic, processors, tile
 from .tiles import RANGE, Side
@@ -33,7 +33,9 @@ FIXED_PAIRS = 0 if INTERPRETED else 1 << 26
 WAVES = 4
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile | None = None, **constants):
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile | None = None, **constants: Any
+) -> None:
     """Starts a kernel. Everything here goes through it, so that tests can compile instead."""
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
     kernel[grid](*args, **constants, enable_fp_fusion=True, **options)
@@ -50,7 +52,7 @@ def next_power_of_2(n: int) -> int:
 
 def narrow(rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Ids of at most 32 bits that are equal where these are: the position in sorted order."""
-    if rows is None:
+    if rows is None or columns is None:
         return None, None
     if max(rows.dtype.itemsize, columns.dtype.itemsize) > 4:
         ordered = (rows if rows is columns else torch.cat((rows, columns))).sort().values
@@ -94,7 +96,7 @@ class Problem:
         self.arithmetic = arithmetic(x, x if y is None else y)
         self.dtype = statistics_dtype(x)
         self.inputs = (x, x if y is None else y)
-        self.features = tuple(plain(t) for t in self.inputs)
+        self.features = (plain(self.inputs[ROWS]), plain(self.inputs[COLUMNS]))
         self.bias = None if bias is None else bias.contiguous()
         if self.symmetric:
             exclude, keep = (exclude[0], exclude[0]), (keep[0], keep[0])
@@ -123,7 +125,7 @@ class Problem:
 
     def pack(self, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
         """Makes both sides ready for the kernels, with what the backward pass knows of them."""
-        features = (self.products, self.products) if self.paired else self.features
+        features = self.features if self.products is None else (self.products, self.products)
         dim = features[ROWS].shape[-1]
         normalize = self.normalize and not self.paired
         sources, packed, blocks = [], [], []
@@ -136,7 +138,7 @@ class Problem:
             names = [name for name in Side._fields[4:] if getattr(source, name) is not None]
             names += ["inverse"] if normalize else []
             padded = cdiv(size, PADDING) * PADDING
-            made = {}
+            made: dict[str, Any] = {}
             for name in names:
                 ids = name in ("exclude", "keep")
                 made[name] = self.empty(padded, dtype=torch.int32 if ids else None)
@@ -157,13 +159,15 @@ class Problem:
     def side(self, which: int) -> Side:
         if self.packed is None:
             self.pack({}, {})
-        return self.packed[which]
+        return known(self.packed)[which]
 
     def part(self, side: Side, which: int, start: int, stop: int) -> Side:
         """Vectors of a side from `start`, a multiple of the largest tile, to `stop`."""
         if start == 0 and stop == side.size:
             return side
-        fields = {name: t[start:] for name, t in side._asdict().items() if isinstance(t, Tensor)}
+        fields: dict[str, Any] = {
+            name: t[start:] for name, t in side._asdict().items() if isinstance(t, Tensor)
+        }
         fields["features"] = self.features[which][start:stop]
         if side.ranges is not None:
             fields["ranges"] = side.ranges[start // RANGE.value :]
@@ -213,8 +217,9 @@ class Problem:
         of float16; None for types that have the range of float32."""
         if self.arithmetic.operand != tl.float16:
             return None
-        largest = weights
-        if not isinstance(largest, Tensor):
+        if isinstance(weights, Tensor):
+            largest = weights
+        else:
             largest = torch.full((), weights, dtype=self.dtype, device=self.device)
         for inverse in (side.inverse for side in sides if side.inverse is not None):
             largest = largest * torch.where(inverse < 1e11, inverse, 0.0).amax()

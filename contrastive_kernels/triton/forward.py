@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..types import known
 from . import engine, folds, sweep
 from .configs import Tile, bucket, processors
 from .engine import COLUMNS, ROWS, SUM_EXPONENT, SUM_EXPONENT_WEIGHTED, Problem, cdiv
@@ -30,7 +31,7 @@ def stats(
         out = out._replace(second=problem.empty(n))
     if threshold is not None:
         threshold = threshold.contiguous()
-        counts = {name: problem.empty(n) for name in ("rank", "total", "count")}
+        counts = {name: problem.empty(n) for name in ("rank", "total", "pairs")}
         out = out._replace(**counts)
     if attend:
         gradient = problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype)
@@ -119,7 +120,7 @@ def two_way(problem: Problem) -> tuple[Tensor, Tensor]:
         own_each = cdiv(own_tiles, min(own_tiles, math.isqrt(2 * programs)))
         other_each = own_each * chosen.block_n // chosen.block_m
         groups = cdiv(own_tiles, own_each)
-        grid = (groups * (groups + 1) // 2,)
+        grid: tuple[int, ...] = (groups * (groups + 1) // 2,)
         sums = problem.zeros(2 * groups, own.size)
         own_sums, other_sums = sums[:groups], sums[groups:]
     else:
@@ -155,4 +156,4 @@ def two_way_lse(problem: Problem, which: int, sums: Tensor, terms: int) -> Tenso
         cdiv(other.size, chosen.block_n), SOFTMAX | {"SUM_EXPONENT": SUM_EXPONENT}, fixed=False,
         repair=True,
     )  # fmt: skip
-    return out.first
+    return known(out.first)

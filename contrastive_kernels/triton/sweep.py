@@ -21,7 +21,7 @@ REDO: tl.constexpr = tl.constexpr(float("inf"))
 class Outputs(NamedTuple):
     """Results for each own vector; None is not computed.
 
-    first, second: what the fold gives, (N,). rank, total, count: of the logits above a threshold,
+    first, second: what the fold gives, (N,). rank, total, pairs: of the logits above a threshold,
     their sum and their number. gradient (N, D): d first / d own vector, and slope (N,):
     d first / d scale.
     """
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
     second: Tensor | None = None
     rank: Tensor | None = None
     total: Tensor | None = None
-    count: Tensor | None = None
+    pairs: Tensor | None = None
     gradient: Tensor | None = None
     slope: Tensor | None = None
 
@@ -152,7 +152,7 @@ def store_rows(out, i, inside, state, counts, least, DONE: tl.constexpr):
     if out.rank is not None:
         tl.store(out.rank + i, counts[0], mask=inside)
         tl.store(out.total + i, counts[1], mask=inside)
-        tl.store(out.count + i, counts[2], mask=inside)
+        tl.store(out.pairs + i, counts[2], mask=inside)
     return norm
 
 

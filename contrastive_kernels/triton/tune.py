@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from ..types import statistics_dtype
+from ..types import known, statistics_dtype
 from . import configs, row_stats, row_stats_backward
 from .configs import SHARED_KIB, TILES, WIDTHS, Tile, properties, width_of
 
@@ -103,11 +103,11 @@ def fits(entry: Entry, tile: Tile, architecture: int) -> bool:
 def workload(entry: Entry, device: torch.device, n: int) -> Workload:
     """What runs the kernel of a schedule as the commonest losses do: unit vectors with ids."""
     torch.manual_seed(0)
-    options = {"dtype": DTYPES[entry.kind], "device": device}
+    options: dict[str, Any] = {"dtype": DTYPES[entry.kind], "device": device}
     x, y = torch.randn(n, entry.dim, **options), torch.randn(n, entry.dim, **options)
-    statistics = {"dtype": statistics_dtype(x), "device": device}
+    statistics: dict[str, Any] = {"dtype": statistics_dtype(x), "device": device}
     scale, ids = torch.full((), 10.0, **statistics), torch.arange(n, device=device)
-    pairs = {
+    pairs: dict[str, Any] = {
         "x": x,
         "y": y,
         "scale": scale,
@@ -120,7 +120,7 @@ def workload(entry: Entry, device: torch.device, n: int) -> Workload:
     }
     if entry.schedule in ("gradient", "coefficient"):
         none = torch.zeros(0, **statistics)
-        upstream = {
+        upstream: dict[str, Any] = {
             "lse": torch.zeros(n, **statistics),
             **dict.fromkeys(("mean", "col_lse", "col_mean", "attended", "slope"), none),
             "grad_lse": torch.ones(n, **statistics),
@@ -163,7 +163,7 @@ def trials(
 
 def best(found: list[Trial]) -> Trial | None:
     timed = [trial for trial in found if trial.milliseconds is not None]
-    return min(timed, key=lambda trial: trial.milliseconds, default=None)
+    return min(timed, key=lambda trial: known(trial.milliseconds), default=None)
 
 
 def literal(rows: dict[int, Tile]) -> str:

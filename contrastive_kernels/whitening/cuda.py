@@ -5,12 +5,13 @@ Import it only where `backends.CUDA_ERROR` is None. `_cuda` knows no torch: it t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from .. import _cuda  # type: ignore[attr-defined]  # compiled
 
 
 def supports(x: Tensor) -> bool:
@@ -59,7 +60,7 @@ def whiten_cholesky_backward(grad: Tensor, z: Tensor, inverse: Tensor, eps: floa
     return dx
 
 
-def _launch(kernel, shaped: Tensor, eps: float, *tensors: Tensor) -> None:
+def _launch(kernel: Callable[..., None], shaped: Tensor, eps: float, *tensors: Tensor) -> None:
     with torch.cuda.device(shaped.device):
         stream = torch.cuda.current_stream().cuda_stream
         addresses = [t.data_ptr() for t in tensors]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import check_features, check_range
 from ..ops import full_precision
-from ..types import statistics_dtype
+from ..types import known, statistics_dtype
 from .errors import check
 from .operators import approximate_root, invert_cholesky, invert_root, shrink_diagonal
 from .whiten import METHODS, whiten
@@ -37,6 +37,10 @@ class Whitening(nn.Module):
     Raises:
         ValueError: an input that does not fit, and groups that cannot be whitened, as `whiten`.
     """
+
+    running_mean: Tensor | None
+    running_covariance: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -69,10 +73,11 @@ class Whitening(nn.Module):
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.iterations = iterations
-        like = {"device": device, "dtype": dtype}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_features, **like)) if affine else None
         self.bias = nn.Parameter(torch.empty(num_features, **like)) if affine else None
-        buffers = dict.fromkeys(("running_mean", "running_covariance", "num_batches_tracked"))
+        names = ("running_mean", "running_covariance", "num_batches_tracked")
+        buffers: dict[str, Tensor | None] = dict.fromkeys(names)
         if track_running_stats:
             buffers = {
                 "running_mean": torch.empty(num_features, **like),
@@ -88,16 +93,16 @@ class Whitening(nn.Module):
     def reset_running_stats(self) -> None:
         """Forget the batches seen: mean 0, covariance I."""
         if self.track_running_stats:
-            self.running_mean.zero_()
-            nn.init.eye_(self.running_covariance)
-            self.num_batches_tracked.zero_()
+            known(self.running_mean).zero_()
+            nn.init.eye_(known(self.running_covariance))
+            known(self.num_batches_tracked).zero_()
 
     def reset_parameters(self) -> None:
         """As at construction: scale 1, shift 0, no batches seen."""
         self.reset_running_stats()
         if self.affine:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
+            nn.init.ones_(known(self.weight))
+            nn.init.zeros_(known(self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, D) or (N, D, ...), whitened; same shape and dtype."""
@@ -112,10 +117,10 @@ class Whitening(nn.Module):
             if self.training or not self.track_running_stats:
                 z = self._whiten_batch(rows)
             else:
-                mean = self.running_mean.to(rows.dtype)
+                mean = known(self.running_mean).to(rows.dtype)
                 z = (rows - mean) @ self._running_matrix().to(rows.dtype).T
             if self.affine:
-                z = z * self.weight + self.bias
+                z = z * known(self.weight) + known(self.bias)
         return z.to(x.dtype).reshape(moved.shape).movedim(-1, 1)
 
     def _whiten_batch(self, rows: Tensor) -> Tensor:
@@ -133,24 +138,24 @@ class Whitening(nn.Module):
         mean = rows.mean(0)
         centered = rows - mean
         covariance = centered.T @ centered / (len(rows) - 1)
-        self.num_batches_tracked.add_(1)
+        seen = known(self.num_batches_tracked).add_(1)
         for running, new in (
-            (self.running_mean, mean),
-            (self.running_covariance, covariance),
+            (known(self.running_mean), mean),
+            (known(self.running_covariance), covariance),
         ):
-            weight = self.momentum
+            weight: float | Tensor | None = self.momentum
             if weight is None:
-                weight = self.num_batches_tracked.to(running.dtype).reciprocal()
+                weight = seen.to(running.dtype).reciprocal()
             running.lerp_(new.to(running.dtype), weight)
 
     def _running_matrix(self) -> Tensor:
         """W (D, D) of the running covariance, made anew when that has changed."""
-        covariance = self.running_covariance
+        covariance = known(self.running_covariance)
         if torch.compiler.is_compiling() or covariance.is_inference():  # without a version
             return self._matrix(covariance)
         if self._cached is not None:
-            known, version, matrix = self._cached
-            if known is covariance and version == covariance._version:
+            of, version, matrix = self._cached
+            if of is covariance and version == covariance._version:
                 return matrix
         matrix = self._matrix(covariance)
         self._cached = (covariance, covariance._version, matrix)

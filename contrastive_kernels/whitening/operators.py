@@ -16,6 +16,8 @@ are right. `view_distance` is the rest of W-MSE, one pass over the whitened view
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ from ..backends import CPU_ERROR
 try:
     from . import cuda
 except ImportError:  # not built
-    cuda = None
+    cuda = None  # type: ignore[assignment]
 
 FINE, NOT_DEFINITE, NOT_FINITE = 0, 1, 2
 TOLERANCE = 0.1  # of a variance of the result
@@ -240,35 +242,35 @@ def _takes_cpu_kernel(groups: Tensor, kernel: str) -> bool:
     return count >= torch.get_num_threads() or n * dim**2 <= _LARGE_GROUP
 
 
-def _setup_whiten(ctx, inputs, output) -> None:
+def _setup_whiten(ctx: Any, inputs: tuple, output: Any) -> None:
     *made, info = output
     _x, *ctx.options = inputs
     ctx.save_for_backward(*made)
     ctx.mark_non_differentiable(info)
 
 
-def _backward_cholesky(ctx, grad: Tensor, *_rest) -> tuple[Tensor, None, None]:
+def _backward_cholesky(ctx: Any, grad: Tensor, *_rest: Any) -> tuple[Tensor, None, None]:
     return whiten_cholesky_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
-def _backward_zca(ctx, grad: Tensor, *_rest) -> tuple[Tensor, None]:
+def _backward_zca(ctx: Any, grad: Tensor, *_rest: Any) -> tuple[Tensor, None]:
     return whiten_zca_backward(grad, *ctx.saved_tensors, *ctx.options), None
 
 
-def _setup_view_distance(ctx, inputs, output) -> None:
+def _setup_view_distance(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(inputs[0])
     ctx.normalize = inputs[1]
 
 
-def _backward_view_distance(ctx, grad: Tensor) -> tuple[Tensor, None]:
+def _backward_view_distance(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return view_distance_backward(grad, *ctx.saved_tensors, ctx.normalize), None
 
 
-def _setup_permute(ctx, inputs, output) -> None:
+def _setup_permute(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _backward_permute(ctx, grad: Tensor) -> tuple[Tensor, None]:
+def _backward_permute(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return permute_rows_backward(grad, *ctx.saved_tensors), None
 
 

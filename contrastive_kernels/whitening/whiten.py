@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,42 @@ from .operators import (
 METHODS = ("cholesky", "zca", "newton_schulz")
 # backends that have kernels; "auto" takes batched library calls where there is none
 KERNELS: dict[str, tuple[str, ...]] = {"cholesky": ("cpu", "cuda"), "zca": (), "newton_schulz": ()}
+
+
+@overload
+def whiten(
+    x: Tensor,
+    *,
+    method: str = "cholesky",
+    eps: float = 0.0,
+    iterations: int = 5,
+    backend: str = "auto",
+    return_info: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def whiten(
+    x: Tensor,
+    *,
+    method: str = "cholesky",
+    eps: float = 0.0,
+    iterations: int = 5,
+    backend: str = "auto",
+    return_info: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def whiten(
+    x: Tensor,
+    *,
+    method: str = "cholesky",
+    eps: float = 0.0,
+    iterations: int = 5,
+    backend: str = "auto",
+    return_info: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def whiten(

@@ -31,7 +31,9 @@ def run(function, x, y, scale, bias, dtype, **options):
     out = function(
         inputs[0], inputs[1] if y is not None else None, scale=scale, bias=bias, **options
     )
-    fields = {k: v for k, v in out._asdict().items() if v is not None}
+    counts = {} if out.counts is None else out.counts._asdict()
+    fields = {**out._replace(counts=None)._asdict(), **counts}
+    fields = {k: v for k, v in fields.items() if v is not None}
     loss = 0.0
     for k, value in enumerate(fields.values()):
         if value.requires_grad:
