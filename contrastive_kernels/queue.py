@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_features, check_ids
-from .distributed import GroupCall, Shards, join, resolve_group
-from .types import Group
+from .distributed import GroupCall, KeptGroup, Shards, join
+from .types import Group, statistics_dtype
 
 
 class FeatureQueue(nn.Module):
@@ -55,19 +55,20 @@ class FeatureQueue(nn.Module):
         sharded: bool = False,
     ) -> None:
         super().__init__()
-        self.group = None if group is None else resolve_group(group)
+        self.group = None if group is None else KeptGroup(group)
+        ranks = None if self.group is None else self.group.find()
         self.rank, self.world = 0, 1  # of those that share the rows
         if sharded:
-            if self.group is None:
+            if ranks is None:
                 raise ValueError("sharded needs a group")
-            self.rank, self.world = self.group.rank(), self.group.size()
+            self.rank, self.world = ranks.rank(), ranks.size()
             if size % self.world != 0:
                 raise ValueError(f"size must be a multiple of the {self.world} ranks, got {size}")
         features = _random_unit(size, dim, dtype, device, generator)
-        if self.group is not None and generator is None:
+        if ranks is not None and generator is None:
             from torch.distributed import broadcast
 
-            broadcast(features, group=self.group, group_src=0)
+            broadcast(features, group=ranks, group_src=0)
         # row i of the queue is row i // W of rank i % W
         self.register_buffer("features", features[self.rank :: self.world].clone())
         counter = torch.zeros((), dtype=torch.long, device=device)
@@ -104,10 +105,9 @@ class FeatureQueue(nn.Module):
             batch, _ = join(group, features.shape[0], features=features.detach())
             if isinstance(batch, Shards):
                 features = batch.gather(features.detach())
-        if (self.features.dtype, self.features.device) != (features.dtype, features.device):
-            self.features = self.features.to(features)
-            self.position = self.position.to(features.device)
-            self.seen = self.seen.to(features.device)
+        _convert(self.features, features.dtype, features.device)
+        for counter in (self.position, self.seen):
+            _convert(counter, counter.dtype, features.device)
         size, count = rows * self.world, features.shape[0]
         kept = features[-size:]
         first = self.position + (count - kept.shape[0])
@@ -132,7 +132,8 @@ class MemoryBank(nn.Module):
     Args:
         num_data, dim: shape of the bank.
         momentum: m in bank[i] <- normalize(m bank[i] + (1 - m) feature), in [0, 1].
-        dtype, device, generator: of the random start.
+        dtype, device, generator: of the random start. The bank is float32 for features of half
+            precision, in which an average over time would stand still, and follows others.
     """
 
     features: Tensor
@@ -151,7 +152,8 @@ class MemoryBank(nn.Module):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
         self.momentum = momentum
-        self.register_buffer("features", _random_unit(num_data, dim, dtype, device, generator))
+        features = _random_unit(num_data, dim, dtype, device, generator)
+        self.register_buffer("features", features.to(statistics_dtype(features)))
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Features of the samples `indices` (any shape): (..., dim), a copy without gradient."""
@@ -180,15 +182,23 @@ class MemoryBank(nn.Module):
                 f"features must have shape (N, {self.features.shape[1]}), "
                 f"got {tuple(features.shape)}"
             )
-        if (self.features.dtype, self.features.device) != (features.dtype, features.device):
-            self.features = self.features.to(features)
-        fresh = F.normalize(features.float() if features.dtype.itemsize < 4 else features, dim=-1)
-        mixed = torch.lerp(fresh, self.features[indices].to(fresh), self.momentum)
-        self.features[indices] = F.normalize(mixed, dim=-1).to(self.features)
+        # a moving average in half precision would stand still
+        _convert(self.features, statistics_dtype(features), features.device)
+        fresh = F.normalize(features.to(self.features.dtype), dim=-1)
+        mixed = torch.lerp(fresh, self.features[indices], self.momentum)
+        self.features[indices] = F.normalize(mixed, dim=-1)
 
     def extra_repr(self) -> str:
         num_data, dim = self.features.shape
         return f"num_data={num_data}, dim={dim}, momentum={self.momentum}"
+
+
+def _convert(buffer: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a buffer another type or device in place: DDP, optimisers and checkpoints keep it, in
+    whatever mode the call runs."""
+    if (buffer.dtype, buffer.device) != (dtype, device):
+        with torch.inference_mode(False):
+            buffer.data = torch.empty_like(buffer, dtype=dtype, device=device).copy_(buffer)
 
 
 def _random_unit(

@@ -11,7 +11,7 @@ if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    Group: TypeAlias = ProcessGroup | DeviceMesh
+    Group: TypeAlias = ProcessGroup | DeviceMesh | str  # a name: "world"
 else:
     Group = Any
 

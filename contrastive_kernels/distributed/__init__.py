@@ -1,16 +1,19 @@
 """Batches that are spread over the ranks of a group."""
 
 from .call import GroupCall, GroupLike, collective, join
-from .collectives import all_gather, resolve_group
+from .collectives import all_gather
+from .groups import KeptGroup, resolve_group, world_size
 from .shards import Batch, Shards
 
 __all__ = [
     "Batch",
     "GroupCall",
     "GroupLike",
+    "KeptGroup",
     "Shards",
     "all_gather",
     "collective",
     "join",
     "resolve_group",
+    "world_size",
 ]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..sources import is_source
 from ..types import Group
-from .collectives import all_gather, all_gather_objects, resolve_group
+from .collectives import all_gather, all_gather_objects
+from .groups import KeptGroup, resolve_group
 from .shards import Batch, Shards
 
 P = ParamSpec("P")
@@ -33,7 +34,7 @@ class GroupCall:
     Without it the others would wait in `join` until the backend gives up.
     """
 
-    def __init__(self, group: Group, name: str, inputs: Iterable[Any]) -> None:
+    def __init__(self, group: Group | KeptGroup, name: str, inputs: Iterable[Any]) -> None:
         from torch.distributed.distributed_c10d import _get_object_coll_device
 
         self.ranks = resolve_group(group)
@@ -60,8 +61,9 @@ class GroupCall:
         return all_gather(mine, self.ranks).tolist()
 
 
-# The `group` of a loss: users pass a Group, and what `collective` decorates sees the GroupCall.
-GroupLike: TypeAlias = Group | GroupCall | None
+# The `group` of a loss: users pass a Group, modules one that they keep, and what `collective`
+# decorates sees the GroupCall.
+GroupLike: TypeAlias = Group | KeptGroup | GroupCall | None
 
 
 def collective(function: Callable[P, R]) -> Callable[P, R]:

@@ -7,29 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..types import Group
-
 if TYPE_CHECKING:  # not there in a torch without torch.distributed
     from torch.distributed import ProcessGroup
-
-
-def resolve_group(group: Group) -> ProcessGroup:
-    """The process group of a group or of a DeviceMesh with one dimension."""
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"group must be a DeviceMesh of one dimension, got {group.ndim}: pass mesh[name]"
-            )
-        group = group.get_group()
-    if not isinstance(group, ProcessGroup):
-        raise TypeError(
-            "group must be a torch.distributed process group of this rank or a DeviceMesh, "
-            f"got {type(group).__name__}"
-        )
-    return group
 
 
 def all_gather(rows: Tensor, group: ProcessGroup) -> Tensor:

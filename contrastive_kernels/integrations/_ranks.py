@@ -15,16 +15,11 @@ from torch import Tensor
 
 from ..backends import resolve_backend
 from ..checks import check_views, scalar
-from ..distributed import GroupLike, all_gather, collective, join
+from ..distributed import GroupLike, all_gather, collective, join, world_size
 from ..losses.algebra import softplus
 from ..losses.info_nce import info_nce
 from ..ops import operands, row_dot, sweep
 from ..types import known
-
-
-def world_size() -> int:
-    """Processes of the default group, 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def group_if(gathers: bool) -> dist.ProcessGroup | None:

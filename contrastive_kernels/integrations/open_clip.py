@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import scalar
+from ..distributed import world_size
 from ..losses.clip import clip_loss, siglip_loss
 from ..losses.clip_distill import clip_distill
 from ..types import Group
-from ._ranks import group_if, own_clip_loss, own_mean, whole_loss_inputs, world_size
+from ._ranks import group_if, own_clip_loss, own_mean, whole_loss_inputs
 from .swap import Peer, Unfused, check_option
 
 PEER = Peer("open_clip", "open_clip_torch", ("3.0", "3.4"))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..distributed import world_size
 from ..losses.algebra import softplus
 from ..losses.info_nce import info_nce
 from ..ops import checked_operands, sweep
 from ..whitening import whiten
 from ..whitening.operators import view_distance
-from ._ranks import world_size
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:

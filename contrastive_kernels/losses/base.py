@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, ParamSpec, Protocol, overload
 
 from torch import Tensor, nn
 
-from ..distributed import collective
+from ..distributed import KeptGroup, collective, world_size
 from ..types import Loss, LossStats
 
 P = ParamSpec("P")
@@ -24,10 +24,11 @@ OPTIONS = {
     "reduction": '"mean", "sum" or "none".',
     "backend": '"auto": the fastest one that is usable here; or "reference", "cpu", "triton" or '
     '"cuda", which never fall back.',
-    "group": "a torch.distributed process group, or a DeviceMesh of one dimension. Features are "
-    "then this rank's part of a batch, which may have no rows, and negatives come from all ranks; "
-    "what is taken or given for each row is of this rank's rows. The value is that of one process, "
-    "and so are the gradients after DDP's mean over the ranks.",
+    "group": 'a torch.distributed process group, a DeviceMesh of one dimension, or "world": the '
+    "default group, found at the call. Features are then this rank's part of a batch, which may "
+    "have no rows, and negatives come from all ranks; what is taken or given for each row is of "
+    "this rank's rows. The value is that of one process, and so are the gradients after DDP's mean "
+    "over the ranks.",
     "exchange": '"gather" copies all keys to every rank, "ring" lets them travel; "auto" gathers '
     "up to 256 MB.",
     "return_stats": "return (loss, LossStats) instead of the loss.",
@@ -125,10 +126,24 @@ class ContrastiveLoss(nn.Module):
                 )
             if isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a plain option here; give a tensor at the call")
+        # dist.group.WORLD is None before init_process_group
+        self.ambiguous = options.get("group", self) is None and world_size() == 1
+        if options.get("group") is not None:
+            options["group"] = KeptGroup(options["group"])
         self.options = options
 
     def forward(self, *inputs: Any, **options: Any) -> Loss:
-        return type(self).function(*inputs, **{**self.options, **options})
+        return type(self).function(*inputs, **self.at_call(options))
+
+    def at_call(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call, on top of those given at construction."""
+        if self.ambiguous and "group" not in options and world_size() > 1:
+            raise ValueError(
+                f"group was None when this {type(self).__name__} was made, as dist.group.WORLD is "
+                'before init_process_group: pass group="world", which is found at the call, or no '
+                "group, for losses of each rank alone"
+            )
+        return {**self.options, **options}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -121,12 +121,13 @@ class NCE(ContrastiveLoss):
 
     def forward(self, query: Tensor, key: Tensor, negatives: Tensor, **options: Any) -> Loss:
         """`nce` with Z kept from the first batch, as InstDis does, unless Z or log_z is given."""
-        options = {**self.options, **options}
+        options = self.at_call(options)
         if options.get("Z") is None and options.get("log_z") is None:
             if not self._estimated:
                 shared = {k: v for k, v in options.items() if k not in _NOT_FOR_ESTIMATE}
                 estimate = estimate_log_z(query, key, negatives, **shared)
-                self.log_z = estimate.to(device=self.log_z.device, dtype=self.log_z.dtype)
+                with torch.no_grad():
+                    self.log_z.copy_(estimate)  # in place: DDP and load_state_dict keep the buffer
                 self._estimated = True
             options["log_z"] = self.log_z
         return nce(query, key, negatives, **options)

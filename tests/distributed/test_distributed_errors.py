@@ -98,7 +98,8 @@ def test_no_group_is_no_collective(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"group": "world"}, TypeError, "group must be a torch.distributed process group"),
+        ({"group": 3}, TypeError, "group must be a torch.distributed process group .* got int"),
+        ({"group": "world"}, RuntimeError, "group='world' is found at the call, .*init_process_g"),
         ({"exchange": "tree"}, ValueError, 'exchange must be "auto", "gather" or "ring"'),
     ],
 )

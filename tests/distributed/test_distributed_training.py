@@ -46,6 +46,12 @@ def test_queues_over_ranks_are_one_queue():
     assert [report["queues"] for report in results()] == [expected, expected]
 
 
+def test_modules_with_a_group_are_copied_and_saved():
+    for report in results():
+        assert len(report["kept groups"]) == 4 * (1 + 2 * 5)
+        assert all(report["kept groups"].values()), report["kept groups"]
+
+
 def test_a_sharded_queue_needs_a_group():
     with pytest.raises(ValueError, match="sharded needs a group"):
         ck.FeatureQueue(8, 3, sharded=True)

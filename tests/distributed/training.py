@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import torch
 import torch.distributed as dist
 from oracles import randn
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import contrastive_kernels as ck
 
@@ -174,6 +178,36 @@ def modules() -> dict[str, float]:
     }
 
 
+def kept_groups() -> dict[str, bool]:
+    """Modules that hold a group are copied and saved, and the copy finds its group again."""
+    group = dist.group.WORLD
+    ranks = list(range(dist.get_world_size()))
+    part = dist.new_group(ranks)  # not the default group
+    mesh = init_device_mesh("cpu", (len(ranks),))
+    x, y = mine(batch(20)[0], batch(30)[0])
+    wanted = ck.nt_xent(x, y, group=group)
+    report = {}
+    for name, given in (("world", "world"), ("WORLD", group), ("part", part), ("mesh", mesh)):
+        report[f"{name}, function"] = torch.equal(ck.nt_xent(x, y, group=given), wanted)
+        module = ck.NTXent(group=given)
+        queue = ck.FeatureQueue(8, 6, group=given, sharded=True)
+        saved = io.BytesIO()
+        torch.save((module, queue), saved)
+        saved.seek(0)
+        copies = {
+            "itself": (module, queue),
+            "deepcopy": copy.deepcopy((module, queue)),
+            "pickle": pickle.loads(pickle.dumps((module, queue))),
+            "torch.save": torch.load(saved, weights_only=False),
+            "average": (AveragedModel(module).module, AveragedModel(queue).module),
+        }
+        for how, (loss, store) in copies.items():
+            store.enqueue(x.float())
+            report[f"{name}, {how}"] = torch.equal(loss(x, y), wanted)
+            report[f"{name}, {how}, queue"] = torch.equal(store.features, queue.features)
+    return report
+
+
 def everything() -> dict[str, dict | float]:
     """All that one start of the processes computes."""
     trainings = {f.__name__: f() for f in (ddp, accumulated, fsdp, cached)}
@@ -182,4 +216,5 @@ def everything() -> dict[str, dict | float]:
         "queues": queues(),
         "modules": modules(),
         "compiled": compiled(),
+        "kept groups": kept_groups(),
     }

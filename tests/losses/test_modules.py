@@ -81,6 +81,17 @@ def test_options_at_the_call_come_first():
     assert isinstance(stats, ck.LossStats)
 
 
+@pytest.mark.parametrize("row", LOSSES, ids=lambda row: row.name)
+def test_a_group_that_was_not_there_yet_is_an_error(row, monkeypatch):
+    """dist.group.WORLD is None before init_process_group, and None is no group."""
+    early, none = row.module(group=None), row.module()
+    monkeypatch.setattr(base, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=f'None when this {row.module.__name__} .* group="world"'):
+        early.at_call({})
+    assert "group" not in none.at_call({})
+    assert early.at_call({"group": None})["group"] is None
+
+
 def test_gradients_reach_a_learned_scale():
     log_scale = torch.tensor(1.0, requires_grad=True)
     ck.CLIPLoss()(*PAIR, log_scale.exp()).backward()
