@@ -7,6 +7,7 @@ for float64 features.
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, ParamSpec, Protocol, overload
@@ -69,29 +70,44 @@ def loss(function: Callable[P, Loss]) -> LossFunction[P]: ...
 
 def loss(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a loss: it may join a `group`, and its help describes every option."""
-    function.__doc__ = _documented(function)
+    function.__doc__ = _documented(function, OPTIONS)
     return collective(function)
 
 
-def _documented(function: Callable[..., Any]) -> str:
-    """The docstring of a loss, with what it leaves out of the options that losses share."""
+def loss_like(other: Callable[..., Any]) -> Callable[[Callable[P, Loss]], LossFunction[P]]:
+    """`loss` for a variant of another one, whose help describes the arguments of both."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__doc__ = _documented(function, _described(other.__doc__ or "") | OPTIONS)
+        return collective(function)
+
+    return decorate
+
+
+def _described(text: str) -> dict[str, str]:
+    """What a docstring says of each argument."""
+    found = {}
+    arguments = text.partition("\n\nArgs:")[2].partition("\n\n")[0]
+    for entry in re.split(r"\n    (?=\S)", arguments)[1:]:
+        names, _, description = entry.partition(":")
+        for name in names.split(","):
+            found[name.strip()] = " ".join(description.split())
+    return found
+
+
+def _documented(function: Callable[..., Any], known: dict[str, str]) -> str:
+    """The docstring of a loss, with what it leaves out of the arguments that are known."""
     head, *sections = (inspect.getdoc(function) or "").split("\n\nReturns:")
-    described = {
-        name.strip()
-        for line in head.splitlines()
-        if line.startswith("    ") and not line.startswith("     ") and ":" in line
-        for name in line.partition(":")[0].split(",")
-    }
-    missing = [
-        name
-        for name in inspect.signature(function).parameters
-        if name in OPTIONS and name not in described
-    ]
+    described = _described(head)
+    missing: dict[str, list[str]] = {}  # names by what is said of them
+    for name in inspect.signature(function).parameters:
+        if name in known and name not in described:
+            missing.setdefault(known[name], []).append(name)
     lines = [
         textwrap.fill(
-            f"{name}: {OPTIONS[name]}", 96, initial_indent="    ", subsequent_indent=8 * " "
+            f"{', '.join(names)}: {text}", 96, initial_indent="    ", subsequent_indent=8 * " "
         )
-        for name in missing
+        for text, names in missing.items()
     ]
     if "\n\nArgs:" not in head:
         head += "\n\nArgs:"

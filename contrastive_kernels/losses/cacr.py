@@ -27,7 +27,7 @@ from ..ops import operands, row_dot, sweep
 from ..sources import NegativeSource, as_source, is_source
 from ..types import Group, IdPair, Loss, LossStats, Sweep, known, statistics_dtype
 from .algebra import add_up, log_count, replicated, unit
-from .base import ContrastiveLoss, loss
+from .base import ContrastiveLoss, loss, loss_like
 
 
 @loss
@@ -129,7 +129,7 @@ def cacr(
     return value, stats
 
 
-@loss
+@loss_like(cacr)
 def cacr_views(
     views: Tensor,
     *,
@@ -153,7 +153,7 @@ def cacr_views(
     the repulsion over the pairs of views v < u: view v of a row against view u of all other rows.
 
     Args:
-        views: (V, N, D), V >= 2 views of N >= 2 samples. Other arguments as in `cacr`.
+        views: (V, N, D), V >= 2 views of N >= 2 samples.
 
     Returns:
         0-d, or (N,) with reduction="none".
@@ -198,7 +198,7 @@ def cacr_views(
     return value, stats._replace(accuracy=batch.mean(correct.to(value.dtype)))
 
 
-@loss
+@loss_like(cacr)
 def cct(
     query: Tensor,
     positives: Tensor,

@@ -23,7 +23,7 @@ from ..ops import operands, row_dot, sweep
 from ..sources import NegativeSource, as_source, is_source
 from ..types import Group, IdPair, Loss, known
 from .algebra import count_equal_ids, log_add, log_count, replicated, softplus
-from .base import ContrastiveLoss, loss
+from .base import ContrastiveLoss, loss, loss_like
 from .stats import mi_lower_bound, pair_stats
 
 
@@ -119,7 +119,7 @@ def info_nce(
     )  # fmt: skip
 
 
-@loss
+@loss_like(info_nce)
 def eqco(
     query: Tensor,
     key: Tensor,

@@ -87,6 +87,7 @@ def dcl(
     Args:
         z1, z2: (N, D), two views; the loss is the mean of both directions.
         scale: number or tensor of one element (may be learned), instead of 1 / temperature.
+        sigma: temperature of the weights of DCLW.
         weight: (2N,), other weights w_i in the order of the anchors, instead of `sigma`.
 
     Returns:
@@ -127,7 +128,12 @@ def debiased(
     exchange: str = "auto",
     return_stats: bool = False,
 ) -> Loss:
-    """Debiased contrastive loss (Chuang et al. 2020): `hcl` with beta = 0."""
+    """Debiased contrastive loss (Chuang et al. 2020): `hcl` with beta = 0.
+
+    Args:
+        z1, z2: (N, D), two views.
+        tau_plus: prior of a negative being of the same class, in [0, 1).
+    """
     return hcl(
         z1, z2, temperature=temperature, tau_plus=tau_plus, beta=0.0, normalize=normalize,
         reduction=reduction, backend=backend, group=group, exchange=exchange,

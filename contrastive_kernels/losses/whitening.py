@@ -136,7 +136,9 @@ def intl(
         axis: what is normalised. 0, the authors' choice: samples, over their features: each is
             centred and has its variance over them, the covariance is (N, N). 1: features, over
             the batch. Neither needs a covariance of full rank.
-        lam: None: 0.01 (log2 s - 3), s = N on axis 0 and D on axis 1; below 0 where s < 8.
+        iterations: steps of IterNorm, at least 1.
+        lam: factor of the trace losses; None: 0.01 (log2 s - 3), s = N on axis 0 and D on axis 1;
+            below 0 where s < 8.
 
     Returns:
         0-d, or (N,) with reduction="none": the distance of each sample, plus the trace losses,
