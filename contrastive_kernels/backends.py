@@ -7,6 +7,8 @@ once, with the package.
 import importlib
 import json
 import os
+import warnings
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,11 +119,17 @@ def resolve_backend(
         ValueError: an unknown name.
         RuntimeError: the named backend cannot run here; the message lists every reason.
     """
+    if device.type == "meta":
+        raise ValueError("tensors must have numbers, got tensors on the meta device")
     if backend == "reference":
         return backend
     if backend == "auto":
         preferred = "cpu" if device.type == "cpu" else "triton"
-        return preferred if unusable_reason(preferred, device.type) is None else "reference"
+        if unusable_reason(preferred, device.type) is None:
+            return preferred
+        if not torch.compiler.is_compiling():
+            _warn_dense(preferred, device.type)
+        return "reference"
     if backend not in ("cpu", "triton", "cuda"):
         raise ValueError(
             'backend must be "auto", "reference", "cpu", "triton" or "cuda", got ' + repr(backend)
@@ -132,6 +140,16 @@ def resolve_backend(
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" cannot run on {device.type} tensors: {reason}')
     return backend
+
+
+@lru_cache
+def _warn_dense(preferred: str, device: str) -> None:
+    """Says once that a loss runs dense, and why."""
+    warnings.warn(
+        f"contrastive_kernels runs dense on {device}, with the whole similarity matrix: "
+        f"backend {preferred!r} cannot be used: {unusable_reason(preferred, device)}",
+        stacklevel=4,
+    )
 
 
 def resident_dim(x_dtype: torch.dtype, y_dtype: torch.dtype) -> int:

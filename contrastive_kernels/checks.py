@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .sources import NegativeSource, is_source
-from .types import FLOATS, statistics_dtype
+from .types import FLOATS, IdPair, statistics_dtype
 
+_UNSORTED = (torch.bool, torch.uint16, torch.uint32, torch.uint64)
 REDUCTIONS = ("mean", "sum", "none")
 _SHAPES = {1: "(N,)", 2: "(N, D)", 3: "(N, M, D)", 4: "(N, T, S, D)"}
 
@@ -23,6 +24,12 @@ def check_features(name: str, x: Any, dims: tuple[int, ...], *, rows: bool = Tru
     """Raise unless `x` is a non-empty floating tensor with one of the given numbers of dims."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one: pass its values() or pad it"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}: call to_dense()")
     _check_dtype(name, x.dtype)
     if x.dim() not in dims:
         wanted = " or ".join(_SHAPES[d] for d in dims)
@@ -106,26 +113,34 @@ def check_negatives(
 def check_other_rows(name: str, rows: int) -> None:
     """Raise when a batch has no other row to take negatives from."""
     if rows < 2:
-        raise ValueError(f"{name} must have at least 2 rows: a batch of one has no negatives")
+        raise ValueError(
+            f"{name} must have at least 2 rows: a batch of one has no negatives (drop_last=True of "
+            "a DataLoader leaves out a last batch of one)"
+        )
 
 
-def check_ids(name: str, ids: Any, shape: tuple[int, ...]) -> None:
-    """Raise unless `ids` is an integer tensor of the given shape."""
+def check_ids(name: str, ids: Any, shape: tuple[int, ...]) -> Tensor:
+    """`ids`, as int64 if torch cannot sort them, or raise unless they are integers or bools of the
+    given shape."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be an integer tensor, got {got}")
     if ids.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(ids.shape)}")
+    return ids.long() if ids.dtype in _UNSORTED else ids
 
 
-def check_id_pair(name: str, pair: Any, rows: int, keys: int, device: torch.device) -> None:
-    """Raise unless `pair` is (row_ids (rows,), col_ids (keys,)), integers on the device."""
+def check_id_pair(name: str, pair: Any, rows: int, keys: int, device: torch.device) -> IdPair:
+    """`pair` with `check_ids` of both, one tensor where it is one; or raise unless it is (row_ids
+    (rows,), col_ids (keys,)) on the device."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(f"{name} must be a pair (row_ids, col_ids), got {type(pair).__name__}")
+    checked = []
     for which, ids, size in (("row_ids", pair[0], rows), ("col_ids", pair[1], keys)):
-        check_ids(f"{name}: {which}", ids, (size,))
+        checked.append(check_ids(f"{name}: {which}", ids, (size,)))
         if ids.device != device:
             raise ValueError(f"{name}: {which} must be on {device}, got {ids.device}")
+    return checked[0], checked[0] if pair[0] is pair[1] else checked[1]
 
 
 def check_positive(name: str, value: float) -> None:

@@ -127,6 +127,24 @@ class _Listed:
         return iter(self.chunks)
 
 
+class _Array:
+    """An array (M, D) of another library, as numpy.memmap, h5py and zarr have it: its rows are read
+    by slices."""
+
+    def __init__(self, array: Any, dtype: torch.dtype) -> None:
+        self.array, self.dtype = array, dtype
+        self.shape = tuple(array.shape)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rows, dim = self.shape
+        count = max(1, CHUNK_BYTES // (dim * self.dtype.itemsize))
+        for start in range(0, rows, count):
+            chunk = self.array[start : start + count]
+            if not (getattr(chunk, "flags", None) is None or chunk.flags.writeable):
+                chunk = chunk.copy()  # torch has no tensors that are read only
+            yield torch.as_tensor(chunk)
+
+
 def is_source(keys: Any) -> TypeIs[NegativeSource]:
     """Whether keys come in chunks; a tensor has all of the protocol, and is none."""
     if keys is None or isinstance(keys, Tensor):
@@ -136,16 +154,26 @@ def is_source(keys: Any) -> TypeIs[NegativeSource]:
 
 
 def as_source(name: str, keys: Any) -> Tensor | NegativeSource:
-    """Tensors and sources as they are, a list of tensors as a source.
+    """Tensors and sources as they are, a list of tensors or an array as a source.
 
     Raises:
         TypeError, ValueError: it is none of these.
     """
     if isinstance(keys, list | tuple):
         return _Listed(name, keys)
+    dtype = getattr(keys, "dtype", None)
+    if dtype is not None and not isinstance(dtype, torch.dtype) and hasattr(keys, "__getitem__"):
+        known = {str(d).removeprefix("torch."): d for d in FLOATS}
+        if str(dtype) not in known:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {dtype}")
+        if len(keys.shape) != 2:
+            raise ValueError(
+                f"{name} in an array must have shape (M, D), got {tuple(keys.shape)}: pass a tensor"
+            )
+        return _Array(keys, known[str(dtype)])
     if not (isinstance(keys, Tensor) or is_source(keys)):
         raise TypeError(
-            f"{name} must be a tensor, a list of tensors or a NegativeSource, "
+            f"{name} must be a tensor, an array, a list of tensors or a NegativeSource, "
             f"got {type(keys).__name__}"
         )
     return keys

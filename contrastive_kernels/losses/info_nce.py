@@ -103,7 +103,7 @@ def info_nce(
     if key_bias is not None and key_bias.shape != (candidates,):
         raise ValueError(f"key_bias must have shape ({candidates},), got {tuple(key_bias.shape)}")
     if exclude is not None:
-        check_id_pair("exclude", exclude, n, candidates, query.device)
+        exclude = check_id_pair("exclude", exclude, n, candidates, query.device)
     backend = resolve_backend(backend, query.device)
     batch, others = join(
         group, n, m, exchange=exchange, negatives=negatives, in_batch=in_batch,

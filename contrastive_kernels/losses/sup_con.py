@@ -44,7 +44,7 @@ def sup_con(
 
     Args:
         features: (N, D), or (N, V, D): V views, each of them an anchor.
-        labels: integers (N,).
+        labels: integers or bools (N,).
         base_temperature: None: the temperature, so that the factor is 1.
 
     Returns:
@@ -55,7 +55,7 @@ def sup_con(
     scale = resolve_scale(temperature)
     if base_temperature is not None:
         check_positive("base_temperature", base_temperature)
-    check_ids("labels", labels, features.shape[:1])
+    labels = check_ids("labels", labels, features.shape[:1])
     if labels.device != features.device:
         raise ValueError(
             f"labels and features must be on one device, got {labels.device} and {features.device}"

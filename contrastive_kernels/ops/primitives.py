@@ -18,7 +18,7 @@ from .. import reference
 from ..backends import can_attend, can_sum, resolve_backend
 from ..checks import check_features, check_id_pair, check_keys, check_pair, finite, scalar
 from ..distributed.shards import Batch, Shards
-from ..sources import NegativeSource, is_source
+from ..sources import NegativeSource, as_source, is_source
 from ..types import (
     IdPair,
     RowColumnStats,
@@ -81,6 +81,7 @@ def checked_operands(
     """`operands` of what a user passes, or raise."""
     check_features("x", x, (2,))
     if y is not None:
+        y = as_source("y", y)
         check_keys("y", y, (2, 3))
         check_pair(x, y)
         if len(y.shape) == 3 and y.shape[0] != x.shape[0]:
@@ -97,9 +98,10 @@ def checked_operands(
             raise ValueError(f"bias must have shape ({keys},), got {tuple(bias.shape)}")
     elif bias is not None:
         bias = finite("bias", bias)
-    for name, ids in (("exclude", exclude), ("keep", keep)):
-        if ids is not None:
-            check_id_pair(name, ids, x.shape[0], keys, x.device)
+    if exclude is not None:
+        exclude = check_id_pair("exclude", exclude, x.shape[0], keys, x.device)
+    if keep is not None:
+        keep = check_id_pair("keep", keep, x.shape[0], keys, x.device)
     return operands(
         x, y, scale=scale, bias=bias, exclude=exclude, keep=keep, normalize=normalize,
         backend=resolve_backend(backend, x.device),
@@ -128,7 +130,8 @@ def sweep(
             and torch.is_grad_enabled()
             and can_attend(given.backend, given.x, y.dtype, frozen)
         )
-    return pairs.softmax(given, mean=mean, columns=columns, threshold=threshold, attend=attend)
+    out = pairs.softmax(given, mean=mean, columns=columns, threshold=threshold, attend=attend)
+    return out._replace(attended=None, slope=None) if attend else out
 
 
 def softplus_sweep(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import contrastive_kernels as ck
-from contrastive_kernels.losses.cases import Row, call, tensors
+from contrastive_kernels.losses.cases import FROZEN, LEARNED, Row, call, tensors
 from contrastive_kernels.losses.table import LOSSES
 
 NAN, INF = float("nan"), float("inf")
@@ -35,6 +35,34 @@ def run(row: Row, *, n: int = 4, given: dict | None = None, **options):
     """The first case of a loss, float32 (n, 3), with other inputs or options."""
     inputs = tensors(row.first, dtype=torch.float32, N=n, D=3)
     return call(row.function, row.first, inputs | (given or {}), **options)
+
+
+FEATURES = [
+    pytest.param(row, name, id=f"{row.name}, {name}")
+    for row in LOSSES
+    for name, given in row.first.inputs.items()
+    if given.kind in (*LEARNED, *FROZEN) and given.shape
+]
+
+
+@pytest.mark.parametrize(("row", "name"), FEATURES)
+def test_features_must_be_dense(row, name):
+    dense = tensors(row.first, dtype=torch.float32)[name].detach()
+    sparse = dense.to_sparse()
+    with pytest.raises(TypeError, match=rf"{name} must be a dense tensor, got .*to_dense\(\)"):
+        run(row, n=dense.shape[0], given={name: sparse})
+    nested = torch.nested.nested_tensor(list(dense.unbind()), layout=torch.jagged)
+    with pytest.raises(TypeError, match=rf"{name} must be a dense tensor, got a nested one"):
+        run(row, n=dense.shape[0], given={name: nested})
+
+
+@pytest.mark.parametrize("row", named(LOSSES))
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_meta_tensors_have_no_numbers(row, backend):
+    inputs = tensors(row.first, dtype=torch.float32)
+    meta = {name: t.detach().to("meta") for name, t in inputs.items()}
+    with pytest.raises(ValueError, match="must have numbers, got tensors on the meta device"):
+        call(row.function, row.first, meta, backend=backend)
 
 
 @pytest.mark.parametrize(("row", "first", "second"), TWO_VIEWS)

@@ -210,6 +210,25 @@ def test_autocast_casts_the_operands_of_triton(name):
         assert (a - b).norm() <= torch.finfo(torch.bfloat16).eps * b.norm()
 
 
+HAS_IDS = [
+    n for n, (_, case) in CASES.items() if any(i.kind == "ids" for i in case.inputs.values())
+]
+
+
+@with_backends(HAS_IDS, interpreted=[name for name in HAS_IDS if name in FIRST.values()])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.int32], ids=str)
+def test_ids_of_any_type(name, backend, dtype):
+    """Equal ids are equal whatever they are stored as: with bools there are two of them."""
+    given = inputs(name)
+    ids = [t if t.is_floating_point() else (t % 2 if dtype == torch.bool else t) for t in given]
+    same = {id(t): t.to(dtype) for t in ids if not t.is_floating_point()}  # one tensor stays one
+    assert_equal_in_double(
+        lambda *x: ours(name, backend=backend)(*(same.get(id(t), t) for t in x)),
+        lambda *x: ours(name, backend=backend)(*x),
+        ids,
+    )
+
+
 @parametrize_backends
 def test_labels_of_any_value_and_order(backend):
     features = randn(50, 5)

@@ -61,6 +61,30 @@ def test_package_works_without_the_extension():
     assert "cpu is not usable: " in out
 
 
+def test_running_dense_for_want_of_the_engine_is_said_once():
+    out = run_python(
+        block("contrastive_kernels._cpu")
+        + "import warnings\n"
+        + "with warnings.catch_warnings(record=True) as seen:\n"
+        + "    warnings.simplefilter('always')\n"
+        + CALL.replace("\n", "\n    ")
+        + "ck.nt_xent(x, x)\n"
+        + "    ck.info_nce(x, x, backend='reference')\n"
+        + "print(*(w.message for w in seen if 'contrastive' in str(w.message)), sep='\\n')\n"
+    )
+    (line,) = out.splitlines()
+    assert line.startswith(
+        "contrastive_kernels runs dense on cpu, with the whole similarity matrix"
+    )
+    assert "import of contrastive_kernels._cpu halted" in line
+
+
+def test_nothing_is_said_where_the_engine_runs():
+    assert (
+        run_python(CALL + "import warnings\nwarnings.simplefilter('error')\nck.nt_xent(x, x)") == ""
+    )
+
+
 def test_explicit_backend_without_kernels_for_it_raises():
     x = torch.randn(7, 5)
     with pytest.raises(RuntimeError, match='backend="cuda".*it has no kernels for this operation'):
