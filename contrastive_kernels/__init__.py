@@ -6,7 +6,7 @@ those of the dense formulas; the N x M similarity matrix is never stored.
 
 from .backends import backends
 from .integrations import patch, patch_status, patched, unpatch
-from .losses import table
+from .losses import table as _table
 from .losses.stats import mi_lower_bound
 from .losses.table import *  # noqa: F403
 from .ops import row_softplus, row_stats
@@ -37,4 +37,4 @@ __all__ = [
     "unpatch",
     "whiten",
 ]
-__all__ += table.__all__
+__all__ += _table.__all__

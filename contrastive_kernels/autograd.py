@@ -13,7 +13,8 @@ from torch import Tensor
 def no_second_order(ctx: Any = None, *_: Any) -> Any:
     """The backward of what has no second derivative."""
     raise NotImplementedError(
-        'second-order gradients need backend="reference": the fused backward has no derivative'
+        'second-order gradients need backend="reference", without group and chunks: this backward '
+        "has no derivative"
     )
 
 

@@ -102,12 +102,6 @@ def unusable_reason(name: str, device: str) -> str | None:
     return "; ".join(reason for reason in (error, wrong_device) if reason) or None
 
 
-def available_backends(device: str = "cpu") -> list[str]:
-    """Names of the backends that can run on `device` here, the dense reference first."""
-    names = ("reference", "cpu", "triton")
-    return [name for name in names if unusable_reason(name, device) is None]
-
-
 def resolve_backend(
     backend: str, device: torch.device, kernels: tuple[str, ...] = ("cpu", "triton")
 ) -> str:

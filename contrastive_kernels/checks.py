@@ -1,7 +1,7 @@
 """Checks of what users pass: each raises an error that names the argument, what it must be and what
 came. A public function calls them once; what it calls checks nothing again.
 
-`rows=False`: there may be no rows, as in a rank's part of a batch.
+`whole=False`: there may be no rows, as in a rank's part of a batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REDUCTIONS = ("mean", "sum", "none")
 _SHAPES = {1: "(N,)", 2: "(N, D)", 3: "(N, M, D)", 4: "(N, T, S, D)"}
 
 
-def check_features(name: str, x: Any, dims: tuple[int, ...], *, rows: bool = True) -> None:
+def check_features(name: str, x: Any, dims: tuple[int, ...], *, whole: bool = True) -> None:
     """Raise unless `x` is a non-empty floating tensor with one of the given numbers of dims."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -34,14 +34,14 @@ def check_features(name: str, x: Any, dims: tuple[int, ...], *, rows: bool = Tru
     if x.dim() not in dims:
         wanted = " or ".join(_SHAPES[d] for d in dims)
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
-    if (rows and x.shape[0] == 0) or x.shape[-1] == 0:
+    if (whole and x.shape[0] == 0) or x.shape[-1] == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
 
 
-def check_keys(name: str, keys: Any, dims: tuple[int, ...], *, rows: bool = True) -> None:
+def check_keys(name: str, keys: Any, dims: tuple[int, ...], *, whole: bool = True) -> None:
     """`check_features`, or raise unless a source has shape (M, D), not empty, and a dtype."""
     if not is_source(keys):
-        return check_features(name, keys, dims, rows=rows)
+        return check_features(name, keys, dims, whole=whole)
     _check_dtype(name, keys.dtype)
     shape = tuple(keys.shape)
     if len(shape) != 2:
@@ -80,10 +80,10 @@ def check_same_rows(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
         )
 
 
-def check_views(x_name: str, x: Tensor, y_name: str, y: Tensor, *, rows: bool = True) -> int:
+def check_views(x_name: str, x: Tensor, y_name: str, y: Tensor, *, whole: bool = True) -> int:
     """Raise unless `x` and `y` are features of one shape (N, D) that fit; return N."""
-    check_features(x_name, x, (2,), rows=rows)
-    check_features(y_name, y, (2,), rows=rows)
+    check_features(x_name, x, (2,), whole=whole)
+    check_features(y_name, y, (2,), whole=whole)
     check_pair(x, y, x_name, y_name)
     check_same_rows(x_name, x, y_name, y)
     return x.shape[0]
@@ -94,13 +94,13 @@ def check_negatives(
     negatives: Tensor | NegativeSource,
     dims: tuple[int, ...] = (2, 3),
     *,
-    rows: bool = True,
+    whole: bool = True,
 ) -> int:
     """Raise unless `negatives` (M, D) or (N, M, D) fit `query` (N, D); return M, which may be 0 too
-    with `rows=False`."""
-    check_keys("negatives", negatives, dims, rows=rows)
+    with `whole=False`."""
+    check_keys("negatives", negatives, dims, whole=whole)
     check_pair(query, negatives, "query", "negatives")
-    if rows and negatives.shape[-2] == 0:
+    if whole and negatives.shape[-2] == 0:
         raise ValueError(f"negatives must not be empty, got shape {tuple(negatives.shape)}")
     if len(negatives.shape) == 3 and negatives.shape[0] != query.shape[0]:
         raise ValueError(
@@ -141,6 +141,14 @@ def check_id_pair(name: str, pair: Any, rows: int, keys: int, device: torch.devi
         if ids.device != device:
             raise ValueError(f"{name}: {which} must be on {device}, got {ids.device}")
     return checked[0], checked[0] if pair[0] is pair[1] else checked[1]
+
+
+def check_vector(name: str, values: Any, size: int) -> None:
+    """Raise unless `values` is a tensor (size,)."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+    if values.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(values.shape)}")
 
 
 def check_positive(name: str, value: float) -> None:

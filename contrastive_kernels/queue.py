@@ -35,7 +35,8 @@ class FeatureQueue(nn.Module):
         dtype, device: of the random start; later the queue follows the enqueued features.
         generator: source of the random start; each rank draws as much as the whole queue, so that
             equal seeds give equal queues.
-        group: a torch.distributed process group or a DeviceMesh of one dimension.
+        group: a torch.distributed process group, a DeviceMesh of one dimension, or "world"; it must
+            be there by now.
         sharded: each rank keeps 1 / W of the queue; W divides `size`.
     """
 
@@ -97,7 +98,7 @@ class FeatureQueue(nn.Module):
         if self.group is not None:
             context = GroupCall(self.group, "enqueue", [features])
         with context as group:
-            check_features("features", features, (2,), rows=group is None)
+            check_features("features", features, (2,), whole=group is None)
             if features.shape[1] != dim:
                 raise ValueError(
                     f"features must have shape (N, {dim}), got {tuple(features.shape)}"

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from contrastive_kernels.backends import available_backends
+from contrastive_kernels.backends import unusable_reason
 
 DEVICE = torch.get_default_device().type
-BACKENDS = available_backends(DEVICE)
+BACKENDS = [b for b in ("reference", "cpu", "triton") if unusable_reason(b, DEVICE) is None]
 DOUBLE = torch.float64
 
 

@@ -16,19 +16,36 @@ class KeptGroup:
     """A group that a module keeps by its name, so that it is copied, pickled and saved; it is found
     again at every call, and "world", the default group, need not be there before."""
 
-    def __init__(self, group: Group | KeptGroup) -> None:
-        if isinstance(group, KeptGroup):
-            self.name: str = group.name
-        elif isinstance(group, str):
-            self.name = group
-        else:
+    def __init__(self, group: Group) -> None:
+        self.name, self.ranks = WORLD, None
+        if group != WORLD:
+            from torch.distributed import get_process_group_ranks
             from torch.distributed import group as default
 
             found = resolve_group(group)
-            self.name = WORLD if found is default.WORLD else found.group_name
+            if found is not default.WORLD:
+                self.name, self.ranks = found.group_name, get_process_group_ranks(found)
 
     def find(self) -> ProcessGroup:
-        return resolve_group(self.name)
+        """The group.
+
+        Raises:
+            RuntimeError: it is gone, as in another run, where its name may be that of another one.
+        """
+        if self.name == WORLD:
+            return resolve_group(WORLD)
+        from torch.distributed import get_process_group_ranks
+
+        try:
+            found = resolve_group(self.name)
+        except TypeError:
+            found = None
+        if found is None or get_process_group_ranks(found) != self.ranks:
+            raise RuntimeError(
+                f"the group of ranks {self.ranks} that a module was made with is not there: make "
+                'the module anew, or with group="world"'
+            )
+        return found
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -38,7 +55,7 @@ def resolve_group(group: Any) -> Any:
     """The ProcessGroup of a group, of a DeviceMesh with one dimension, or of a name.
 
     Raises:
-        RuntimeError: a name before torch.distributed is initialised.
+        RuntimeError: "world" before torch.distributed is initialised.
         TypeError, ValueError: none of these.
     """
     from torch.distributed import ProcessGroup, is_initialized
@@ -47,15 +64,15 @@ def resolve_group(group: Any) -> Any:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     if isinstance(group, KeptGroup):
-        group = group.name
-    if isinstance(group, str):
+        return group.find()
+    if group == WORLD and isinstance(group, str):
         if not is_initialized():
             raise RuntimeError(
                 f"group={group!r} is found at the call, and there is none: call "
                 "torch.distributed.init_process_group before"
             )
-        if group == WORLD:
-            return default.WORLD
+        return default.WORLD
+    if isinstance(group, str) and is_initialized():
         try:
             return _resolve_process_group(group)  # type: ignore[arg-type]  # GroupName is a str
         except (LookupError, RuntimeError, ValueError):
@@ -77,6 +94,6 @@ def resolve_group(group: Any) -> Any:
 
 def world_size() -> int:
     """Processes of the default group, 1 without one."""
-    from torch.distributed import get_world_size, is_available, is_initialized
+    import torch.distributed as dist
 
-    return get_world_size() if is_available() and is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -61,7 +61,7 @@ def own_clip_loss(
 ) -> Tensor:
     """The mean `clip_loss` of this rank's pairs, as open_clip has it with local_loss=True: with
     the gradient to the features of all ranks, or as queries against keys without gradient."""
-    check_views("image_features", image_features, "text_features", text_features, rows=False)
+    check_views("image_features", image_features, "text_features", text_features, whole=False)
     loss = _own_pairs if gather_with_grad else _own_queries
     return loss(image_features, text_features, scalar("logit_scale", logit_scale), group)
 

@@ -38,7 +38,7 @@ RAISES = """
 Raises:
     TypeError, ValueError: an argument that does not fit; the message names it.
     RuntimeError: a backend that cannot run here, with the reason.
-    NotImplementedError: a second derivative with another backend than "reference"."""
+    NotImplementedError: a second derivative, unless backend="reference" has no group or chunks."""
 
 
 class LossFunction(Protocol[P]):

@@ -76,8 +76,8 @@ def cacr(
         and no negative_similarity with normalize=False.
     """
     whole = group is None  # else the rank's part may be empty
-    check_features("query", query, (2,), rows=whole)
-    check_features("positives", positives, (2, 3), rows=whole)
+    check_features("query", query, (2,), whole=whole)
+    check_features("positives", positives, (2, 3), whole=whole)
     check_pair(query, positives, "query", "positives")
     n = query.shape[0]
     if positives.shape[0] != n or (positives.dim() == 3 and positives.shape[1] == 0):
@@ -90,7 +90,7 @@ def cacr(
     m = 0
     if negatives is not None:
         negatives = as_source("negatives", negatives)
-        m = check_negatives(query, negatives, (2,), rows=whole)
+        m = check_negatives(query, negatives, (2,), whole=whole)
     if sharded_negatives and (whole or negatives is None or is_source(negatives)):
         raise ValueError("sharded_negatives needs a group, and negatives in one tensor")
     backend = resolve_backend(backend, query.device)

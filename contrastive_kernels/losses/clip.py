@@ -37,8 +37,8 @@ def clip_loss(
     Returns:
         0-d, or (N,): the average of the two directions of each pair.
     """
-    rows = group is None  # else the rank's part may be empty
-    n = check_views("image_features", image_features, "text_features", text_features, rows=rows)
+    whole = group is None  # else the rank's part may be empty
+    n = check_views("image_features", image_features, "text_features", text_features, whole=whole)
     check_reduction(reduction)
     scale = scalar("logit_scale", logit_scale)
     backend = resolve_backend(backend, image_features.device)
@@ -77,8 +77,8 @@ def siglip_loss(
     Returns:
         0-d: the sum over all pairs divided by N for reduction="mean"; or (N,), by image.
     """
-    rows = group is None  # else the rank's part may be empty
-    n = check_views("image_features", image_features, "text_features", text_features, rows=rows)
+    whole = group is None  # else the rank's part may be empty
+    n = check_views("image_features", image_features, "text_features", text_features, whole=whole)
     check_reduction(reduction)
     scale, bias = scalar("logit_scale", logit_scale), scalar("logit_bias", logit_bias)
     backend = resolve_backend(backend, image_features.device)

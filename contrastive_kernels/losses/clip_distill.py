@@ -54,16 +54,17 @@ def clip_distill(
         teacher_image_features, teacher_text_features: (N, D'), likewise. They get a gradient too
             if they need one.
         teacher_logit_scale: likewise.
+        exchange: "auto" or "gather".
         backend: "auto", or "reference": both matrices in full, differentiable any number of times.
 
     Returns:
         0-d, or (N,): the average of the two directions of each pair.
     """
     whole = group is None  # else the rank's part may be empty
-    n = check_views("image_features", image_features, "text_features", text_features, rows=whole)
+    n = check_views("image_features", image_features, "text_features", text_features, whole=whole)
     teachers = check_views(
         "teacher_image_features", teacher_image_features,
-        "teacher_text_features", teacher_text_features, rows=whole,
+        "teacher_text_features", teacher_text_features, whole=whole,
     )  # fmt: skip
     if teachers != n:
         raise ValueError(

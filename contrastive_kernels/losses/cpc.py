@@ -11,7 +11,6 @@ from ..backends import resolve_backend
 from ..checks import (
     check_choice,
     check_features,
-    check_other_rows,
     check_pair,
     check_reduction,
     check_same_rows,
@@ -61,8 +60,8 @@ def cpc(
         of them, (N, P): by step, then by time. LossStats has their rank and lse, (N P,).
     """
     whole = group is None  # else the rank's part may be empty
-    check_features("predictions", predictions, (4,), rows=whole)
-    check_features("targets", targets, (3,), rows=whole)
+    check_features("predictions", predictions, (4,), whole=whole)
+    check_features("targets", targets, (3,), whole=whole)
     check_pair(predictions, targets, "predictions", "targets")
     check_same_rows("predictions", predictions, "targets", targets)
     n, times, dim = targets.shape
@@ -81,8 +80,8 @@ def cpc(
     scale = resolve_scale(temperature, scale)
     backend = resolve_backend(backend, targets.device)
     batch, _ = join(group, n, exchange=exchange)
-    if negatives_from == "sequences":
-        check_other_rows("targets", batch.total)
+    if negatives_from == "sequences" and batch.total < 2:
+        raise ValueError('negatives_from="sequences" needs at least 2 sequences, got 1')
 
     queries = torch.cat([predictions[:, : times - 1 - s, s] for s in range(steps)], 1)
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}

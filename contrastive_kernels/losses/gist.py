@@ -78,15 +78,16 @@ def gist(
         contrast_anchors: whether anchors are contrasted with anchors.
         contrast_positives: whether positives are contrasted with positives.
         normalize: of the guide too.
+        exchange: "auto" or "gather".
 
     Returns:
         0-d, or (N,) with reduction="none"; with return_stats=True also LossStats of
         positive_similarity and lse.
     """
     whole = group is None  # else the rank's part may be empty
-    n = check_views("anchor", anchor, "positive", positive, rows=whole)
+    n = check_views("anchor", anchor, "positive", positive, whole=whole)
     _check_guide("anchor", anchor, anchor_guide)
-    check_views("anchor_guide", anchor_guide, "positive_guide", positive_guide, rows=whole)
+    check_views("anchor_guide", anchor_guide, "positive_guide", positive_guide, whole=whole)
     check_reduction(reduction)
     scale, margin = resolve_scale(temperature, scale), scalar("margin", margin)
     check_choice("margin_strategy", margin_strategy, MARGINS)
@@ -96,7 +97,7 @@ def gist(
         raise ValueError("sharded_negatives needs a group and negatives")
     m = 0
     if negatives is not None and negatives_guide is not None:
-        check_features("negatives", negatives, (2,), rows=not sharded_negatives)
+        check_features("negatives", negatives, (2,), whole=not sharded_negatives)
         check_pair(anchor, negatives, "anchor", "negatives")
         _check_guide("negatives", negatives, negatives_guide)
         check_pair(anchor_guide, negatives_guide, "anchor_guide", "negatives_guide")
@@ -146,7 +147,7 @@ class GIST(ContrastiveLoss):
 
 def _check_guide(name: str, features: Tensor, guide: Tensor) -> None:
     """Raise unless `guide` has the rows and the device of `features`."""
-    check_features(f"{name}_guide", guide, (2,), rows=False)
+    check_features(f"{name}_guide", guide, (2,), whole=False)
     if guide.shape[0] != features.shape[0] or guide.device != features.device:
         raise ValueError(
             f"{name}_guide must have the {features.shape[0]} rows of {name} on {features.device}, "

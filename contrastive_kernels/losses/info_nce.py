@@ -15,6 +15,7 @@ from ..checks import (
     check_other_rows,
     check_positive,
     check_reduction,
+    check_vector,
     check_views,
     resolve_scale,
 )
@@ -79,7 +80,7 @@ def info_nce(
         0-d, or (N,) with reduction="none"; with return_stats=True also LossStats: rank, accuracy
         and lse are those of the queries, the bound is the mean of the directions if symmetric.
     """
-    n = check_views("query", query, "key", key, rows=group is None)
+    n = check_views("query", query, "key", key, whole=group is None)
     check_reduction(reduction)
     scale = resolve_scale(temperature, scale)
     if alpha is not None:
@@ -87,21 +88,20 @@ def info_nce(
     m = 0
     if negatives is not None:
         negatives = as_source("negatives", negatives)
-        m = check_negatives(query, negatives, rows=group is None)
+        m = check_negatives(query, negatives, whole=group is None)
         own = len(negatives.shape) == 3
         if sharded_negatives and (group is None or own or is_source(negatives)):
             raise ValueError(
                 "sharded_negatives needs a group, and negatives of shape (M, D) in one tensor"
             )
-    if in_batch is None:
-        in_batch = negatives is None
+    in_batch = negatives is None if in_batch is None else bool(in_batch)
     if negatives is None and not in_batch:
         raise ValueError("negatives must be given with in_batch=False, got None")
     if symmetric and not in_batch:
         raise ValueError("symmetric must be False without in-batch negatives, got True")
     candidates = n * in_batch + m
-    if key_bias is not None and key_bias.shape != (candidates,):
-        raise ValueError(f"key_bias must have shape ({candidates},), got {tuple(key_bias.shape)}")
+    if key_bias is not None:
+        check_vector("key_bias", key_bias, candidates)
     if exclude is not None:
         exclude = check_id_pair("exclude", exclude, n, candidates, query.device)
     backend = resolve_backend(backend, query.device)

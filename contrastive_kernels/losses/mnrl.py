@@ -78,7 +78,7 @@ def mnrl(
         0-d, or (N,) with reduction="none"; with return_stats=True also LossStats: rank, accuracy
         and similarities of (a), the bound for (a) alone without hardness.
     """
-    documents = _check_documents(query, documents, rows=group is None)
+    documents = _check_documents(query, documents, whole=group is None)
     check_reduction(reduction)
     _check_modes(directions, partition_mode, hardness_mode)
     check_range("hardness_strength", hardness_strength, 0.0)
@@ -147,17 +147,17 @@ class MNRL(ContrastiveLoss):
     function = staticmethod(mnrl)
 
 
-def _check_documents(query: Tensor, documents: Tensor | Sequence[Tensor], rows: bool) -> Tensor:
-    """Documents (N (1 + K), D), or raise. `rows=False`: N may be 0."""
+def _check_documents(query: Tensor, documents: Tensor | Sequence[Tensor], whole: bool) -> Tensor:
+    """Documents (N (1 + K), D), or raise. `whole=False`: N may be 0."""
     if not isinstance(documents, Tensor):
         documents = list(documents)
         if not documents:
             raise ValueError("documents must have at least one tensor, got an empty sequence")
         for index, block in enumerate(documents):
-            check_views("query", query, f"documents[{index}]", block, rows=rows)
+            check_views("query", query, f"documents[{index}]", block, whole=whole)
         return torch.cat(documents)
-    check_features("query", query, (2,), rows=rows)
-    check_features("documents", documents, (2,), rows=rows)
+    check_features("query", query, (2,), whole=whole)
+    check_features("documents", documents, (2,), whole=whole)
     check_pair(query, documents, "query", "documents")
     n, m = query.shape[0], documents.shape[0]
     if m % n if n else m:

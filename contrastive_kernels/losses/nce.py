@@ -144,9 +144,9 @@ def _check(
     query: Tensor, key: Tensor, negatives: Any, num_data: int, group: GroupLike
 ) -> Tensor | NegativeSource:
     """The negatives, or raise."""
-    n = check_views("query", query, "key", key, rows=group is None)
+    n = check_views("query", query, "key", key, whole=group is None)
     negatives = as_source("negatives", negatives)
-    check_negatives(query, negatives, rows=group is None or n > 0)
+    check_negatives(query, negatives, whole=group is None or n > 0)
     check_positive("num_data", num_data)
     return negatives
 

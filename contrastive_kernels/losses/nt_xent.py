@@ -14,6 +14,7 @@ from ..checks import (
     check_positive,
     check_range,
     check_reduction,
+    check_vector,
     check_views,
     resolve_scale,
 )
@@ -99,9 +100,7 @@ def dcl(
         check_positive("sigma", sigma)
         if weight is not None:
             raise ValueError("weight and sigma must not both be given")
-    if weight is not None and weight.shape != (2 * len(z1),):
-        raise ValueError(f"weight must have shape {(2 * len(z1),)}, got {tuple(weight.shape)}")
-    views = Views.of(z1, z2, normalize, backend, group, exchange)
+    views = Views.of(z1, z2, normalize, backend, group, exchange, weight)
     dot, pos, out = views.positives_and_negatives(scale, return_stats)
     if sigma is not None:
         share = views.batch.softmax(dot / sigma)
@@ -221,9 +220,12 @@ class Views(NamedTuple):
         backend: str,
         group: GroupLike,
         exchange: str,
+        weight: Tensor | None = None,
     ) -> Views:
-        """Of arguments of a loss, or raise."""
-        n = check_views("z1", z1, "z2", z2, rows=group is None)
+        """Of arguments of a loss, or raise; `weight` has an entry for each anchor."""
+        n = check_views("z1", z1, "z2", z2, whole=group is None)
+        if weight is not None:
+            check_vector("weight", weight, 2 * n)
         backend = resolve_backend(backend, z1.device)
         batch, _ = join(group, n, exchange=exchange)
         check_other_rows("z1", batch.total)

@@ -59,10 +59,10 @@ def rince(
         lam: weight of the denominator, > 0.
 
     Returns:
-        0-d, or (N,) with reduction="none"; it may be negative. exp(q s) is finite in float32 while
-        q / temperature is below 88.
+        0-d, or (N,) with reduction="none"; it may be negative. It holds exp(q s), which float32
+        does not where q / temperature comes near 88.
     """
-    n = check_views("query", query, "key", key, rows=group is None)
+    n = check_views("query", query, "key", key, whole=group is None)
     check_reduction(reduction)
     scale = resolve_scale(temperature, scale)
     check_positive("lam", lam)
@@ -71,7 +71,7 @@ def rince(
     m = 0
     if negatives is not None:
         negatives = as_source("negatives", negatives)
-        m = check_negatives(query, negatives, rows=group is None)
+        m = check_negatives(query, negatives, whole=group is None)
     backend = resolve_backend(backend, query.device)
     batch, others = join(group, n, m, exchange=exchange, negatives=negatives, replicated=True)
     keys: Tensor | NegativeSource = key
@@ -90,7 +90,12 @@ def rince(
     pairs = operands(query, keys, scale=scale, exclude=exclude, batch=key_batch, **options)
     out = sweep(pairs, threshold=pos.detach() if return_stats else None)
     gap = softplus(out.lse - pos)  # that of InfoNCE: log of the denominator less the positive
-    rows = (q * pos).exp() * torch.expm1(q * (gap + math.log(lam))) / q
+    # the difference of two exponentials, relative to the larger one
+    above = q * (gap + math.log(lam))
+    share = torch.where(
+        above > 0, -torch.expm1(-above.clamp(min=0)), torch.expm1(above.clamp(max=0))
+    )
+    rows = (q * pos + above.clamp(min=0)).exp() * share / q
     value = batch.reduce_rows(rows, reduction)
     if not return_stats:
         return value

@@ -50,7 +50,7 @@ def sup_con(
     Returns:
         0-d, or with reduction="none" one loss for each anchor: (N,), or (N, V).
     """
-    check_features("features", features, (2, 3), rows=group is None)
+    check_features("features", features, (2, 3), whole=group is None)
     check_reduction(reduction)
     scale = resolve_scale(temperature)
     if base_temperature is not None:

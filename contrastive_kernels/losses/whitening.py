@@ -58,9 +58,9 @@ def w_mse(
         permutations: (iterations, N) integers to use instead; each row a permutation of 0..N-1,
             which is not checked.
         generator: source of the drawn permutations.
-        group: a torch.distributed process group or DeviceMesh. Every rank permutes and whitens its
-            own samples, whose number group_size divides; the mean is over all ranks, with the
-            gradients that `help(ck.info_nce)` describes.
+        group: a torch.distributed process group, a DeviceMesh or "world". Every rank permutes and
+            whitens its own samples, whose number group_size divides; the mean is over all ranks,
+            with the gradients that `help(ck.info_nce)` describes.
 
     Returns:
         0-d, or (N,) with reduction="none", by sample. LossStats has the positive_similarity only:
@@ -77,7 +77,9 @@ def w_mse(
             raise ValueError(f"iterations must be at least 1, got {iterations}")
         permutations = _draw(iterations, n, generator, views.device)
     else:
-        check_ids("permutations", permutations, (permutations.shape[0], n))
+        check_ids("permutations", permutations, (*getattr(permutations, "shape", ())[:1], n))
+        if permutations.device != views.device:
+            raise ValueError(f"permutations must be on {views.device}, got {permutations.device}")
     permutations = permutations.long()
     views = views.to(statistics_dtype(views))
     distance: Callable[[Tensor, bool], Tensor] = view_distance
@@ -145,7 +147,10 @@ def intl(
         which all share. LossStats has the positive_similarity only: the mean cosine.
 
     Raises:
-        ValueError: also for a view whose covariance is not finite, with the delay of `whiten`.
+        ValueError: an argument that does not fit; also a view whose covariance is not finite, with
+            the delay of `whiten`.
+        TypeError: views that are no floating tensor.
+        RuntimeError: another backend than "auto" and "reference": there are no kernels.
 
     Formula and defaults are those of the authors' code (winci-ai/INTL), which gathers the batches
     of all processes first: with a `group` statistics are those of all ranks' samples, from sums of

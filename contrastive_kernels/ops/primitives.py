@@ -260,8 +260,9 @@ def row_stats(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: a `backend` that cannot run here.
     """
-    if bias is not None and bias.dim() == 0:
-        raise ValueError("bias must have shape (M,), got ()")
+    if bias is not None and not (isinstance(bias, Tensor) and bias.dim() > 0):
+        got = "()" if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"bias must be a tensor of shape (M,), got {got}")
     given = checked_operands(
         x, None if y is x else y, scale=scale, bias=bias, exclude=exclude, keep=keep,
         normalize=normalize, backend=backend,

@@ -160,7 +160,8 @@ class _Softplus(torch.autograd.Function):
         def visit(rows: slice, own: bool, keys: KeyShard) -> None:
             block = _block(options, x, scale, bias, row_ids, rows, own, keys)
             if block is not None:
-                out = pairs.softplus(block, threshold=threshold)
+                level = None if threshold is None else threshold[rows]
+                out = pairs.softplus(block, threshold=level)
                 for total, t in zip(sums, (out.value, *(out.counts or ())), strict=True):
                     total += t
 

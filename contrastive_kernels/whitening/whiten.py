@@ -101,6 +101,8 @@ def whiten(
             device: at the next call that finds the flags on the host, or in `check_whitening`;
             never of calls within a CUDA graph or torch.compile. Compiled for a CPU it is a
             RuntimeError without the number of the group.
+        RuntimeError: a backend that cannot run here: "cpu" and "cuda" have kernels of "cholesky"
+            alone.
     """
     _check_groups(x)
     n, dim = x.shape[-2:]

@@ -215,6 +215,33 @@ BAD_VALUES = [
     (ck.cacr_views, (x(4, 3),), {}, r"views must have shape .* got \(4, 3\)"),
     (ck.cacr_views, (x(3, 4, 3),), {"reduction": "max"}, "reduction must be"),
     (ck.cct, PAIR, {"t_neg": -1.0}, "t_neg must be a finite number > 0, got -1.0"),
+    # w_mse
+    (
+        ck.w_mse,
+        (x(2, 4, 3),),
+        {"group_size": 4, "permutations": torch.zeros(1, 4, dtype=torch.long, device="meta")},
+        "permutations must be on cpu, got meta",
+    ),
+    # rince
+    (ck.rince, PAIR, {"q": 0.0}, r"q must be a number in \(0, 1\], got 0.0"),
+    (ck.rince, PAIR, {"q": NAN}, r"q must be a number in \(0, 1\], got nan"),
+    (ck.rince, PAIR, {"lam": 0.0}, "lam must be a finite number > 0, got 0.0"),
+    # cpc
+    (ck.cpc, (x(4, 3, 2, 5), x(4, 2, 5)), {}, "must have the 2 times of targets, got 3"),
+    (ck.cpc, (x(4, 1, 2, 5), x(4, 1, 5)), {}, "at least 1 step and 2 times, got shapes"),
+    (ck.cpc, (x(3, 4, 2, 5), x(2, 4, 5)), {}, "same number of rows, got 3 and 2"),
+    (
+        ck.cpc,
+        (x(1, 4, 2, 5), x(1, 4, 5)),
+        {"negatives_from": "sequences"},
+        "needs at least 2 sequences, got 1",
+    ),
+    (
+        ck.cpc,
+        (x(4, 4, 2, 5), x(4, 4, 5)),
+        {"negatives_from": "all"},
+        "negatives_from must be one of sequences, times, both, got 'all'",
+    ),
     # intl
     (ck.intl, (x(1, 4, 3),), {}, r"V >= 2, got \(1, 4, 3\)"),
     (ck.intl, (x(4, 3),), {}, r"views must have shape .* got \(4, 3\)"),
@@ -237,6 +264,14 @@ def test_bad_values(loss, inputs, options, message):
 
 
 BAD_TYPES = [
+    (ck.info_nce, PAIR, {"key_bias": [0.0] * 4}, "key_bias must be a tensor, got list"),
+    (ck.dcl, PAIR, {"weight": [1.0] * 8}, "weight must be a tensor, got list"),
+    (
+        ck.w_mse,
+        (x(2, 4, 3),),
+        {"group_size": 4, "permutations": [0]},
+        "permutations must be an int",
+    ),
     (ck.info_nce, PAIR, {"temperature": torch.tensor(0.1)}, "temperature must be a number, got a"),
     (ck.info_nce, PAIR, {"exclude": IDS}, "exclude must be a pair"),
     (ck.info_nce, PAIR, {"exclude": (x(4), IDS)}, "exclude: row_ids must be an integer tensor"),

@@ -145,6 +145,26 @@ def test_temperature_001_is_finite_and_right(loss, backend, dtype):
 
 
 @parametrize_backends
+@pytest.mark.parametrize("q, temperature", [(1.0, 0.02), (0.8, 1 / 60), (0.5, 0.01)])
+def test_rince_of_false_positives_is_finite(backend, q, temperature):
+    """A positive that is far among near negatives: exp(q gap) alone would overflow float32."""
+    query = randn(5, 8, dtype=torch.float32)
+    options = {"q": q, "temperature": temperature, "reduction": "none"}
+    assert_within_budget(
+        partial(ck.rince, backend=backend, **options),
+        partial(reference.rince, **options),
+        [query, -query],
+        slack=64 + 4 / temperature,
+    )
+    near = partial(ck.rince, negatives=query, backend=backend, **options)
+    dense = partial(reference.rince, negatives=query.double(), **options)
+    value = near(query, -query)
+    torch.testing.assert_close(
+        value.double(), dense(query.double(), -query.double()), rtol=1e-4, atol=0
+    )
+
+
+@parametrize_backends
 def test_rows_without_negatives(backend):
     """All negatives of every row dropped: loss 0 and gradient exactly 0."""
     query, key = views(5, 3)
