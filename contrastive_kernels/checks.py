@@ -12,8 +12,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .sources import NegativeSource, is_source
-from .types import FLOATS, IdPair, statistics_dtype
+from .sources import NegativeSource, as_source, is_source
+from .types import FLOATS, IdPair, OwnKeys, statistics_dtype
 
 _UNSORTED = (torch.bool, torch.uint16, torch.uint32, torch.uint64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -110,6 +110,67 @@ def check_negatives(
     return negatives.shape[-2]
 
 
+def check_own(
+    query: Tensor, negatives: Any, mask: Any, per_query: Any, *, whole: bool = True
+) -> Tensor | NegativeSource | OwnKeys:
+    """`negatives` as `as_source` has them, with `check_negatives`; or as `OwnKeys`, where a mask
+    (N, M) or numbers (N,) say which of them are those of a query; or raise."""
+    if mask is None and per_query is None:
+        negatives = as_source("negatives", negatives)
+        check_negatives(query, negatives, whole=whole)
+        return negatives
+    if mask is not None and per_query is not None:
+        raise ValueError(
+            "negatives_mask and negatives_per_query must not both be given: the one is for "
+            "negatives of shape (N, M, D), the other for (total, D)"
+        )
+    name, dims = ("negatives_mask", 3) if per_query is None else ("negatives_per_query", 2)
+    if not isinstance(negatives, Tensor) or negatives.dim() != dims:
+        wanted = "(N, M, D)" if per_query is None else "(total, D), in one tensor"
+        got = tuple(negatives.shape) if isinstance(negatives, Tensor) else type(negatives).__name__
+        raise ValueError(f"{name} needs negatives of shape {wanted}, got {got}")
+    if per_query is None:
+        m = check_negatives(query, negatives, (3,), whole=whole)
+        return OwnKeys(negatives, mask=check_mask(name, mask, (query.shape[0], m), query.device))
+    check_features("negatives", negatives, (2,), whole=False)
+    check_pair(query, negatives, "query", "negatives")
+    return OwnKeys(negatives, counts=check_numbers(name, per_query, query, negatives.shape[0]))
+
+
+def check_mask(name: str, mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Raise unless `mask` is a bool tensor of the shape; return it."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = _short(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, True where a negative counts, got {got}")
+    if mask.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    check_device(name, mask, device)
+    return mask
+
+
+def check_numbers(name: str, numbers: Any, query: Tensor, total: int) -> Tensor:
+    """Raise unless `numbers` (N,) are integers >= 0 that sum to `total`; return them as int64."""
+    if not isinstance(numbers, Tensor) or numbers.dtype == torch.bool:
+        got = "bool" if isinstance(numbers, Tensor) else type(numbers).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    numbers = check_ids(name, numbers, query.shape[:1]).long()
+    check_device(name, numbers, query.device)
+    fits = (numbers >= 0).all() & (numbers.sum() == total)
+    what = f"{name} must be >= 0 and sum to the {total} rows of negatives"
+    if numbers.is_cpu and not torch.compiler.is_compiling():
+        if not fits:
+            raise ValueError(f"{what}, got {_some(numbers)}, which sum to {int(numbers.sum())}")
+    elif not numbers.is_meta:  # without waiting for the device
+        torch._assert_async(fits, f"{name} must be >= 0 and sum to the number of negatives")
+    return numbers
+
+
+def check_device(name: str, t: Tensor, device: torch.device) -> None:
+    """Raise unless `t` is on the device."""
+    if t.device != device:
+        raise ValueError(f"{name} must be on {device}, got {t.device}")
+
+
 def check_other_rows(name: str, rows: int) -> None:
     """Raise when a batch has no other row to take negatives from."""
     if rows < 2:
@@ -138,8 +199,7 @@ def check_id_pair(name: str, pair: Any, rows: int, keys: int, device: torch.devi
     checked = []
     for which, ids, size in (("row_ids", pair[0], rows), ("col_ids", pair[1], keys)):
         checked.append(check_ids(f"{name}: {which}", ids, (size,)))
-        if ids.device != device:
-            raise ValueError(f"{name}: {which} must be on {device}, got {ids.device}")
+        check_device(f"{name}: {which}", ids, device)
     return checked[0], checked[0] if pair[0] is pair[1] else checked[1]
 
 
@@ -222,6 +282,12 @@ def _check_dtype(name: str, dtype: torch.dtype) -> None:
         raise TypeError(
             f"{name} must be float32, float64, bfloat16 or float16, got {_short(dtype)}"
         )
+
+
+def _some(numbers: Tensor) -> str:
+    """The first few numbers."""
+    few = numbers[:8].tolist()
+    return f"[{', '.join(map(str, few))}{', ...' if len(numbers) > len(few) else ''}]"
 
 
 def _short(dtype: torch.dtype) -> str:

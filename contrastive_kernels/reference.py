@@ -36,13 +36,35 @@ def similarity(x: Tensor, y: Tensor | None, normalize: bool) -> Tensor:
 
 
 def kept_pairs(z: Tensor, exclude: IdPair | None, keep: IdPair | None) -> Tensor:
-    """Boolean (N, M): pairs with equal `exclude` ids are dropped, only equal `keep` ids stay."""
+    """Boolean (N, M): pairs with equal `exclude` ids are dropped, only equal `keep` ids stay. Those
+    of columns are (M,), or (N, M)."""
     kept = torch.ones_like(z, dtype=torch.bool)
     if exclude is not None:
-        kept = kept & (exclude[0][:, None] != exclude[1][None, :])
+        kept = kept & (exclude[0][:, None] != exclude[1])
     if keep is not None:
-        kept = kept & (keep[0][:, None] == keep[1][None, :])
+        kept = kept & (keep[0][:, None] == keep[1])
     return kept
+
+
+def padded(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """What lies run after run, (T, ...) of which the next counts_i are those of row i, as (N, M,
+    ...) with M the largest of the counts, zeros behind the shorter runs; and where there is
+    something, (N, M)."""
+    width = max([1, *counts.tolist()])
+    mask = torch.arange(width, device=counts.device) < counts[:, None]
+    out = values.new_zeros(*mask.shape, *values.shape[1:])
+    return out.index_put((mask,), values), mask
+
+
+def own_negatives(
+    negatives: Tensor, mask: Tensor | None, per_query: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Negatives as (N, M, D), with zeros where nothing counts, and the mask; or as they are."""
+    if per_query is not None:
+        return padded(negatives, per_query)
+    if mask is not None:
+        negatives = negatives.masked_fill(~mask[..., None], 0.0)
+    return negatives, mask
 
 
 def masked_softmax_stats(z: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +226,8 @@ def info_nce(
     symmetric: bool = False,
     exclude: IdPair | None = None,
     key_bias: Tensor | None = None,
+    negatives_mask: Tensor | None = None,
+    negatives_per_query: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -214,6 +238,8 @@ def info_nce(
     in-batch keys, if used, followed by the negatives; exclude = (row ids, candidate ids) drops
     negatives, never the positive; key_bias has one entry per candidate and reaches the positive
     when that is one of them. symmetric averages with the direction from keys to in-batch queries.
+    Of negatives (N, M, D) those count where negatives_mask (N, M) is True; of (T, D) the next
+    negatives_per_query_i are those of query i.
     """
     scale = 1 / temperature if scale is None else scale
     in_batch = negatives is None if in_batch is None else in_batch
@@ -221,15 +247,29 @@ def info_nce(
         raise ValueError("symmetric must be False without in-batch keys, got True")
     n = len(query)
     candidates = [key] if in_batch else []
-    candidates += [] if negatives is None else [negatives]
+    mask = None
+    if negatives is not None:
+        negatives, mask = own_negatives(negatives, negatives_mask, negatives_per_query)
+        candidates.append(negatives)
     z = scale * torch.cat([similarity(query, c, normalize) for c in candidates], 1)
     positive = scale * row_dot(query, key, normalize=normalize)
+    start = n * in_batch
+
+    def of_pairs(values: Tensor) -> Tensor:
+        """What candidates have, for the pairs of each query."""
+        if negatives_per_query is None:
+            return values.expand(n, -1)
+        own = padded(values[start:], negatives_per_query)[0]
+        return torch.cat([values[:start].expand(n, -1), own], 1)
+
     if key_bias is not None:
-        z = z + key_bias
+        z = z + of_pairs(key_bias)
         positive = positive + key_bias[:n] if in_batch else positive
-    kept = kept_pairs(z, exclude, None)
+    kept = kept_pairs(z, exclude and (exclude[0], of_pairs(exclude[1])), None)
     if in_batch:
         kept[:, :n].fill_diagonal_(False)
+    if mask is not None:
+        kept[:, start:] &= mask
     rows = cross_entropy_rows(positive, z, kept, alpha)
     if symmetric:
         columns = cross_entropy_rows(positive, z[:, :n].T, kept[:, :n].T, alpha)
@@ -247,6 +287,8 @@ def eqco(
     in_batch: bool | None = None,
     symmetric: bool = False,
     exclude: IdPair | None = None,
+    negatives_mask: Tensor | None = None,
+    negatives_per_query: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -260,6 +302,8 @@ def eqco(
         in_batch=in_batch,
         symmetric=symmetric,
         exclude=exclude,
+        negatives_mask=negatives_mask,
+        negatives_per_query=negatives_per_query,
         normalize=normalize,
         reduction=reduction,
     )
@@ -274,15 +318,23 @@ def rince(
     scale: float | Tensor | None = None,
     q: float = 0.5,
     lam: float = 0.01,
+    negatives_mask: Tensor | None = None,
+    negatives_per_query: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """-e^{q s+} / q + (lam (e^{s+} + sum_neg e^{s-}))^q / q (Chuang et al. 2022, sec. 4); query and
-    key (N, D), negatives (M, D), (N, M, D), or None for the other rows' keys."""
+    key (N, D), negatives (M, D), (N, M, D), or None for the other rows' keys; which of them count
+    is as in `info_nce`."""
     scale = 1 / temperature if scale is None else scale
-    z = scale * similarity(query, key if negatives is None else negatives, normalize)
+    mask = None
     if negatives is None:
-        z = z.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+        negatives, mask = key, ~torch.eye(len(key), dtype=torch.bool, device=key.device)
+    else:
+        negatives, mask = own_negatives(negatives, negatives_mask, negatives_per_query)
+    z = scale * similarity(query, negatives, normalize)
+    if mask is not None:
+        z = z.masked_fill(~mask, -torch.inf)
     positive = (scale * row_dot(query, key, normalize=normalize)).exp()
     denominator = positive + z.exp().sum(1)
     return reduce(-(positive**q) / q + (lam * denominator) ** q / q, reduction)
@@ -353,6 +405,7 @@ def mnrl(
     partition_mode: str = "joint",
     hardness_mode: str | None = None,
     hardness_strength: float = 0.0,
+    negatives_mask: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -363,10 +416,15 @@ def mnrl(
     query (N, D); documents (N (1 + K), D) or a sequence of 1 + K blocks (N, D): block by block one
     document of every query, the positives first. hardness_mode names the logits from queries to
     documents that hardness_strength times their detached similarity is added to (Lan et al. 2025).
+    A negative whose entry of negatives_mask (N, K) is False is a candidate of nobody.
     """
     documents = documents if isinstance(documents, Tensor) else torch.cat(tuple(documents))
     n, m = len(query), len(documents)
     index = torch.arange(m, device=query.device)
+    kept = torch.ones(m, dtype=torch.bool, device=query.device)
+    if negatives_mask is not None:
+        kept[n:] = negatives_mask.T.flatten()
+        documents = documents.masked_fill(~kept[:, None], 0.0)
     positive = documents[:n]
     own = index[:n, None] == index[None, :] % n  # documents of the same query
     own_positive = index[:n, None] == index[None, :]
@@ -381,10 +439,10 @@ def mnrl(
     queries = scale * similarity(query, None, normalize)
     positives = scale * similarity(positive, documents, normalize)
     matrices = {
-        "query_to_doc": forward,
+        "query_to_doc": forward.masked_fill(~kept, -torch.inf),
         "query_to_query": queries.masked_fill(own[:, :n], -torch.inf),
         "doc_to_query": scale * similarity(positive, query, normalize),
-        "doc_to_doc": positives.masked_fill(own, -torch.inf),
+        "doc_to_doc": positives.masked_fill(own | ~kept, -torch.inf),
     }
     logits = [matrices[name] for name in directions]
     if partition_mode == "joint":
@@ -611,24 +669,32 @@ def nce(
     temperature: float = 0.07,
     num_data: int,
     Z: float | Tensor | None = None,
+    negatives_mask: Tensor | None = None,
+    negatives_per_query: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """-log h(key) - sum_j log(1 - h(negative_j)), h = P / (P + m / num_data), P = e^{s/t} / Z.
 
     Instance discrimination, Wu et al. 2018, section 3.2. query and key (N, D), negatives (m, D) or
-    (N, m, D). Z None is num_data times the mean of e^{s/t} over all positives and negatives of this
-    call, detached.
+    (N, m, D), which of them count as in `info_nce`, m then being their number for each query. Z
+    None is num_data times the mean of e^{s/t} over all positives and negatives of this call,
+    detached.
     """
+    negatives, mask = own_negatives(negatives, negatives_mask, negatives_per_query)
     positive = row_dot(query, key, normalize=normalize)[:, None] / temperature
     logits = torch.cat([positive, similarity(query, negatives, normalize) / temperature], 1)
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if mask is not None:
+        kept[:, 1:] = mask
     if Z is None:
-        mean_exp = logits.detach().flatten().logsumexp(0) - math.log(logits.numel())
+        mean_exp = logits.detach()[kept].logsumexp(0) - kept.sum().to(logits.dtype).log()
         log_z = math.log(num_data) + mean_exp
     else:
         log_z = torch.as_tensor(Z, dtype=logits.dtype, device=logits.device).log()
     # h is the sigmoid of the log odds log P - log(m / num_data)
-    log_odds = logits - log_z - math.log((logits.shape[1] - 1) / num_data)
+    noise = kept[:, 1:].sum(1, keepdim=True).to(logits.dtype)
+    log_odds = (logits - log_z - (noise / num_data).log()).masked_fill(~kept, -torch.inf)
     rows = -F.logsigmoid(log_odds[:, 0]) - F.logsigmoid(-log_odds[:, 1:]).sum(1)
     return reduce(rows, reduction)
 

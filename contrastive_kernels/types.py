@@ -34,6 +34,18 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+class OwnKeys(NamedTuple):
+    """Keys that each row has for itself, not as many as the other rows.
+
+    keys (N, M, D), of which those count where mask (N, M) is True; or keys (T, D), of which the
+    next counts_i are those of row i, counts (N,) being int64.
+    """
+
+    keys: Tensor
+    mask: Tensor | None = None
+    counts: Tensor | None = None
+
+
 class RowStats(NamedTuple):
     """Softmax statistics of each row: lse (N,), mean (N,)."""
 

@@ -6,14 +6,19 @@ import math
 from collections.abc import Iterable
 from functools import reduce
 from operator import add
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import Batch, Shards
+from ..ops import count_own
+from ..reference import masked_softmax_stats
 from ..sources import NegativeSource
-from ..types import statistics_dtype
+from ..types import OwnKeys, statistics_dtype
+
+Keys = TypeVar("Keys", bound=Tensor | NegativeSource | OwnKeys)
 
 BLOCK_PAIRS = 2**20  # of a block of rows, where a matrix is made piece by piece: 4 MiB of float32
 
@@ -57,6 +62,11 @@ def log_add(total: Tensor, *parts: Tensor) -> Tensor:
     return total
 
 
+def masked_logsumexp(z: Tensor, mask: Tensor | None) -> Tensor:
+    """logsumexp over the columns of z (N, K) where the mask is True, -inf where it nowhere is."""
+    return z.logsumexp(1) if mask is None else masked_softmax_stats(z, mask)[0]
+
+
 def count_equal_ids(row_ids: Tensor, col_ids: Tensor) -> Tensor:
     """For each row (N,), the number of columns whose id equals the row's."""
     ordered = col_ids.long().sort().values
@@ -71,15 +81,25 @@ def add_rows(value: Tensor, rows: Tensor, reduction: str, batch: Batch) -> Tenso
     return batch.reduce(value + rows.sum(), reduction == "mean")
 
 
-def replicated(
-    negatives: Tensor | NegativeSource, n: int, others: Batch
-) -> tuple[Tensor | NegativeSource, Batch | None]:
-    """Negatives (M, D) or (N, M, D) that every rank has for its n rows, and what a sweep takes as
-    their batch: only without rows it needs to be told."""
-    if n > 0 or not isinstance(others, Shards):
+def number_of(negatives: Tensor | NegativeSource | OwnKeys) -> int | Tensor:
+    """The number of negatives of a row; (N,) where rows have not equally many."""
+    return count_own(negatives) if isinstance(negatives, OwnKeys) else negatives.shape[-2]
+
+
+def shared_number(negatives: Tensor | NegativeSource | OwnKeys) -> int:
+    """The number of negatives on which ranks must agree."""
+    if isinstance(negatives, OwnKeys):
+        return 0 if negatives.mask is None else negatives.mask.shape[1]
+    return negatives.shape[-2]
+
+
+def replicated(negatives: Keys, n: int, others: Batch) -> tuple[Keys, Batch | None]:
+    """Negatives that every rank has for its n rows, and what a sweep takes as their batch: only
+    without rows it needs to be told."""
+    if n > 0 or isinstance(negatives, OwnKeys) or not isinstance(others, Shards):
         return negatives, None
     flat = negatives.sum(0) if isinstance(negatives, Tensor) and negatives.dim() == 3 else negatives
-    return flat, others.alone()
+    return cast(Keys, flat), others.alone()
 
 
 def gather_only(loss: str, exchange: str) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..backends import resolve_backend
 from ..checks import (
     check_id_pair,
-    check_negatives,
     check_other_rows,
+    check_own,
     check_positive,
     check_reduction,
     check_vector,
@@ -20,10 +20,10 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, join
-from ..ops import operands, row_dot, sweep
-from ..sources import NegativeSource, as_source, is_source
-from ..types import Group, IdPair, Loss, known
-from .algebra import count_equal_ids, log_add, log_count, replicated, softplus
+from ..ops import count_own, operands, row_dot, sweep
+from ..sources import NegativeSource
+from ..types import Group, IdPair, Loss, OwnKeys, known
+from .algebra import count_equal_ids, log_add, log_count, replicated, shared_number, softplus
 from .base import ContrastiveLoss, loss, loss_like
 from .stats import mi_lower_bound, pair_stats
 
@@ -34,6 +34,8 @@ def info_nce(
     key: Tensor,
     *,
     negatives: Tensor | NegativeSource | None = None,
+    negatives_mask: Tensor | None = None,
+    negatives_per_query: Tensor | None = None,
     temperature: float = 0.1,
     scale: float | Tensor | None = None,
     alpha: float | None = None,
@@ -62,6 +64,11 @@ def info_nce(
         negatives: (M, D) shared, (N, M, D) for each query, or None: the keys of the other rows.
             Shared ones may come in chunks, a list of tensors or a `NegativeSource`, without
             gradient.
+        negatives_mask: (N, M), bool, of negatives (N, M, D): True where one counts. What lies
+            elsewhere, padding of any value, is no candidate and has gradient 0.
+        negatives_per_query: (N,), integers >= 0: `negatives` (total, D) are those of query 0, then
+            those of query 1 and so on, as many as these, without padding. Column ids and
+            `key_bias` then have `total` entries for them.
         temperature: scale = 1 / temperature.
         scale: number or tensor of one element (may be learned), instead of 1 / temperature.
         alpha: the EqCo margin.
@@ -79,6 +86,13 @@ def info_nce(
     Returns:
         0-d, or (N,) with reduction="none"; with return_stats=True also LossStats: rank, accuracy
         and lse are those of the queries, the bound is the mean of the directions if symmetric.
+
+    Passages (N (1 + k), D) with the positive of each query before its k negatives, as tevatron and
+    FlagEmbedding have them, are groups: `own = passages.view(N, 1 + k, D)`. Each query against its
+    own group is `key=own[:, 0], negatives=own[:, 1:]`. Against all passages of the batch, the other
+    queries' negatives too, which is what tevatron does and FlagEmbedding by default, it is
+    `key=own[:, 0], negatives=own[:, 1:].flatten(0, 1), in_batch=True`, and with a `group`
+    `sharded_negatives=True`.
     """
     n = check_views("query", query, "key", key, whole=group is None)
     check_reduction(reduction)
@@ -86,11 +100,12 @@ def info_nce(
     if alpha is not None:
         check_positive("alpha", alpha)
     m = 0
-    if negatives is not None:
-        negatives = as_source("negatives", negatives)
-        m = check_negatives(query, negatives, whole=group is None)
-        own = len(negatives.shape) == 3
-        if sharded_negatives and (group is None or own or is_source(negatives)):
+    keys: Tensor | NegativeSource | OwnKeys | None = None
+    if not (negatives is None and negatives_mask is None and negatives_per_query is None):
+        keys = check_own(query, negatives, negatives_mask, negatives_per_query, whole=group is None)
+        m = (keys.keys if isinstance(keys, OwnKeys) else keys).shape[-2]
+        shared = isinstance(keys, Tensor) and keys.dim() == 2
+        if sharded_negatives and (group is None or not shared):
             raise ValueError(
                 "sharded_negatives needs a group, and negatives of shape (M, D) in one tensor"
             )
@@ -106,13 +121,14 @@ def info_nce(
         exclude = check_id_pair("exclude", exclude, n, candidates, query.device)
     backend = resolve_backend(backend, query.device)
     batch, others = join(
-        group, n, m, exchange=exchange, negatives=negatives, in_batch=in_batch,
+        group, n, 0 if keys is None else shared_number(keys), exchange=exchange,
+        negatives=negatives if isinstance(keys, OwnKeys) else keys, in_batch=in_batch,
         replicated=not sharded_negatives,
     )  # fmt: skip
     if negatives is None:
         check_other_rows("query", batch.total)
     return contrast(
-        query, key, negatives, scale=scale, alpha=alpha, in_batch=in_batch, symmetric=symmetric,
+        query, key, keys, scale=scale, alpha=alpha, in_batch=in_batch, symmetric=symmetric,
         exclude=exclude, key_bias=key_bias, sharded_negatives=sharded_negatives,
         normalize=normalize, reduction=reduction, backend=backend, batch=batch, others=others,
         return_stats=return_stats,
@@ -125,6 +141,8 @@ def eqco(
     key: Tensor,
     *,
     negatives: Tensor | NegativeSource | None = None,
+    negatives_mask: Tensor | None = None,
+    negatives_per_query: Tensor | None = None,
     alpha: float = 65536.0,
     temperature: float = 0.2,
     scale: float | Tensor | None = None,
@@ -145,7 +163,8 @@ def eqco(
     K negatives then weigh as much as alpha would. Arguments as in `info_nce`.
     """
     return info_nce(
-        query, key, negatives=negatives, alpha=alpha, temperature=temperature, scale=scale,
+        query, key, negatives=negatives, negatives_mask=negatives_mask,
+        negatives_per_query=negatives_per_query, alpha=alpha, temperature=temperature, scale=scale,
         in_batch=in_batch, symmetric=symmetric, exclude=exclude, key_bias=key_bias,
         sharded_negatives=sharded_negatives, normalize=normalize, reduction=reduction,
         backend=backend, group=group, exchange=exchange, return_stats=return_stats,
@@ -163,7 +182,7 @@ class EqCo(ContrastiveLoss):
 def contrast(
     query: Tensor,
     key: Tensor,
-    negatives: Tensor | NegativeSource | None = None,
+    negatives: Tensor | NegativeSource | OwnKeys | None = None,
     *,
     scale: float | Tensor,
     alpha: float | None = None,
@@ -181,7 +200,6 @@ def contrast(
 ) -> Loss:
     """`info_nce` of arguments that fit; `batch` has the rows, `others` the negatives."""
     n = query.shape[0]
-    m = 0 if negatives is None else negatives.shape[-2]
     start = n * in_batch  # candidates: `start` keys of the batch, then `negatives`
     dot = row_dot(query, key, normalize=normalize, backend=backend)
     pos = scale * dot
@@ -200,10 +218,14 @@ def contrast(
     count = None
     if alpha is not None or return_stats:
         seen = [(batch_ids, batch)] if in_batch else []
-        if negatives is not None:
+        own: int | Tensor = 0
+        if isinstance(negatives, OwnKeys):
+            own = count_own(negatives, more_ids)
+        elif negatives is not None:
             # every rank has all of the negatives that it does not share
-            seen.append((more_ids, others if sharded_negatives else Batch(m)))
-        count = _count_negatives(seen, in_batch, unmasked)
+            alone = Batch(negatives.shape[-2])
+            seen.append((more_ids, others if sharded_negatives else alone))
+        count = own + _count_negatives(seen, in_batch, unmasked)
     margin = _log_margin(alpha, count, pos)
 
     options: dict[str, Any] = {"scale": scale, "normalize": normalize, "backend": backend}

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends import resolve_backend
 from ..checks import (
     check_features,
+    check_mask,
     check_pair,
     check_positive,
     check_range,
@@ -23,7 +24,7 @@ from ..checks import (
 from ..distributed import Batch, Shards, join
 from ..ops import operands, row_dot, sweep
 from ..types import Counts, Group, IdPair, Loss, Sweep, known
-from .algebra import add_up, log_add
+from .algebra import add_up, log_add, masked_logsumexp
 from .base import ContrastiveLoss, loss
 from .stats import mi_lower_bound, pair_stats
 
@@ -37,6 +38,7 @@ def mnrl(
     query: Tensor,
     documents: Tensor | Sequence[Tensor],
     *,
+    negatives_mask: Tensor | None = None,
     scale: float | Tensor = 20.0,
     directions: Sequence[str] = ("query_to_doc",),
     partition_mode: str = "joint",
@@ -64,6 +66,9 @@ def mnrl(
         documents: (N (1 + K), D): the positive of every query, then a first hard negative of every
             query, and so on; or these 1 + K blocks (N, D) as a sequence. With a `group` the hard
             negatives of all ranks are candidates.
+        negatives_mask: (N, K), bool: True where the hard negative k of query i is one. The others,
+            padding of any value, are candidates of no query and have gradient 0; the documents are
+            copied for them.
         scale: 1 / temperature: number or tensor of one element (may be learned).
         directions: which of the four; "query_to_doc" has to be among them.
         partition_mode: "joint": one sum over all directions; "per_direction": the mean of one loss
@@ -79,6 +84,8 @@ def mnrl(
         and similarities of (a), the bound for (a) alone without hardness.
     """
     documents = _check_documents(query, documents, whole=group is None)
+    if negatives_mask is not None:
+        negatives_mask = _check_mask(query, documents, negatives_mask)
     check_reduction(reduction)
     _check_modes(directions, partition_mode, hardness_mode)
     check_range("hardness_strength", hardness_strength, 0.0)
@@ -95,6 +102,12 @@ def mnrl(
         group, n, m, exchange=exchange, documents=documents, directions=sorted(directions)
     )
     blocks = _count_blocks(batch, of_documents)
+    keep = None
+    if negatives_mask is not None:
+        positives = torch.ones_like(negatives_mask[:, :1])
+        dropped = (~torch.cat((positives, negatives_mask), 1)).T.flatten().int()
+        documents = documents.masked_fill(dropped.bool().unsqueeze(1), 0.0)
+        keep = (dropped[:n], dropped)
     own = documents.unflatten(0, (blocks, n)).transpose(0, 1)  # (N, 1 + K, D): those of each query
     positive, pairs = documents[:n], blocks == 1
     if pairs:
@@ -107,16 +120,20 @@ def mnrl(
     dot, pos = dots[:, 0], scale * dots[:, 0]
     backward = "doc_to_query" in directions
     out, sharp = _sweep_harder(
-        query, documents, scale, in_batch, exclude=same_query, columns=backward and not in_batch,
-        threshold=dot.detach() if return_stats else None, batch=of_documents, **options,
+        query, documents, scale, in_batch, exclude=same_query, keep=keep,
+        columns=backward and not in_batch, threshold=dot.detach() if return_stats else None,
+        batch=of_documents, **options,
     )  # fmt: skip
     logits = {"query_to_doc": [out.lse]}
     if not pairs:
         hard = scale * dots[:, 1:] + own_negatives * dots[:, 1:].detach()
-        logits["query_to_doc"].append(hard.logsumexp(1))
+        logits["query_to_doc"].append(masked_logsumexp(hard, negatives_mask))
 
-    def lse(x: Tensor, y: Tensor | None, exclude: IdPair, batch: Batch) -> Tensor:
-        return sweep(operands(x, y, scale=scale, exclude=exclude, batch=batch, **options)).lse
+    def lse(
+        x: Tensor, y: Tensor | None, exclude: IdPair, batch: Batch, keep: IdPair | None = None
+    ) -> Tensor:
+        pairs = operands(x, y, scale=scale, exclude=exclude, keep=keep, batch=batch, **options)
+        return sweep(pairs).lse
 
     if backward:
         # the columns of the same sweep, unless its logits are not those of this direction
@@ -126,7 +143,7 @@ def mnrl(
         logits["query_to_query"] = [lse(query, None, (ids, ids), batch)]
     if "doc_to_doc" in directions:
         others = None if pairs else documents
-        logits["doc_to_doc"] = [lse(positive, others, same_query, of_documents)]
+        logits["doc_to_doc"] = [lse(positive, others, same_query, of_documents, keep)]
 
     if partition_mode == "joint":
         rows = _excess(chain(*logits.values()), pos, 2 if backward else 1)
@@ -135,10 +152,13 @@ def mnrl(
     value = batch.reduce_rows(rows, reduction)
     if not return_stats:
         return value
-    counts = [out.counts] if pairs else [out.counts, _counts(sharp * dots.detach())]
+    counts = [out.counts] if pairs else [out.counts, _counts(sharp * dots.detach(), negatives_mask)]
     stats = pair_stats(dot, counts, sharp, batch, lse=rows + pos)
     if len(logits) == 1 and not (in_batch or own_negatives):
-        bound = mi_lower_bound(batch.mean(rows), blocks * batch.total - 1)
+        count: int | Tensor = blocks * batch.total - 1
+        if negatives_mask is not None:
+            count = count - batch.total_of((~negatives_mask).sum())
+        bound = mi_lower_bound(batch.mean(rows), count)
         stats = stats._replace(mi_lower_bound=bound)
     return value, stats
 
@@ -163,6 +183,19 @@ def _check_documents(query: Tensor, documents: Tensor | Sequence[Tensor], whole:
     if m % n if n else m:
         raise ValueError(f"documents must have a multiple of the {n} rows of query, got {m}")
     return documents
+
+
+def _check_mask(query: Tensor, documents: Tensor, mask: Any) -> Tensor:
+    """The mask (N, K) of the K hard negatives of every query, or raise."""
+    n = query.shape[0]
+    # a rank without rows learns from others how many there are
+    count = documents.shape[0] // n - 1 if n else getattr(mask, "shape", (0, 0))[-1]
+    if n and count == 0:
+        raise ValueError(
+            "negatives_mask needs documents with hard negatives, (N (1 + K), D), got "
+            f"{tuple(documents.shape)} for {n} rows of query"
+        )
+    return check_mask("negatives_mask", mask, (n, count), query.device)
 
 
 def _count_blocks(batch: Batch, of_documents: Batch) -> int:
@@ -231,11 +264,13 @@ def _excess(logits: Iterable[Tensor], pos: Tensor, positives: int = 1) -> Tensor
     return log_add(start, *(z - pos for z in logits))
 
 
-def _counts(logits: Tensor) -> Counts:
+def _counts(logits: Tensor, mask: Tensor | None) -> Counts:
     """What `pair_stats` needs of the hard negatives, logits (N, 1 + K), the positive first."""
     pos, negatives = logits[:, :1], logits[:, 1:]
+    if mask is None:
+        mask = torch.ones_like(negatives, dtype=torch.bool)
     return Counts(
-        rank=(negatives > pos).sum(1),
-        total=negatives.sum(1),
-        pairs=torch.full_like(pos[:, 0], negatives.shape[1]),
+        rank=((negatives > pos) & mask).sum(1),
+        total=(negatives * mask).sum(1),
+        pairs=mask.sum(1).to(pos.dtype),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import resolve_backend
 from ..checks import (
-    check_negatives,
+    check_own,
     check_positive,
     check_reduction,
     check_views,
@@ -19,9 +19,9 @@ from ..checks import (
 )
 from ..distributed import Batch, GroupLike, collective, join
 from ..ops import operands, row_dot, softplus_sweep, sweep
-from ..sources import NegativeSource, as_source
-from ..types import Group, Loss
-from .algebra import add_rows, log_count, replicated, softplus
+from ..sources import NegativeSource
+from ..types import Group, Loss, OwnKeys, known
+from .algebra import add_rows, log_count, number_of, replicated, shared_number, softplus
 from .base import ContrastiveLoss, loss
 from .stats import pair_stats
 
@@ -32,6 +32,8 @@ def nce(
     key: Tensor,
     negatives: Tensor | NegativeSource,
     *,
+    negatives_mask: Tensor | None = None,
+    negatives_per_query: Tensor | None = None,
     temperature: float = 0.07,
     num_data: int,
     Z: float | Tensor | None = None,
@@ -53,6 +55,10 @@ def nce(
         key: (N, D), row i is the positive of query i.
         negatives: (m, D) shared, in one tensor or in chunks, or (N, m, D) for each query; with a
             `group` every rank has the shared ones, and mean and Z are over the rows of all ranks.
+        negatives_mask: (N, m), bool, of negatives (N, m, D): True where one counts; m is then the
+            number of those, for each query.
+        negatives_per_query: (N,), of negatives (total, D): how many of them are those of each query
+            in turn, its m.
         num_data: size of the data set.
         Z: the normalisation constant, > 0; None: the estimate of this batch (`estimate_log_z`).
             The module `NCE` keeps its first estimate, as InstDis does.
@@ -70,22 +76,28 @@ def nce(
     elif Z is not None:
         check_positive("Z", Z)
         log_z = math.log(Z)
-    negatives = _check(query, key, negatives, num_data, group)
+    given = _check(query, key, negatives, negatives_mask, negatives_per_query, num_data, group)
     backend = resolve_backend(backend, query.device)
-    batch, negatives, others = _join(group, query, negatives)
+    batch, keys, others = _join(group, query, given, negatives)
+    count = number_of(keys)
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     if log_z is None:
-        log_z = _estimate(query, key, negatives, scale, num_data, batch, others, options)
+        log_z = _estimate(query, key, keys, count, scale, num_data, batch, others, options)
     dot = row_dot(query, key, **options)
-    bias = math.log(num_data) - log_count(negatives.shape[-2], dot.dtype) - log_z
+    bias = math.log(num_data) - log_count(count, dot.dtype) - log_z
     pos = scale * dot + bias
-    pairs = operands(query, negatives, scale=scale, bias=bias, batch=others, **options)
+    of_pairs = bias.unsqueeze(1) if isinstance(bias, Tensor) and bias.dim() else bias
+    pairs = operands(query, keys, scale=scale, bias=of_pairs, batch=others, **options)
     threshold = pos.detach() if return_stats else None
     out = softplus_sweep(pairs, threshold=threshold, summed=reduction != "none")
     value = add_rows(out.value, softplus(-pos), reduction, batch)
     if not return_stats:
         return value
-    return value, pair_stats(dot, [out.counts], scale, batch, bias=bias)
+    counts = known(out.counts)
+    if isinstance(count, Tensor):  # each row has a bias of its own
+        total = counts.total - (bias * counts.pairs).masked_fill(count == 0, 0.0)
+        counts, bias = counts._replace(total=total), 0.0
+    return value, pair_stats(dot, [counts], scale, batch, bias=bias)
 
 
 @collective
@@ -94,6 +106,8 @@ def estimate_log_z(
     key: Tensor,
     negatives: Tensor | NegativeSource,
     *,
+    negatives_mask: Tensor | None = None,
+    negatives_per_query: Tensor | None = None,
     temperature: float = 0.07,
     num_data: int,
     normalize: bool = True,
@@ -102,10 +116,10 @@ def estimate_log_z(
 ) -> Tensor:
     """log Z of `nce`: log(num_data * mean(exp(s / temperature))) over positives and negatives."""
     scale = resolve_scale(temperature)
-    negatives = _check(query, key, negatives, num_data, group)
+    given = _check(query, key, negatives, negatives_mask, negatives_per_query, num_data, group)
     options = {"normalize": normalize, "backend": resolve_backend(backend, query.device)}
-    batch, negatives, others = _join(group, query, negatives)
-    return _estimate(query, key, negatives, scale, num_data, batch, others, options)
+    batch, keys, others = _join(group, query, given, negatives)
+    return _estimate(query, key, keys, number_of(keys), scale, num_data, batch, others, options)
 
 
 class NCE(ContrastiveLoss):
@@ -140,31 +154,41 @@ def _read_estimated(module: NCE, _incompatible_keys: Any) -> None:
     module._estimated = not bool(module.log_z.isnan())
 
 
+Negatives = Tensor | NegativeSource | OwnKeys
+
+
 def _check(
-    query: Tensor, key: Tensor, negatives: Any, num_data: int, group: GroupLike
-) -> Tensor | NegativeSource:
+    query: Tensor,
+    key: Tensor,
+    negatives: Any,
+    mask: Any,
+    per_query: Any,
+    num_data: int,
+    group: GroupLike,
+) -> Negatives:
     """The negatives, or raise."""
     n = check_views("query", query, "key", key, whole=group is None)
-    negatives = as_source("negatives", negatives)
-    check_negatives(query, negatives, whole=group is None or n > 0)
+    found = check_own(query, negatives, mask, per_query, whole=group is None or n > 0)
     check_positive("num_data", num_data)
-    return negatives
+    return found
 
 
 def _join(
-    group: GroupLike, query: Tensor, negatives: Tensor | NegativeSource
-) -> tuple[Batch, Tensor | NegativeSource, Batch | None]:
+    group: GroupLike, query: Tensor, keys: Negatives, negatives: Any
+) -> tuple[Batch, Negatives, Batch | None]:
     """(batch of the rows, the negatives, what a sweep takes as their batch)"""
-    n, m = query.shape[0], negatives.shape[-2]
-    batch, others = join(group, n, m, negatives=negatives, replicated=True)
-    return batch, *replicated(negatives, n, others)
+    n, m = query.shape[0], shared_number(keys)
+    described = negatives if isinstance(keys, OwnKeys) else keys
+    batch, others = join(group, n, m, negatives=described, replicated=True)
+    return batch, *replicated(keys, n, others)
 
 
 @torch.no_grad()
 def _estimate(
     query: Tensor,
     key: Tensor,
-    negatives: Tensor | NegativeSource,
+    keys: Negatives,
+    count: int | Tensor,
     scale: float | Tensor,
     num_data: int,
     batch: Batch,
@@ -172,7 +196,8 @@ def _estimate(
     options: dict[str, Any],
 ) -> Tensor:
     pos = scale * row_dot(query, key, **options)
-    lse = sweep(operands(query, negatives, scale=scale, batch=others, **options)).lse
+    lse = sweep(operands(query, keys, scale=scale, batch=others, **options)).lse
     total = batch.logsumexp(torch.cat((lse, pos)))
-    pairs = batch.total * (negatives.shape[-2] + 1)
+    every = batch.total_of(count.sum()) if isinstance(count, Tensor) else batch.total * count
+    pairs = batch.total + every
     return total - log_count(pairs, pos.dtype) + math.log(num_data)

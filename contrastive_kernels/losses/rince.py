@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..backends import resolve_backend
 from ..checks import (
-    check_negatives,
     check_other_rows,
+    check_own,
     check_positive,
     check_reduction,
     check_views,
@@ -19,9 +19,9 @@ from ..checks import (
 )
 from ..distributed import Batch, join
 from ..ops import operands, row_dot, sweep
-from ..sources import NegativeSource, as_source
-from ..types import Group, IdPair, Loss
-from .algebra import replicated, softplus
+from ..sources import NegativeSource
+from ..types import Group, IdPair, Loss, OwnKeys
+from .algebra import replicated, shared_number, softplus
 from .base import ContrastiveLoss, loss
 from .stats import pair_stats
 
@@ -32,6 +32,8 @@ def rince(
     key: Tensor,
     *,
     negatives: Tensor | NegativeSource | None = None,
+    negatives_mask: Tensor | None = None,
+    negatives_per_query: Tensor | None = None,
     temperature: float = 0.1,
     scale: float | Tensor | None = None,
     q: float = 0.5,
@@ -54,6 +56,9 @@ def rince(
         key: (N, D), row i is the positive of query i.
         negatives: (M, D) shared, in one tensor or in chunks, (N, M, D) for each query, or None: the
             keys of the other rows. With a `group` every rank has the shared ones.
+        negatives_mask: (N, M), bool, of negatives (N, M, D): True where one counts.
+        negatives_per_query: (N,), of negatives (total, D): how many of them are those of each query
+            in turn.
         scale: number or tensor of one element (may be learned), instead of 1 / temperature.
         q: robustness, in (0, 1].
         lam: weight of the denominator, > 0.
@@ -69,20 +74,22 @@ def rince(
     if not 0 < q <= 1:
         raise ValueError(f"q must be a number in (0, 1], got {q}")
     m = 0
-    if negatives is not None:
-        negatives = as_source("negatives", negatives)
-        m = check_negatives(query, negatives, whole=group is None)
+    keys: Tensor | NegativeSource | OwnKeys = key
+    in_batch = negatives is None and negatives_mask is None and negatives_per_query is None
+    if not in_batch:
+        keys = check_own(query, negatives, negatives_mask, negatives_per_query, whole=group is None)
+        m = shared_number(keys)
+        negatives = negatives if isinstance(keys, OwnKeys) else keys
     backend = resolve_backend(backend, query.device)
     batch, others = join(group, n, m, exchange=exchange, negatives=negatives, replicated=True)
-    keys: Tensor | NegativeSource = key
     key_batch: Batch | None = batch
     exclude: IdPair | None = None
-    if negatives is None:
+    if in_batch:
         check_other_rows("query", batch.total)
         ids = batch.own_ids(query.device)
         exclude = (ids, ids)
     else:
-        keys, key_batch = replicated(negatives, n, others)
+        keys, key_batch = replicated(keys, n, others)
 
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     dot = row_dot(query, key, **options)

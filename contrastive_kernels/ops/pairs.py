@@ -15,22 +15,24 @@ from torch import Tensor
 from .. import reference
 from ..distributed.shards import Batch
 from ..sources import NegativeSource
-from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
+from ..types import Counts, IdPair, OwnKeys, SoftplusSweep, Sweep, known, statistics_dtype
 from . import registration
 
 
 class Pairs(NamedTuple):
     """z_ij = scale <x_i, y_j> + bias_j over the pairs that are kept.
 
-    x (N, D); y (M, D), (N, M, D), in chunks, or None: x itself, in a matrix that is symmetric, so
-    that there is no bias and rows have the ids of columns. scale 0-d, bias (M,) or None, where y is
-    in chunks or on several ranks also 0-d; both of `statistics_dtype(x)`. exclude, keep: ids of
+    x (N, D); y (M, D), (N, M, D), `OwnKeys`, in chunks, or None: x itself, in a matrix that is
+    symmetric, so that there is no bias and rows have the ids of columns. scale 0-d, bias (M,) or
+    None, where y is in chunks, `OwnKeys` or on several ranks also 0-d; with `OwnKeys` (T, D) bias
+    and column ids are of these T, and a bias (N, 1) is one of the rows. Both of
+    `statistics_dtype(x)`. exclude, keep: ids of
     rows and columns; pairs with equal `exclude` ids are dropped, only equal `keep` ids stay.
     backend: a resolved one. batch: whose rows y are, where ranks share them.
     """
 
     x: Tensor
-    y: Tensor | NegativeSource | None
+    y: Tensor | NegativeSource | OwnKeys | None
     scale: Tensor
     bias: Tensor | None = None
     exclude: IdPair | None = None
@@ -40,7 +42,7 @@ class Pairs(NamedTuple):
     batch: Batch | None = None
 
     @property
-    def keys(self) -> Tensor | NegativeSource:
+    def keys(self) -> Tensor | NegativeSource | OwnKeys:
         return self.x if self.y is None else self.y
 
     @property
@@ -130,6 +132,27 @@ def softplus(
     if threshold is None:
         return SoftplusSweep(out.value)
     return SoftplusSweep(out.value, Counts(out.rank, out.total, out.count))
+
+
+def row_dot(
+    x: Tensor, y: Tensor, *, ends: Tensor | None = None, normalize: bool = False, backend: str
+) -> Tensor:
+    """<x_i, y_i> for y (N, D), giving (N,), or <x_i, y_ik> for y (N, K, D), giving (N, K).
+
+    With `ends` (N,), int64, the keys of row i are those of y (T, D) from ends_(i-1) to ends_i, and
+    the result is (T,). With `normalize` every row is first divided by its norm (at least 1e-12).
+    The result is float32, or float64 for float64 features. A rank may have no rows. `backend` is a
+    resolved one.
+    """
+    if x.shape[0] == 0 or y.shape[0] == 0:  # the graph of the other ranks, with no rows
+        x = x.view(0, *(y.dim() - 2) * (1,), x.shape[1]) if ends is None else x[:0]
+        return (x * y).sum(-1, dtype=statistics_dtype(x))
+    if backend == "reference":
+        with full_precision(x):
+            return reference.row_dot(x, y, normalize=normalize)
+    if y.dim() == 3 or ends is not None:
+        return registration.row_dot(backend, x, y, normalize, ends)
+    return registration.row_dot(backend, x, y.unsqueeze(1), normalize).squeeze(1)
 
 
 def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> Gradients:

@@ -1,26 +1,26 @@
 """The primitives that every loss is algebra on: `sweep` (softmax statistics of the rows and columns
-of a similarity matrix that is never stored), `softplus_sweep` (row sums of softplus) and `row_dot`
-(the positives).
+of a similarity matrix that is never stored), `softplus_sweep` (row sums of softplus) and, in
+`pairs.py`, `row_dot` (the positives).
 
 `operands` makes the record that sweeps take; where its keys are decides who runs it: chunks of a
-source, the ranks of a group, or `pairs.py`, on the backend it names. Nothing here checks; the
-public `row_stats` and `row_softplus`, and `checked_operands`, do.
+source, keys of each row, the ranks of a group, or `pairs.py`, on the backend it names. Nothing here
+checks; the public `row_stats` and `row_softplus`, and `checked_operands`, do.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..backends import can_attend, can_sum, resolve_backend
 from ..checks import check_features, check_id_pair, check_keys, check_pair, finite, scalar
 from ..distributed.shards import Batch, Shards
 from ..sources import NegativeSource, as_source, is_source
 from ..types import (
     IdPair,
+    OwnKeys,
     RowColumnStats,
     RowStats,
     SoftplusSweep,
@@ -28,13 +28,13 @@ from ..types import (
     known,
     statistics_dtype,
 )
-from . import chunked, pairs, registration, sharded
-from .pairs import Needs, Pairs, full_precision
+from . import chunked, own, pairs, sharded
+from .pairs import Needs, Pairs
 
 
 def operands(
     x: Tensor,
-    y: Tensor | NegativeSource | None,
+    y: Tensor | NegativeSource | OwnKeys | None,
     *,
     scale: float | Tensor = 1.0,
     bias: float | Tensor | None = None,
@@ -62,8 +62,9 @@ def operands(
         bias = None if bias == 0 else torch.full((), bias, dtype=dtype, device=x.device)
     if y is None and not (bias is None and _same_ids(exclude) and _same_ids(keep)):
         y = x  # not a symmetric matrix
-    if bias is not None and bias.dim() == 0 and not (is_source(y) or isinstance(batch, Shards)):
-        bias = bias.expand(known(y).shape[-2])
+    blocks = is_source(y) or isinstance(y, OwnKeys) or isinstance(batch, Shards)
+    if bias is not None and bias.dim() == 0 and not blocks:
+        bias = bias.expand(cast(Tensor, y).shape[-2])
     return Pairs(x, y, scale, bias, exclude, keep, normalize, backend, batch)
 
 
@@ -118,6 +119,8 @@ def sweep(
     """
     if is_source(given.y):
         return chunked.softmax(given, mean=mean, threshold=threshold)
+    if isinstance(given.y, OwnKeys):
+        return own.softmax(given, threshold=threshold)
     if isinstance(given.batch, Shards):
         return sharded.softmax(given, mean=mean, columns=columns, threshold=threshold)
     attend = False
@@ -143,6 +146,8 @@ def softplus_sweep(
     """
     if is_source(given.y):
         out = chunked.softplus(given, threshold=threshold)
+    elif isinstance(given.y, OwnKeys):
+        out = own.softplus(given, threshold=threshold)
     elif isinstance(given.batch, Shards):
         out = sharded.softplus(given, threshold=threshold)
     else:
@@ -159,22 +164,6 @@ def softplus_sweep(
             attend = Needs(*(_requires_grad(t) for t in operands))
         out = pairs.softplus(given, threshold=threshold, attend=attend)
     return out._replace(value=out.value.sum()) if summed else out
-
-
-def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False, backend: str) -> Tensor:
-    """<x_i, y_i> for y (N, D), giving (N,), or <x_i, y_ik> for y (N, K, D), giving (N, K).
-
-    With `normalize` every row is first divided by its norm (at least 1e-12). The result is
-    float32, or float64 for float64 features. A rank may have no rows. `backend` is a resolved one.
-    """
-    if x.shape[0] == 0:  # the graph of the other ranks, with no rows
-        return (x.view(0, *(y.dim() - 2) * (1,), x.shape[1]) * y).sum(-1, dtype=statistics_dtype(x))
-    if backend == "reference":
-        with full_precision(x):
-            return reference.row_dot(x, y, normalize=normalize)
-    if y.dim() == 3:
-        return registration.row_dot(backend, x, y, normalize)
-    return registration.row_dot(backend, x, y.unsqueeze(1), normalize).squeeze(1)
 
 
 def keeps_frozen_keys(x: Tensor, y: Tensor, backend: str) -> bool:

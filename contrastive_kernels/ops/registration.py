@@ -51,9 +51,10 @@ _SCHEMAS = {
     ),
     "row_softplus_backward": f"({_PAIRS}, Tensor grad, bool normalize, bool[4] needs) -> "
     + _GRADIENTS,
-    "row_dot": "(Tensor x, Tensor y, bool normalize) -> (Tensor dot)",
+    "row_dot": "(Tensor x, Tensor y, Tensor? ends, bool normalize) -> (Tensor dot)",
     "row_dot_backward": (
-        "(Tensor x, Tensor y, Tensor grad, bool normalize, bool[2] needs) -> (Tensor dx, Tensor dy)"
+        "(Tensor x, Tensor y, Tensor? ends, Tensor grad, bool normalize, bool[2] needs) -> "
+        "(Tensor dx, Tensor dy)"
     ),
 }
 
@@ -75,9 +76,12 @@ def call(name: str, backend: str, **arguments: Any) -> Any:
     return RESULTS[name](*OPERATORS[name, backend](*ARGUMENTS[name](**arguments)))
 
 
-def row_dot(backend: str, x: Tensor, y: Tensor, normalize: bool) -> Tensor:
-    """<x_i, y_ik> of x (N, D) and y (N, K, D): (N, K)."""
-    return OPERATORS["row_dot", backend](x, y, normalize)
+def row_dot(
+    backend: str, x: Tensor, y: Tensor, normalize: bool, ends: Tensor | None = None
+) -> Tensor:
+    """<x_i, y_ik> of x (N, D) and y (N, K, D): (N, K); or (T,), of y (T, D) where row i has the
+    keys up to ends_i (N,), int64, which those of row i - 1 end before."""
+    return OPERATORS["row_dot", backend](x, y, ends, normalize)
 
 
 def _stats(x: Tensor, *shape: int) -> Tensor:
@@ -175,7 +179,7 @@ def _setup_row_softplus(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _setup_row_dot(ctx: Any, inputs: tuple, _output: Tensor) -> None:
     given = ARGUMENTS["row_dot"](*inputs)
     ctx.normalize = given.normalize
-    ctx.save_for_backward(given.x, given.y)
+    ctx.save_for_backward(given.x, given.y, given.ends)
 
 
 def _setup_nothing(_ctx: Any, _inputs: tuple, _output: Any) -> None:
@@ -213,22 +217,25 @@ def _register(backend: str) -> None:
         return _replace_needed(gradients, needs, out)
 
     def row_dot_backward(ctx: Any, grad: Tensor) -> Any:
-        x, y = ctx.saved_tensors
+        x, y, ends = ctx.saved_tensors
         needs = ARGUMENTS["row_dot"](*ctx.needs_input_grad)
         out = call(
-            "row_dot_backward", backend, x=x, y=y, grad=grad, normalize=ctx.normalize,
+            "row_dot_backward", backend, x=x, y=y, ends=ends, grad=grad, normalize=ctx.normalize,
             needs=[needs.x, needs.y],
         )  # fmt: skip
-        return out.dx if needs.x else None, out.dy if needs.y else None, None
+        return _NO_GRADIENTS["row_dot"]._replace(
+            x=out.dx if needs.x else None, y=out.dy if needs.y else None
+        )
 
     rules: dict[str, tuple[Callable, Callable, Callable]] = {
         "row_stats": (partial(_fake_row_stats, backend), row_stats_backward, _setup_row_stats),
         "row_softplus": (_fake_row_softplus, row_softplus_backward, _setup_row_softplus),
         "row_dot": (
-            lambda x, y, normalize: _stats(x, *y.shape[:2]), row_dot_backward, _setup_row_dot
+            lambda x, y, ends, normalize: _stats(x, *y.shape[:-1]), row_dot_backward,
+            _setup_row_dot,
         ),
         "row_dot_backward": (
-            lambda x, y, grad, normalize, needs: _gradients(needs, x, y), no_second_order,
+            lambda x, y, ends, grad, normalize, needs: _gradients(needs, x, y), no_second_order,
             _setup_nothing,
         ),
     }  # fmt: skip

@@ -142,17 +142,18 @@ def row_softplus_backward(
         return backward.gradients(problem, upstream, Needs(*needs))
 
 
-def row_dot(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
+def row_dot(x: Tensor, y: Tensor, ends: Tensor | None, normalize: bool) -> Tensor:
     with _device(x):
-        return row_dots.products(x, y, normalize)
+        return row_dots.products(x, y, normalize, ends)
 
 
 def row_dot_backward(
-    x: Tensor, y: Tensor, grad: Tensor, normalize: bool, needs: list[bool]
+    x: Tensor, y: Tensor, ends: Tensor | None, grad: Tensor, normalize: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    needs_x, needs_y = needs
     with _device(x):
-        return row_dots.products_backward(x, y, grad.contiguous(), normalize, needs_x, needs_y)
+        return row_dots.products_backward(
+            x, y, grad.contiguous(), normalize, needs[0], needs[1], ends
+        )
 
 
 def _problem(

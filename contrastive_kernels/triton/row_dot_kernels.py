@@ -10,16 +10,22 @@ from .tiles import inverse_norm
 
 
 @triton.jit
-def load_rows(x, i, k0, stride, inner, DIM: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+def load_rows(
+    x, i, k0, stride, inner, DIM: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, used=None
+):
+    """A slice of rows, 0 for those that are not used."""
     k = k0 + tl.arange(0, BLOCK_K)
     pointers = x + (i * stride)[:, None] + (k.to(tl.int64) * inner)[None, :]
-    return tl.load(pointers, mask=(k < DIM)[None, :], other=0.0).to(ACC)
+    mask = (k < DIM)[None, :]
+    if used is not None:
+        mask = mask & used[:, None]
+    return tl.load(pointers, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
 def pair_dots(
     x, y, i, key, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM: tl.constexpr,
-    NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr, used=None,
 ):  # fmt: skip
     """<x_i, y_ik> with 1 / norm of both, which are 1 unless NORMALIZE."""
     dots = tl.zeros(i.shape, ACC)
@@ -27,7 +33,7 @@ def pair_dots(
     for k0 in range(0, DIM, BLOCK_K):
         a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
         b = load_rows(
-            y + (key * y_key_stride)[:, None], i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC
+            y + (key * y_key_stride)[:, None], i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC, used
         )
         dots += tl.sum(a * b, 1)
         if NORMALIZE:
@@ -50,15 +56,28 @@ def program_pairs(pairs, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def row_and_key(at, owners, keys):
+    """Row and key of a pair: pair (i, k) has the number i keys + k; with owners, the row of each
+    key, pairs have the numbers of their keys."""
+    if owners is None:
+        i, key = at // keys, at % keys
+    else:
+        i, key = tl.load(owners + at), at
+    return i, key
+
+
+@triton.jit
 def row_dot_kernel(
-    x, y, out, pairs, keys, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM: tl.constexpr,
-    NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, y, owners, out, pairs, keys, x_stride, x_inner, y_stride, y_key_stride, y_inner,
+    DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """<x_i, y_ik>; pair (i, k) has the number i keys + k."""
+    """<x_i, y_ik>."""
     at, inside = program_pairs(pairs, BLOCK)
+    i, key = row_and_key(at, owners, keys)
     dots, _x_inverse, _y_inverse = pair_dots(
-        x, y, at // keys, at % keys, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM,
-        NORMALIZE, ACC, BLOCK_K,
+        x, y, i, key, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM, NORMALIZE, ACC,
+        BLOCK_K,
     )  # fmt: skip
     tl.store(out + at, dots, mask=inside)
 
@@ -71,16 +90,17 @@ def row_dot_backward_kernel(
 ):  # fmt: skip
     """Gradients of x_i and y_i from g = dL/d<x_i, y_i>, with one y for each x."""
     at, inside = program_pairs(rows, BLOCK)
+    g = tl.load(grad + at)
+    used = g != 0
     dots, x_inverse, y_inverse = pair_dots(
         x, y, at, at * 0, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM, NORMALIZE, ACC,
-        BLOCK_K,
+        BLOCK_K, used,
     )  # fmt: skip
-    g = tl.load(grad + at)
     along = g * dots
     across = g * x_inverse * y_inverse
     for k0 in range(0, DIM, BLOCK_K):
         a = load_rows(x, at, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
-        b = load_rows(y, at, k0, y_stride, y_inner, DIM, BLOCK_K, ACC)
+        b = load_rows(y, at, k0, y_stride, y_inner, DIM, BLOCK_K, ACC, used)
         if x_gradient is not None:
             store_side(x_gradient, a, b, x_inverse, across, along, at, inside, k0, DIM, NORMALIZE)
         if y_gradient is not None:
@@ -105,19 +125,20 @@ def store_side(
 
 @triton.jit
 def row_dot_keys_kernel(
-    x, y, grad, gradient, weights, along, pairs, keys, x_stride, x_inner, y_stride, y_key_stride,
-    y_inner, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, y, owners, grad, gradient, weights, along, pairs, keys, x_stride, x_inner, y_stride,
+    y_key_stride, y_inner, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of y_ik from g = dL/d<x_i, y_ik>; weights g / |y| and along = g <x, y> / |x|^2 |y|
     for `row_dot_queries_kernel`."""
     at, inside = program_pairs(pairs, BLOCK)
-    i, key = at // keys, at % keys
+    i, key = row_and_key(at, owners, keys)
+    g = tl.load(grad + at)
+    used = g != 0
     dots, x_inverse, y_inverse = pair_dots(
         x, y, i, key, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM, NORMALIZE, ACC,
-        BLOCK_K,
+        BLOCK_K, used,
     )  # fmt: skip
-    g = tl.load(grad + at)
     if weights is not None:
         projected = tl.where(x_inverse < 1e12, x_inverse * dots, 0.0)
         tl.store(weights + at, g * y_inverse, mask=inside)
@@ -126,41 +147,48 @@ def row_dot_keys_kernel(
         y += (key * y_key_stride)[:, None]
         for k0 in range(0, DIM, BLOCK_K):
             a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
-            b = load_rows(y, i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC)
+            b = load_rows(y, i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC, used)
             across = g * x_inverse * y_inverse
             store_side(gradient, b, a, y_inverse, across, g * dots, at, inside, k0, DIM, NORMALIZE)
 
 
 @triton.jit
 def row_dot_queries_kernel(
-    x, y, weights, along, gradient, rows, keys, x_stride, x_inner, y_stride, y_key_stride, y_inner,
-    DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+    x, y, ends, weights, along, gradient, rows, keys, x_stride, x_inner, y_stride, y_key_stride,
+    y_inner, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x_i: (sum_k weights_ik y_ik - x_i sum_k along_ik) / |x_i|."""
     start = tl.program_id(0) * BLOCK_M
     i = tl.cast(start, tl.int64) + tl.minimum(tl.arange(0, BLOCK_M), rows - 1 - start)
     inside = start + tl.arange(0, BLOCK_M) < rows
+    if ends is None:
+        first, count, own = i * keys, tl.zeros_like(i) + keys, y + i * y_stride
+        most = keys
+    else:  # the keys of row i have the numbers of its pairs
+        first = tl.load(ends + i - 1, mask=i > 0, other=0)
+        count, own = tl.load(ends + i) - first, y + first * y_key_stride
+        most = tl.max(count, 0)
     total = tl.zeros((BLOCK_M,), ACC)
     squares = tl.zeros((BLOCK_M,), ACC)
     if NORMALIZE:
-        for n0 in range(0, keys, BLOCK_N):
+        for n0 in range(0, most, BLOCK_N):
             key = n0 + tl.arange(0, BLOCK_N)
-            at = (i * keys)[:, None] + key[None, :]
-            total += tl.sum(tl.load(along + at, mask=(key < keys)[None, :], other=0.0), 1)
+            mask = key[None, :] < count[:, None]
+            total += tl.sum(tl.load(along + first[:, None] + key[None, :], mask=mask, other=0.0), 1)
         for k0 in range(0, DIM, BLOCK_K):
             a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
             squares += tl.sum(a * a, 1)
     k0 = tl.program_id(1) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     value = tl.zeros((BLOCK_M, BLOCK_K), ACC)
-    for n0 in range(0, keys, BLOCK_N):
+    for n0 in range(0, most, BLOCK_N):
         key = n0 + tl.arange(0, BLOCK_N)
-        at = (i * keys)[:, None] + key[None, :]
-        weight = tl.load(weights + at, mask=(key < keys)[None, :], other=0.0)
-        vectors = (i * y_stride)[:, None] + (key.to(tl.int64) * y_key_stride)[None, :]
-        pointers = y + vectors[:, :, None] + (k.to(tl.int64) * y_inner)[None, None, :]
-        mask = ((key < keys)[:, None] & (k < DIM)[None, :])[None, :, :]
+        mask = key[None, :] < count[:, None]
+        weight = tl.load(weights + first[:, None] + key[None, :], mask=mask, other=0.0)
+        vectors = own[:, None] + (key.to(tl.int64) * y_key_stride)[None, :]
+        pointers = vectors[:, :, None] + (k.to(tl.int64) * y_inner)[None, None, :]
+        mask = (weight != 0)[:, :, None] & (k < DIM)[None, None, :]
         value += tl.sum(tl.load(pointers, mask=mask, other=0.0).to(ACC) * weight[:, :, None], 1)
     if NORMALIZE:
         a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,53 +17,81 @@ from .engine import cdiv, next_power_of_2
 PROGRAM_PAIRS = 1024 if INTERPRETED else 64
 
 
-def arguments(x: Tensor, y: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Sizes, strides and constants of the kernels for <x_i, y_ik>."""
-    dim = x.shape[1]
-    sizes = (*y.shape[:2], x.stride(0), x.stride(1), *y.stride())
+class Pairing(NamedTuple):
+    """The pairs (x_i, y_ik) as the kernels see them.
+
+    keys: of each row, or about as many. ends (N,), owners (T,): where the keys of each row end, and
+    the row of each key, of y (T, D); None for y (N, K, D).
+    """
+
+    rows: int
+    keys: int
+    total: int
+    strides: tuple[int, ...]
+    ends: Tensor | None
+    owners: Tensor | None
+    constants: dict[str, Any]
+
+
+def pairing(x: Tensor, y: Tensor, ends: Tensor | None) -> Pairing:
+    n, dim = x.shape
     acc = arithmetic(x, y).sum
-    return sizes, {"DIM": dim, "ACC": acc, "BLOCK_K": min(128, next_power_of_2(dim))}
+    constants = {"DIM": dim, "ACC": acc, "BLOCK_K": min(128, next_power_of_2(dim))}
+    if ends is None:
+        keys, strides = y.shape[1], (*x.stride(), *y.stride())
+        return Pairing(n, keys, n * keys, strides, None, None, constants)
+    total = y.shape[0]
+    owners = torch.searchsorted(ends, torch.arange(total, device=x.device), right=True)
+    strides = (*x.stride(), 0, *y.stride())
+    return Pairing(n, cdiv(total, n), total, strides, ends, owners.clamp_(max=n - 1), constants)
 
 
-def products(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
-    """<x_i, y_ik>, (N, K)."""
-    (n, keys, *strides), constants = arguments(x, y)
-    out = torch.empty((n, keys), dtype=statistics_dtype(x), device=x.device)
+def products(x: Tensor, y: Tensor, normalize: bool, ends: Tensor | None = None) -> Tensor:
+    """<x_i, y_ik>, (N, K), or (T,) with `ends`."""
+    of = pairing(x, y, ends)
+    out = torch.empty(y.shape[:-1], dtype=statistics_dtype(x), device=x.device)
     engine.launch(
-        kernels.row_dot_kernel, (cdiv(n * keys, PROGRAM_PAIRS),), x, y, out, n * keys, keys,
-        *strides, NORMALIZE=normalize, BLOCK=PROGRAM_PAIRS, **constants,
+        kernels.row_dot_kernel, (cdiv(of.total, PROGRAM_PAIRS),), x, y, of.owners, out, of.total,
+        of.keys, *of.strides, NORMALIZE=normalize, BLOCK=PROGRAM_PAIRS, **of.constants,
     )  # fmt: skip
     return out
 
 
 def products_backward(
-    x: Tensor, y: Tensor, grad: Tensor, normalize: bool, needs_x: bool, needs_y: bool
+    x: Tensor,
+    y: Tensor,
+    grad: Tensor,
+    normalize: bool,
+    needs_x: bool,
+    needs_y: bool,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and y from those of <x_i, y_ik>."""
-    (n, keys, *strides), constants = arguments(x, y)
+    """Gradients of x and y from those of <x_i, y_ik>. A key whose product has the gradient 0 is not
+    read: NaN in one that is left out goes nowhere."""
+    of = pairing(x, y, ends)
     dx, dy = (torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device)
               for t, need in ((x, needs_x), (y, needs_y)))  # fmt: skip
-    if keys == 1:
+    if of.keys == 1 and ends is None:
         engine.launch(
-            kernels.row_dot_backward_kernel, (cdiv(n, PROGRAM_PAIRS),), x, y, grad,
-            dx if needs_x else None, dy if needs_y else None, n, *strides, NORMALIZE=normalize,
-            BLOCK=PROGRAM_PAIRS, **constants,
+            kernels.row_dot_backward_kernel, (cdiv(of.rows, PROGRAM_PAIRS),), x, y, grad,
+            dx if needs_x else None, dy if needs_y else None, of.rows, *of.strides,
+            NORMALIZE=normalize, BLOCK=PROGRAM_PAIRS, **of.constants,
         )  # fmt: skip
         return dx, dy
     weights = along = None
     if needs_x:
         weights, along = torch.empty_like(grad), torch.empty_like(grad)
     engine.launch(
-        kernels.row_dot_keys_kernel, (cdiv(n * keys, PROGRAM_PAIRS),), x, y, grad,
-        dy if needs_y else None, weights, along, n * keys, keys, *strides, NORMALIZE=normalize,
-        BLOCK=PROGRAM_PAIRS, **constants,
+        kernels.row_dot_keys_kernel, (cdiv(of.total, PROGRAM_PAIRS),), x, y, of.owners, grad,
+        dy if needs_y else None, weights, along, of.total, of.keys, *of.strides,
+        NORMALIZE=normalize, BLOCK=PROGRAM_PAIRS, **of.constants,
     )  # fmt: skip
     if needs_x:
-        block_n = min(PROGRAM_PAIRS, next_power_of_2(keys))
+        block_n = min(PROGRAM_PAIRS, next_power_of_2(of.keys))
         block_m = PROGRAM_PAIRS // block_n
-        grid = (cdiv(n, block_m), cdiv(constants["DIM"], constants["BLOCK_K"]))
+        grid = (cdiv(of.rows, block_m), cdiv(of.constants["DIM"], of.constants["BLOCK_K"]))
         engine.launch(
-            kernels.row_dot_queries_kernel, grid, x, y, weights, along, dx, n, keys, *strides,
-            NORMALIZE=normalize, BLOCK_M=block_m, BLOCK_N=block_n, **constants,
+            kernels.row_dot_queries_kernel, grid, x, y, ends, weights, along, dx, of.rows, of.keys,
+            *of.strides, NORMALIZE=normalize, BLOCK_M=block_m, BLOCK_N=block_n, **of.constants,
         )  # fmt: skip
     return dx, dy

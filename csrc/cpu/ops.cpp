@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "backward.h"
@@ -177,67 +178,118 @@ Four row_softplus_backward(const at::Tensor& x, const OptionalTensor& y, const a
                       needs);
 }
 
-// visit(i, row i of x, its own keys, their stride)
-template <class T, class Visit>
-void for_rows(const Features<T>& x, const Features<T>& y, int64_t keys, Visit visit) {
+// Which keys are those of a row: as many for each, or the run that ends where `ends` says.
+struct Runs {
+  int64_t keys;
+  const int64_t* ends = nullptr;
+
+  Range of(int64_t row) const {
+    if (!ends) return {row * keys, (row + 1) * keys};
+    return {row > 0 ? ends[row - 1] : 0, ends[row]};
+  }
+};
+
+Runs check_runs(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& ends) {
+  check_operands(x, y);
+  TORCH_CHECK_VALUE(ends.has_value() == (y.dim() == 2), "y must have shape (N, K, D), or (T, D) ",
+                    "with ends, got ", y.sizes());
+  if (!ends.has_value()) return {y.size(1)};
+  check_length(ends, "ends", x.size(0));
+  TORCH_CHECK_TYPE(ends->scalar_type() == at::kLong && ends->is_contiguous(),
+                   "ends must be contiguous int64");
+  const int64_t* values = ends->const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(values[0] >= 0 && std::is_sorted(values, values + x.size(0)) &&
+                        values[x.size(0) - 1] == y.size(0),
+                    "the keys of the rows must be >= 0 in number and ", y.size(0), " in all, got ",
+                    values[x.size(0) - 1], " in all");
+  return {y.size(0) / x.size(0) + 1, values};
+}
+
+// visit(i, row i of x, a block of its own keys, where they are, their stride) for the blocks of
+// each row in turn, then done(i, row i of x)
+template <class T, class Visit, class Done>
+void for_rows(const Features<T>& x, const Features<T>& y, const Runs& runs, Visit visit,
+              Done done) {
+  constexpr int64_t kBlock = 64;
   const int64_t d = x.d();
-  const int64_t grain = divide_up(kSerialWork, keys * d);
+  const int64_t grain = divide_up(kSerialWork, runs.keys * d);
   at::parallel_for(0, x.rows(), grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor buffer = at::empty({(1 + keys) * d}, kScalar<T>);
+    const at::Tensor buffer = at::empty({(1 + kBlock) * d}, kScalar<T>);
     T* copy = buffer.template data_ptr<T>();
     for (int64_t i = begin; i < end; ++i) {
       int64_t x_stride, y_stride;
       const T* row = x.read({i, i + 1}, copy, &x_stride);
-      const T* own = y.read({i * keys, (i + 1) * keys}, copy + d, &y_stride);
-      visit(i, row, own, y_stride);
+      const Range own = runs.of(i);
+      for (int64_t j = own.begin; j < own.end; j += kBlock) {
+        const Range block{j, std::min(own.end, j + kBlock)};
+        const T* keys = y.read(block, copy + d, &y_stride);
+        visit(i, row, block, keys, y_stride);
+      }
+      done(i, row);
     }
   });
 }
 
-at::Tensor row_dot(const at::Tensor& x, const at::Tensor& y, bool normalize) {
-  check_operands(x, y);
+at::Tensor flat(const at::Tensor& y) { return y.dim() == 3 ? y.reshape({-1, y.size(2)}) : y; }
+
+at::Tensor row_dot(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& ends,
+                   bool normalize) {
+  const Runs runs = check_runs(x, y, ends);
   return with_compute_type(x, [&](auto t) {
     using T = decltype(t);
-    const int64_t keys = y.size(1), d = x.size(1);
-    const Features<T> queries(x, normalize), own(y.reshape({-1, d}), normalize, false);
-    const at::Tensor out = at::empty({x.size(0), keys}, kScalar<T>);
-    const at::Tensor inverse = at::empty({x.size(0), keys}, kScalar<T>);
+    const Features<T> queries(x, normalize), own(flat(y), normalize, false);
+    const at::Tensor out = at::empty(y.sizes().slice(0, y.dim() - 1), kScalar<T>);
+    const at::Tensor inverse = at::empty_like(out);
     T* values = out.data_ptr<T>();
     T* inverses = inverse.data_ptr<T>();
-    for_rows(queries, own, keys, [&](int64_t i, const T* row, const T* y_rows, int64_t stride) {
-      tile_kernels<T>().dots(row, y_rows, stride, normalize, queries.inverse()[i], keys, d,
-                             values + i * keys, inverses + i * keys, 1);
-    });
+    for_rows(
+        queries, own, runs,
+        [&](int64_t i, const T* row, Range block, const T* keys, int64_t stride) {
+          tile_kernels<T>().dots(row, keys, stride, normalize, queries.inverse()[i], block.size(),
+                                 x.size(1), values + block.begin, inverses + block.begin, 1);
+        },
+        [](int64_t, const T*) {});
     return out;
   });
 }
 
+// A key whose product has the gradient 0 is not read: NaN in one that is left out goes nowhere.
 std::tuple<at::Tensor, at::Tensor> row_dot_backward(const at::Tensor& x, const at::Tensor& y,
+                                                    const OptionalTensor& ends,
                                                     const at::Tensor& grad, bool normalize,
                                                     std::array<bool, 2> needs) {
-  check_operands(x, y);
+  const Runs runs = check_runs(x, y, ends);
   return with_compute_type(x, [&](auto t) -> std::tuple<at::Tensor, at::Tensor> {
     using T = decltype(t);
     const auto& kernels = tile_kernels<T>();
-    const int64_t keys = y.size(1), d = x.size(1);
-    const Features<T> queries(x, normalize), own(y.reshape({-1, d}), normalize);
+    const int64_t d = x.size(1);
+    const Features<T> queries(x, normalize), own(flat(y), normalize);
     const at::Tensor weights = grad.to(kScalar<T>).contiguous();
     const T* weight_of = weights.const_data_ptr<T>();
     const at::Tensor dx = at::empty({needs[0] ? x.size(0) : 0, d}, kScalar<T>);
-    const at::Tensor dy = at::empty({needs[1] ? x.size(0) * keys : 0, d}, kScalar<T>);
+    const at::Tensor dy = at::empty({needs[1] ? own.rows() : 0, d}, kScalar<T>);
     T *to_x = dx.data_ptr<T>(), *to_y = dy.data_ptr<T>();
-    for_rows(queries, own, keys, [&](int64_t i, const T* row, const T* y_rows, int64_t stride) {
-      if (needs[0]) std::fill_n(to_x + i * d, d, T{0});
-      for (int64_t j = i * keys; j < (i + 1) * keys; ++j) {
-        const T* y_row = y_rows + (j - i * keys) * stride;
-        const T weight = weight_of[j] * queries.inverse()[i] * own.inverse()[j];
-        if (needs[0]) kernels.add_scaled(weight, y_row, d, to_x + i * d);
-        if (needs[1])
-          kernels.project(row, y_row, own.inverse()[j], normalize, weight, d, to_y + j * d);
-      }
-      if (needs[0])
-        kernels.project(to_x + i * d, row, queries.inverse()[i], normalize, T{1}, d, to_x + i * d);
-    });
+    if (needs[0]) dx.zero_();
+    for_rows(
+        queries, own, runs,
+        [&](int64_t i, const T* row, Range block, const T* keys, int64_t stride) {
+          for (int64_t j = block.begin; j < block.end; ++j) {
+            if (weight_of[j] == 0) {
+              if (needs[1]) std::fill_n(to_y + j * d, d, T{0});
+              continue;
+            }
+            const T* key = keys + (j - block.begin) * stride;
+            const T weight = weight_of[j] * queries.inverse()[i] * own.inverse()[j];
+            if (needs[0]) kernels.add_scaled(weight, key, d, to_x + i * d);
+            if (needs[1])
+              kernels.project(row, key, own.inverse()[j], normalize, weight, d, to_y + j * d);
+          }
+        },
+        [&](int64_t i, const T* row) {
+          if (needs[0])
+            kernels.project(to_x + i * d, row, queries.inverse()[i], normalize, T{1}, d,
+                            to_x + i * d);
+        });
     const at::Tensor none = at::empty({0}, x.options());
     return {needs[0] ? dx.to(x.scalar_type()) : none,
             needs[1] ? dy.to(y.scalar_type()).view(y.sizes()) : none};
