@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_features, check_ids
-from .distributed import GroupCall, KeptGroup, Shards, join
-from .types import Group, statistics_dtype
+from .distributed import GroupCall, KeptGroup, Rows, Shards, join
+from .types import Group, known, statistics_dtype
 
 
-class FeatureQueue(nn.Module):
+class FeatureQueue(Rows):
     """The last `size` features seen, as negatives (MoCo, He et al. 2020, sec. 3.2).
 
     It starts with random unit vectors, as MoCo's does, so `negatives` always has `size` rows;
     `filled` tells how many are features. Everything is in the state_dict, the position too, and
-    nothing is read back from the device.
+    nothing is read back from the device. `reset_parameters` starts anew.
 
     `negatives` is the buffer itself, not a copy, and `enqueue` writes into it: call `enqueue`
     after `loss.backward()`. When a loss still needs the old rows, its backward raises PyTorch's
@@ -27,8 +27,13 @@ class FeatureQueue(nn.Module):
     With a `group` every rank calls `enqueue` with its own features, of any number, and the features
     of all ranks, in the order of the ranks, enter the queue. It stays equal on every rank; or with
     `sharded=True` each rank keeps only its part, of size / W rows, for losses with a `group` and
-    `sharded_negatives=True`. Features of one step go to the ranks in turn, so that all parts hold
-    what one queue of `size` rows would.
+    `sharded_negatives=True`: rank r has rows r size / W and following of one queue of `size` rows.
+
+    A part is no buffer, which DistributedDataParallel would overwrite by rank 0's. In a state_dict
+    it is a DTensor, and its row numbers are beside it in `rows`. Save it by all ranks, with
+    torch.distributed.checkpoint, or gathered (docs/distributed.md); then it loads on any number
+    of ranks, sharded or not. Rows that a state does not have are missing keys when it is loaded,
+    and stay as they were with `strict=False`.
 
     Args:
         size, dim: shape of the queue, of all ranks together if it is sharded.
@@ -39,10 +44,6 @@ class FeatureQueue(nn.Module):
             be there by now.
         sharded: each rank keeps 1 / W of the queue; W divides `size`.
     """
-
-    features: Tensor
-    position: Tensor
-    seen: Tensor
 
     def __init__(
         self,
@@ -55,26 +56,34 @@ class FeatureQueue(nn.Module):
         group: Group | None = None,
         sharded: bool = False,
     ) -> None:
-        super().__init__()
-        self.group = None if group is None else KeptGroup(group)
-        ranks = None if self.group is None else self.group.find()
-        self.rank, self.world = 0, 1  # of those that share the rows
+        kept = None if group is None else KeptGroup(group)
+        rank, world = 0, 1  # of those that share the rows
         if sharded:
-            if ranks is None:
+            if kept is None:
                 raise ValueError("sharded needs a group")
-            self.rank, self.world = ranks.rank(), ranks.size()
-            if size % self.world != 0:
-                raise ValueError(f"size must be a multiple of the {self.world} ranks, got {size}")
-        features = _random_unit(size, dim, dtype, device, generator)
-        if ranks is not None and generator is None:
+            rank, world = _place(kept)
+            if size % world != 0:
+                raise ValueError(f"size must be a multiple of the {world} ranks, got {size}")
+        _check_sizes(size, dim)
+        super().__init__(size, rank * (size // world), kept, sharded)
+        self.rank, self.world = rank, world
+        self.keep(torch.empty(size // world, dim, dtype=dtype, device=device))
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """As at construction: random unit vectors, none seen. With a group every rank calls it."""
+        self.position.zero_()
+        self.seen.zero_()
+        part = self.features
+        if part.is_meta:
+            return
+        drawn = _random_unit(self.size, part.shape[1], part.dtype, part.device, generator)
+        if self.group is not None and generator is None:
             from torch.distributed import broadcast
 
-            broadcast(features, group=ranks, group_src=0)
-        # row i of the queue is row i // W of rank i % W
-        self.register_buffer("features", features[self.rank :: self.world].clone())
-        counter = torch.zeros((), dtype=torch.long, device=device)
-        self.register_buffer("position", counter)
-        self.register_buffer("seen", counter.clone())
+            broadcast(drawn, group=self.group.find(), group_src=0)
+        part.copy_(drawn[self.start :][: len(part)])
 
     @property
     def negatives(self) -> Tensor:
@@ -103,26 +112,39 @@ class FeatureQueue(nn.Module):
                 raise ValueError(
                     f"features must have shape (N, {dim}), got {tuple(features.shape)}"
                 )
-            batch, _ = join(group, features.shape[0], features=features.detach())
+            state = None
+            if self.sharded:
+                self._check_place()
+                state = f"position {int(self.position)}, seen {int(self.seen)}"
+            batch, _ = join(group, features.shape[0], features=features.detach(), state=state)
             if isinstance(batch, Shards):
                 features = batch.gather(features.detach())
         _convert(self.features, features.dtype, features.device)
         for counter in (self.position, self.seen):
-            _convert(counter, counter.dtype, features.device)
-        size, count = rows * self.world, features.shape[0]
-        kept = features[-size:]
+            _convert(counter, counter.dtype, self.host or features.device)
+        count = features.shape[0]
+        kept = features[-self.size :]
         first = self.position + (count - kept.shape[0])
-        places = (torch.arange(kept.shape[0], device=features.device) + first) % size
+        places = (torch.arange(kept.shape[0], device=features.device) + first) % self.size
         if self.world > 1:
-            mine = places % self.world == self.rank
-            kept, places = kept[mine], places[mine] // self.world
+            places -= self.start
+            mine = (places >= 0) & (places < rows)
+            kept, places = kept[mine], places[mine]
         self.features.index_copy_(0, places, kept)
-        self.position.add_(count).remainder_(size)
-        self.seen.add_(count).clamp_(max=size)
+        self.position.add_(count).remainder_(self.size)
+        self.seen.add_(count).clamp_(max=self.size)
+
+    def _check_place(self) -> None:
+        """A part belongs to one rank; a copy of it on another one would be there twice."""
+        place = _place(known(self.group))
+        if place != (self.rank, self.world):
+            raise ValueError(
+                f"a sharded queue made on rank {self.rank} of {self.world} is used on rank "
+                f"{place[0]} of {place[1]}: make it anew and load its state_dict"
+            )
 
     def extra_repr(self) -> str:
-        size, dim = self.world * self.features.shape[0], self.features.shape[1]
-        return f"size={size}, dim={dim}" + ", sharded=True" * (self.world > 1)
+        return f"size={self.size}, dim={self.features.shape[1]}" + ", sharded=True" * self.sharded
 
 
 class MemoryBank(nn.Module):
@@ -209,9 +231,19 @@ def _random_unit(
     device: torch.device | str | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    for name, value in (("the number of rows", rows), ("dim", dim)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    _check_sizes(rows, dim)
     source = device if generator is None else generator.device
     features = torch.randn(rows, dim, generator=generator, device=source)
     return F.normalize(features, dim=-1).to(device=device, dtype=dtype)
+
+
+def _check_sizes(rows: int, dim: int) -> None:
+    for name, value in (("the number of rows", rows), ("dim", dim)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _place(group: KeptGroup) -> tuple[int, int]:
+    """(this rank, how many there are)"""
+    ranks = group.find()
+    return ranks.rank(), ranks.size()

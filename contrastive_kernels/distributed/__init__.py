@@ -3,6 +3,7 @@
 from .call import GroupCall, GroupLike, collective, join
 from .collectives import all_gather
 from .groups import KeptGroup, resolve_group, world_size
+from .parts import Rows
 from .shards import Batch, Shards
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "GroupCall",
     "GroupLike",
     "KeptGroup",
+    "Rows",
     "Shards",
     "all_gather",
     "collective",

@@ -139,7 +139,7 @@ def queues() -> dict[str, bool]:
         copies.enqueue(own)
         parts.enqueue(own)
         report["copies"] &= torch.equal(copies.negatives, one.negatives)
-        report["parts"] &= torch.equal(parts.negatives, one.negatives[rank::world])
+        report["parts"] &= torch.equal(parts.negatives, one.negatives.chunk(world)[rank])
         report["parts"] &= parts.filled == one.filled
     drawn = ck.FeatureQueue(12, 5, group=group).negatives
     everywhere = [torch.empty_like(drawn) for _ in range(world)]
