@@ -15,9 +15,9 @@ from ..types import known
 from .groups import KeptGroup
 
 CURE = (
-    "save it by all ranks with torch.distributed.checkpoint, or whole, by "
-    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)); see "
-    "docs/distributed.md"
+    "One rank's state has its part alone: save by all ranks with torch.distributed.checkpoint, or "
+    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), as "
+    "docs/distributed.md shows"
 )
 
 
@@ -149,8 +149,8 @@ class Rows(nn.Module):
         if found.all():
             return part[places.to(part.device)], []
         message = (
-            f"the state has rows {_ranges(numbers)} of {self.size}, and not rows "
-            f"{_ranges(self.rows.cpu()[~found])}, which stay as they were; {CURE}"
+            f"the state has rows {_ranges(numbers)}, and not rows "
+            f"{_ranges(self.rows.cpu()[~found])} of this queue, which stay as they were. {CURE}"
         )
         warnings.warn(message, stacklevel=2)
         rows = self.features.to(part.device, part.dtype, copy=True)

@@ -34,11 +34,13 @@ WHOLE = StateDictOptions(full_state_dict=True)
 class Model(nn.Module):
     """MoCo in small; `group` None: one queue, of this process alone."""
 
-    def __init__(self, group: object = "world", sharded: bool = True, **options) -> None:
+    def __init__(
+        self, group: object = "world", sharded: bool = True, size: int = SIZE, **options
+    ) -> None:
         super().__init__()
         self.net = nn.Linear(4, DIM, bias=False, dtype=torch.float64)
         self.queue = ck.FeatureQueue(
-            SIZE, DIM, dtype=torch.float64, group=group, sharded=sharded, **options
+            size, DIM, dtype=torch.float64, group=group, sharded=sharded, **options
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,6 +205,7 @@ def save(folder: Path) -> None:
     if rank == 0:
         torch.save(whole, folder / "whole.pt")
         torch.save(one_state(), folder / "one.pt")
+        (folder / "module.pkl").write_bytes(pickle.dumps(model.module))
     dcp.save({"model": one_state()}, checkpoint_id=folder / "one")
     dist.barrier()
 
@@ -257,6 +260,7 @@ def load(folder: Path) -> dict[str, bool]:
     for make in (sharded, unsharded, copies):
         for name in ("whole.pt", "one.pt"):
             add(name, make, lambda model, n=name: model.load_state_dict(read(folder / n)))
+
     def meta() -> nn.Module:
         return Model(device="meta")
 
@@ -283,14 +287,41 @@ def load_parts(folder: Path, files: int) -> list[dict[str, object]]:
     return report
 
 
-def everything(root: Path, of: tuple[int, ...]) -> dict[str, object]:
+def submeshes() -> dict[str, bool]:
+    """Queues of pairs of ranks, each over its own two, in a model that DDP has on all four."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "within"))
+    pair, within = mesh.get_local_rank("pair"), mesh.get_local_rank("within")
+    model = ddp(Model(group=mesh["within"], generator=generator(5)))
+    one = ck.FeatureQueue(SIZE, DIM, dtype=torch.float64, generator=generator(5))
+    for step in range(3):
+        model(randn(2, 4)).sum().backward()
+        rows = batch(10 * pair + step)
+        model.module.queue.enqueue(rows.tensor_split(2)[within])
+        one.enqueue(rows)
+    model(randn(2, 4))
+    queue = model.module.queue
+    state = queue.state_dict()
+    whole = state["features"].full_tensor()
+    again = Model(group=mesh["within"]).queue
+    again.load_state_dict(copy.deepcopy(state))
+    return {
+        "parts": torch.equal(queue.negatives, one.negatives.chunk(2)[within]),
+        "whole": torch.equal(whole, one.negatives),
+        "loaded": torch.equal(again.negatives, queue.negatives),
+        "copy": torch.equal(copy.deepcopy(queue).negatives, queue.negatives),
+    }
+
+
+def everything(root: Path, of: tuple[int, ...], saves: bool) -> dict[str, object]:
     """All that one start of the processes does; `of`: how many ranks saved before."""
     world = dist.get_world_size()
     report: dict[str, object] = {"loaded": {each: load(root / str(each)) for each in of}}
     if world == 2:
         report |= {"losses": losses(), "moves": moves(), "refusals": refusals()}
-    if not (root / str(world)).exists() or True:
+    if world == 4:
+        report["submeshes"] = submeshes()
+    if saves:
         save(root / str(world))
     if world > 1:
-        report["parts"] = {each: load_parts(root / str(each), each) for each in {2, world}}
+        report["parts"] = load_parts(root / "2", 2)
     return report
