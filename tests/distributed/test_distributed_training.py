@@ -8,6 +8,7 @@ import gloo
 import pytest
 import torch.distributed as dist
 import training
+from comparisons import FIRST
 
 import contrastive_kernels as ck
 
@@ -50,6 +51,11 @@ def test_modules_with_a_group_are_copied_and_saved():
     for report in results():
         assert len(report["kept groups"]) == 4 * (1 + 2 * 5)
         assert all(report["kept groups"].values()), report["kept groups"]
+
+
+def test_every_module_with_a_group_is_copied_and_saved():
+    for report in results():
+        assert report["copied modules"] == dict.fromkeys(sorted(FIRST), True)
 
 
 def test_a_sharded_queue_needs_a_group():

@@ -8,6 +8,7 @@ import pickle
 
 import torch
 import torch.distributed as dist
+from comparisons import FIRST, Setup
 from oracles import randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import contrastive_kernels as ck
+from contrastive_kernels.losses.cases import call
 
 SIZES = (5, 2, 4, 3)  # rows of each rank
 
@@ -208,6 +210,27 @@ def kept_groups() -> dict[str, bool]:
     return report
 
 
+def copied_modules() -> dict[str, bool]:
+    """Copies of every module of the table that holds a group beside the module itself."""
+    group = dist.new_group(list(range(dist.get_world_size())))
+    report = {}
+    for name in sorted(FIRST):
+        made = Setup(name, "even", "gather", "mean").prepare()
+        module, saved = made.row.module(group=group), io.BytesIO()
+        torch.save(module, saved)
+        saved.seek(0)
+        copies = [
+            copy.deepcopy(module),
+            pickle.loads(pickle.dumps(module)),
+            torch.load(saved, weights_only=False),
+            AveragedModel(module).module,
+        ]
+        losses = [call(m, made.case, made.mine, reduction="mean") for m in (module, *copies)]
+        report[name] = all(torch.equal(loss, losses[0]) for loss in losses)
+        report[name] &= torch.equal(losses[0], made.each(made.mine))
+    return report
+
+
 def everything() -> dict[str, dict | float]:
     """All that one start of the processes computes."""
     trainings = {f.__name__: f() for f in (ddp, accumulated, fsdp, cached)}
@@ -217,4 +240,5 @@ def everything() -> dict[str, dict | float]:
         "modules": modules(),
         "compiled": compiled(),
         "kept groups": kept_groups(),
+        "copied modules": copied_modules(),
     }
