@@ -156,10 +156,12 @@ def check_numbers(name: str, numbers: Any, query: Tensor, total: int) -> Tensor:
     numbers = check_ids(name, numbers, query.shape[:1]).long()
     check_device(name, numbers, query.device)
     fits = (numbers >= 0).all() & (numbers.sum() == total)
-    what = f"{name} must be >= 0 and sum to the {total} rows of negatives"
     if numbers.is_cpu and not torch.compiler.is_compiling():
         if not fits:
-            raise ValueError(f"{what}, got {_some(numbers)}, which sum to {int(numbers.sum())}")
+            raise ValueError(
+                f"{name} must be >= 0 and sum to the {total} rows of negatives, got "
+                f"{_some(numbers)}, which sum to {int(numbers.sum())}"
+            )
     elif not numbers.is_meta:  # without waiting for the device
         torch._assert_async(fits, f"{name} must be >= 0 and sum to the number of negatives")
     return numbers

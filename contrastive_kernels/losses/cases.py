@@ -28,7 +28,10 @@ SIZES = {
     "T": 3,  # steps of a sequence
     "S": 2,  # predictions of a step
     "P": 3,  # permutations
+    "R": 13,  # negatives of all rows, as many for each as RUNS says
 }
+RUNS = (3, 0, 1, 5, 2)  # negatives of a row, in turn
+MASKS = ((1, 0, 1), (0, 0, 0), (1, 1, 1), (0, 1, 0))  # which of K negatives of a row count
 LEARNED = ("features", "view", "number")  # kinds that get a gradient
 FROZEN = ("frozen", "queue", "chunks")  # kinds of features that get none
 
@@ -38,7 +41,8 @@ class Input(NamedTuple):
 
     kind: "features"; "view": features related to those of the input `of`, row by row; "frozen":
         features without gradient; "queue": of unit length besides; "chunks": a queue that comes as
-        a list of tensors; "number"; "ids"; "same": the very tensor `of`; "permutations" of rows.
+        a list of tensors; "number"; "ids"; "same": the very tensor `of`; "permutations" of rows;
+        "mask" by MASKS; "counts" by RUNS.
     shape: axes, each a letter of SIZES, a number of them ("2N": two blocks of N rows one after the
         other), a plain number, or a sum of these ("N+M").
     values: of a number; of ids, one cycle for each term of the axis.
@@ -84,6 +88,14 @@ def same(of: str, axis: str = "N") -> Input:
 
 def permutations(count: str = "P") -> Input:
     return Input("permutations", (count, "N"))
+
+
+def mask(shape: str = "N K") -> Input:
+    return Input("mask", tuple(shape.split()))
+
+
+def counts(axis: str = "N") -> Input:
+    return Input("counts", (axis,))
 
 
 class Benchmark(NamedTuple):
@@ -182,10 +194,16 @@ def letters(case: Case) -> set[str]:
 
 
 def sizes_of(case: Case, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The size of every letter; N is raised to a multiple of the unit."""
+    """The size of every letter; N is raised to a multiple of the unit, and R follows from it."""
     known = {**SIZES, **case.sizes, **sizes}
     known["N"] = -(-known["N"] // case.unit) * case.unit
+    known["R"] = sum(runs(known["N"]))
     return known
+
+
+def runs(rows: int) -> list[int]:
+    """The number of negatives of each of the first rows."""
+    return [RUNS[i % len(RUNS)] for i in range(rows)]
 
 
 def tensors(
@@ -225,6 +243,10 @@ def tensors(
                 made[name] = made[known(given.of)]
             case "ids":
                 made[name] = source.ids(given)
+            case "mask":
+                made[name] = source.mask(given)
+            case "counts":
+                made[name] = torch.tensor(runs(every["N"]), device=device)
             case "permutations":
                 made[name] = source.permutations(given)
             case kind:
@@ -259,6 +281,11 @@ class _Source(NamedTuple):
         blocks = zip(given.values, terms(given.shape[0], self.sizes), strict=True)
         values = [cycle[i % len(cycle)] for cycle, (_, size) in blocks for i in range(size)]
         return torch.tensor(values, device=self.generator.device)
+
+    def mask(self, given: Input) -> Tensor:
+        rows, columns = self.shape(given)
+        cells = [[MASKS[i % 4][j % 3] for j in range(columns)] for i in range(rows)]
+        return torch.tensor(cells, dtype=torch.bool, device=self.generator.device)
 
     def permutations(self, given: Input) -> Tensor:
         """(count, N), each part's rows among themselves."""

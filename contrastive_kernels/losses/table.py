@@ -14,9 +14,11 @@ from .cases import (
     Case,
     Row,
     chunks,
+    counts,
     features,
     frozen,
     ids,
+    mask,
     number,
     permutations,
     queue,
@@ -81,6 +83,8 @@ __all__ = [
 PAIR = {"query": features("N D"), "key": view("query")}
 NEGATIVES = {"negatives": features("M D")}
 OWN = {"negatives": features("N K D")}
+MASKED = OWN | {"negatives_mask": mask()}
+RAGGED = {"negatives": features("R D"), "negatives_per_query": counts()}
 ROWS, MORE = (5, 7, 5, 9, 9, 2, 5), (5, 5, 1, 2, 9)
 OTHER = (5, 7, 0, 9, 1, 1, 7)  # differ from ROWS four times, and equal them three times
 ROW_IDS = ids("N", ROWS)
@@ -119,6 +123,15 @@ INFO_NCE_CASES = {
     ),
     "info_nce both, own": Case(PAIR | OWN, {"in_batch": True}, compiled=True),
     "info_nce both, own margin": Case(PAIR | OWN, {"in_batch": True, "alpha": 3.0}),
+    "info_nce masked": Case(PAIR | MASKED, temperatures=True, compiled=True),
+    "info_nce masked margin": Case(PAIR | MASKED, {"in_batch": True, "alpha": 3.0}),
+    "info_nce masked bias": Case(PAIR | MASKED | {"key_bias": features("K")}),
+    "info_nce ragged": Case(PAIR | RAGGED, temperatures=True, compiled=True),
+    "info_nce ragged margin": Case(PAIR | RAGGED, {"in_batch": True, "alpha": 3.0}),
+    "info_nce ragged bias": Case(
+        PAIR | RAGGED | {"scale": number(3.0), "key_bias": features("N+R")},
+        {"in_batch": True, "symmetric": True},
+    ),
     "info_nce bias": Case(PAIR | {"key_bias": features("N")}, {"symmetric": True}),
     "info_nce both bias": Case(
         PAIR | NEGATIVES | {"key_bias": features("N+M")}, {"in_batch": True}, {"M": 3}
@@ -159,6 +172,8 @@ EQCO_CASES = {
     "eqco": Case(PAIR, benchmark=Benchmark({"alpha": 65536.0, "temperature": 0.2})),
     "eqco shared": Case(PAIR | NEGATIVES, temperatures=True),
     "eqco small margin": Case(PAIR, {"alpha": 16.0}),
+    "eqco masked": Case(PAIR | MASKED, {"alpha": 64.0}),
+    "eqco ragged": Case(PAIR | RAGGED, {"alpha": 64.0}),
     "eqco sharded": Case(PAIR | NEGATIVES, {"alpha": 64.0}, sharded=True),
 }
 
@@ -179,6 +194,10 @@ HARDER = {"hardness_mode": "all_negatives", "hardness_strength": 5.0}
 MNRL_CASES = {
     "mnrl": Case(DOCUMENTS | {"scale": number(3.0)}, EVERY_DIRECTION),
     "mnrl defaults": Case(MORE_DOCUMENTS),
+    "mnrl masked": Case(
+        MORE_DOCUMENTS | {"negatives_mask": mask("N 2")}, EVERY_DIRECTION | HARDER, compiled=True
+    ),
+    "mnrl masked documents": Case(MORE_DOCUMENTS | {"negatives_mask": mask("N 2")}),
     "mnrl one document": Case(ONE_DOCUMENT, EVERY_DIRECTION, compiled=True),
     "mnrl one document, harder": Case(ONE_DOCUMENT, EVERY_DIRECTION | HARDER, compiled=True),
     "mnrl per direction": Case(
@@ -263,6 +282,10 @@ NCE_CASES = {
     "nce warm": Case(PAIR | NEGATIVES, {"num_data": 100, "temperature": 0.5}),
     "nce own": Case(PAIR | OWN, {"num_data": 1000, "temperature": 0.5}),
     "nce own Z": Case(PAIR | OWN, {"num_data": 50, "Z": 7.0}),
+    "nce masked": Case(PAIR | MASKED, {"num_data": 1000, "temperature": 0.5}, compiled=True),
+    "nce masked Z": Case(PAIR | MASKED, {"num_data": 50, "Z": 7.0}),
+    "nce ragged": Case(PAIR | RAGGED, {"num_data": 1000, "temperature": 0.5}, compiled=True),
+    "nce ragged Z": Case(PAIR | RAGGED, {"num_data": 50, "Z": 7.0}),
     "nce Z": Case(PAIR | NEGATIVES, {"num_data": 1000, "Z": 3e4}, temperatures=True),
 }
 
@@ -362,6 +385,8 @@ LOSSES = (
             "rince shared": Case(PAIR | NEGATIVES, {"q": 0.1}, temperatures=True),
             "rince chunks": Case(PAIR | {"negatives": chunks()}),
             "rince own": Case(PAIR | OWN),
+            "rince masked": Case(PAIR | MASKED),
+            "rince ragged": Case(PAIR | RAGGED),
         },
         two_views=("query", "key"),
     ),

@@ -91,7 +91,7 @@ def _logits(given: Pairs) -> Logits:
         dots = dots.masked_fill(~kept, 0.0)  # before the scale, whose gradient they would reach
     z = given.scale * dots
     if given.bias is not None:
-        of_rows = given.bias.dim() == 2
+        of_rows = layout.counts is not None and given.bias.dim() == 2
         z = z + (layout.spread(given.bias.squeeze(1)) if of_rows else given.bias)
         if kept is not None:
             z = z.masked_fill(~kept, 0.0)

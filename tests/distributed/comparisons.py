@@ -11,7 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from contrastive_kernels.losses import table
-from contrastive_kernels.losses.cases import Case, Row, Shard, call, sizes_of, tensors, terms
+from contrastive_kernels.losses.cases import (
+    Case,
+    Row,
+    Shard,
+    call,
+    runs,
+    sizes_of,
+    tensors,
+    terms,
+)
 
 # rows of each rank: as many of them as there are ranks
 SIZES = {"even": (4, 4, 4, 4), "uneven": (5, 2, 6, 3), "empty": (4, 0, 5, 0), "first": (0, 3, 4, 2)}
@@ -102,6 +111,7 @@ class Setup(NamedTuple):
         world, rank = dist.get_world_size(), dist.get_rank()
         rows = tuple(case.unit * size for size in SIZES[self.sizes][:world])
         own = {"N": _range(rows, rank)}
+        own["R"] = slice(sum(runs(own["N"].start)), sum(runs(own["N"].stop)))
         if case.sharded:
             own["M"] = _range(NEGATIVES[:world], rank)
         known = sizes_of(case, {"N": sum(rows), "M": sum(NEGATIVES[:world])})

@@ -73,7 +73,7 @@ def test_opcheck(backend, kind):
     if kind == "shared" and can_sum(backend):
         opcheck(OPERATORS["row_softplus", backend], (*pairs, None, True, [True] * 4))
     if kind == "paired":
-        opcheck(OPERATORS["row_dot", backend], (pairs[0], pairs[1], True))
+        opcheck(OPERATORS["row_dot", backend], (pairs[0], pairs[1], None, True))
 
 
 @pytest.mark.parametrize("backend", FUSED)
