@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_features, check_range
+from ..distributed import world_size
 from ..ops import full_precision
 from ..types import known, statistics_dtype
 from .errors import check
@@ -151,7 +152,9 @@ class Whitening(nn.Module):
     def _running_matrix(self) -> Tensor:
         """W (D, D) of the running covariance, made anew when that has changed."""
         covariance = known(self.running_covariance)
-        if torch.compiler.is_compiling() or covariance.is_inference():  # without a version
+        versioned = not (torch.compiler.is_compiling() or covariance.is_inference())
+        # DistributedDataParallel writes into buffers and leaves their versions as they were
+        if not versioned or world_size() > 1:
             return self._matrix(covariance)
         if self._cached is not None:
             of, version, matrix = self._cached

@@ -53,6 +53,10 @@ def test_modules_with_a_group_are_copied_and_saved():
         assert all(report["kept groups"].values()), report["kept groups"]
 
 
+def test_a_whitening_layer_follows_buffers_that_ddp_copies():
+    assert [report["whitening"] for report in results()] == [0.0, 0.0]
+
+
 def test_every_module_with_a_group_is_copied_and_saved():
     for report in results():
         assert report["copied modules"] == dict.fromkeys(sorted(FIRST), True)

@@ -210,6 +210,20 @@ def kept_groups() -> dict[str, bool]:
     return report
 
 
+def whitening() -> float:
+    """Error of a whitening layer whose running covariance DDP copies from rank 0 after a use."""
+    layer = ck.Whitening(4, affine=True)
+    model = DistributedDataParallel(layer)
+    model(randn(9, 4, seed=dist.get_rank(), dtype=torch.float32)).sum().backward()
+    model.eval()
+    x = randn(3, 4, dtype=torch.float32)
+    layer(x)  # without DDP, by this rank's covariance
+    again = ck.Whitening(4, affine=True).eval()
+    found = model(x)
+    again.load_state_dict(layer.state_dict())
+    return (found - again(x)).abs().max().item()
+
+
 def copied_modules() -> dict[str, bool]:
     """Copies of every module of the table that holds a group beside the module itself."""
     group = dist.new_group(list(range(dist.get_world_size())))
@@ -240,5 +254,6 @@ def everything() -> dict[str, dict | float]:
         "modules": modules(),
         "compiled": compiled(),
         "kept groups": kept_groups(),
+        "whitening": whitening(),
         "copied modules": copied_modules(),
     }
