@@ -70,16 +70,17 @@ def own_negatives(
 def masked_softmax_stats(z: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """(log sum exp, softmax-weighted mean) of the kept entries along the last dimension.
 
-    An empty row gives (-inf, 0) and no gradient: its shift and its norm are replaced, so that
-    neither the first nor the second derivative meets inf - inf or log 0.
+    A row that is empty, or -inf throughout, gives (-inf, 0) and no gradient: its shift and its norm
+    are replaced, so that neither the first nor the second derivative meets inf - inf or log 0.
     """
-    nonempty = kept.any(-1)
     masked = torch.where(kept, z, -torch.inf)
-    shift = torch.where(nonempty, masked.detach().amax(-1), 0.0)
+    top = masked.detach().amax(-1)
+    nonempty = top != -torch.inf  # so for NaN
+    shift = torch.where(nonempty, top, 0.0)
     exp = torch.exp(masked - shift[..., None])
     norm = torch.where(nonempty, exp.sum(-1), 1.0)
     lse = torch.where(nonempty, shift + norm.log(), -torch.inf)
-    return lse, (exp * z).sum(-1) / norm
+    return lse, (exp * torch.where(masked == -torch.inf, 0.0, z)).sum(-1) / norm
 
 
 def threshold_stats(z: Tensor, kept: Tensor, threshold: Tensor | None) -> Counts | None:

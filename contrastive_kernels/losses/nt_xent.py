@@ -254,7 +254,7 @@ def _log_debiased(log_r: Tensor, log_nu: Tensor, tau_plus: float) -> Tensor:
     if tau_plus == 0:
         return log_r
     share = torch.exp((math.log(tau_plus) + log_nu - log_r).clamp(max=0))
-    positive = share < 1
+    positive = ~(share >= 1)  # NaN stays
     share = torch.where(positive, share, 0.0)  # the log must not see 0, not even in its gradient
     log_g = log_r + torch.log1p(-share) - math.log1p(-tau_plus)
     return torch.where(positive, log_g, -torch.inf)

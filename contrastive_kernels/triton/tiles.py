@@ -117,17 +117,19 @@ def logits(
             y_slice = load_features(columns, column_start, k0, DIM, BLOCK_N, BLOCK_K, DTYPE)
             z2 = dot(x_slice, tl.trans(y_slice), z2, PRECISION)
 
-    # dropped before the columns are scaled, so that the subtraction which follows costs nothing
-    z2 = drop(
-        z2 * row_factor[:, None], rows, columns, row_start, column_start, BLOCK_M, BLOCK_N,
-        MASK_ROWS,
-    )  # fmt: skip
+    z2 *= row_factor[:, None]
+    BIASED: tl.constexpr = (rows.bias is not None) or (columns.bias is not None)
+    if not BIASED:
+        # before the columns are scaled, so that the subtraction which follows costs nothing
+        z2 = drop(z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, MASK_ROWS)
     if columns.inverse is not None:
         z2 *= column_factor[None, :]
     if rows.bias is not None:
         z2 += load_block(rows.bias, row_start, BLOCK_M)[:, None]
     if columns.bias is not None:
         z2 += load_block(columns.bias, column_start, BLOCK_N)[None, :]
+    if BIASED:  # after it, which may be inf or NaN
+        z2 = drop(z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, MASK_ROWS)
     return z2
 
 

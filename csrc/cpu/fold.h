@@ -16,7 +16,7 @@ namespace ck {
 
 // sum_j exp(z_j - shift) and, for the mean, sum_j exp(z_j - shift) z_j. Any shift gives the same
 // lse = shift + log(sum); it must only keep the exponentials within range. A dropped pair has
-// weight 0 and must come with a finite z.
+// weight 0 and must come with a finite z, whatever its own was.
 template <class V>
 struct SoftmaxState {
   V sum;

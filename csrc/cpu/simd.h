@@ -80,50 +80,52 @@ CK_FOLD T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
-// exp for x <= 88: 2^n e^r with |r| <= ln2 / 2 and e^r by a polynomial (float: minimax, relative
-// error 3e-9; double: Taylor). Below the range of normal numbers, the least of them. NaN stays NaN.
+// exp for x <= 89 (double: 710): 2^(n - 1) times 2 e^r, |r| <= ln2 / 2, and e^r by a polynomial
+// (float: minimax, relative error 3e-9; double: Taylor). Made of the bits of n, 2^(n - 1) is 0 for
+// the least n, to which x is raised: what would be no normal number is 0, and so is exp(-inf). It
+// is multiplied, not added to the exponent: NaN stays NaN, whatever its bits.
 CK_FOLD Vec<float> exp_of(Vec<float> x) {
   using V = Vec<float>;
   using I = IVec<float>;
-  x = -87.3f > x ? V{} - 87.3f : x;
-  const V shifted =
-      x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds, and holds n in its low bits
-  const V n = shifted - 12582912.f;
+  x = -87.4f > x ? V{} - 87.4f : x;  // n = -126
+  // 1.5 * 2^23 rounds, and holds n in its low bits; 126 is the bias of the exponent, less 1
+  const V shifted = x * 1.44269504f + (12582912.f + 126.f);
+  const V n = shifted - (12582912.f + 126.f);
 #ifdef __FMA__
   const V r = x - n * 0.693147182f;  // an error below the rounding that x itself carries
 #else
   const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
 #endif
-  V p = r * 1.38145984e-3f + 8.3687169e-3f;
-  p = p * r + 4.16683881e-2f;
-  p = p * r + 1.66665206e-1f;
-  p = p * r + 4.99999934e-1f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  return bits<V>(bits<I>(p) + (bits<I>(shifted) << 23));
+  V p = r * (2 * 1.38145984e-3f) + 2 * 8.3687169e-3f;
+  p = p * r + 2 * 4.16683881e-2f;
+  p = p * r + 2 * 1.66665206e-1f;
+  p = p * r + 2 * 4.99999934e-1f;
+  p = p * r + 2.f;
+  p = p * r + 2.f;
+  return p * bits<V>(bits<I>(shifted) << 23);
 }
 
 CK_FOLD Vec<double> exp_of(Vec<double> x) {
   using V = Vec<double>;
   using I = IVec<double>;
-  x = x < -708. ? V{} - 708. : x;
-  const V shifted = x * 1.4426950408889634 + 6755399441055744.;  // 1.5 * 2^52
-  const V n = shifted - 6755399441055744.;
+  x = -708.4 > x ? V{} - 708.4 : x;                                        // n = -1022
+  const V shifted = x * 1.4426950408889634 + (6755399441055744. + 1022.);  // 1.5 * 2^52
+  const V n = shifted - (6755399441055744. + 1022.);
   const V r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  V p = r * 1.6059043836821613e-10 + 2.0876756987868098e-9;
-  p = p * r + 2.5052108385441720e-8;
-  p = p * r + 2.7557319223985893e-7;
-  p = p * r + 2.7557319223985888e-6;
-  p = p * r + 2.4801587301587302e-5;
-  p = p * r + 1.9841269841269841e-4;
-  p = p * r + 1.3888888888888889e-3;
-  p = p * r + 8.3333333333333333e-3;
-  p = p * r + 4.1666666666666667e-2;
-  p = p * r + 1.6666666666666667e-1;
-  p = p * r + 0.5;
+  V p = r * (2 * 1.6059043836821613e-10) + 2 * 2.0876756987868098e-9;
+  p = p * r + 2 * 2.5052108385441720e-8;
+  p = p * r + 2 * 2.7557319223985893e-7;
+  p = p * r + 2 * 2.7557319223985888e-6;
+  p = p * r + 2 * 2.4801587301587302e-5;
+  p = p * r + 2 * 1.9841269841269841e-4;
+  p = p * r + 2 * 1.3888888888888889e-3;
+  p = p * r + 2 * 8.3333333333333333e-3;
+  p = p * r + 2 * 4.1666666666666667e-2;
+  p = p * r + 2 * 1.6666666666666667e-1;
   p = p * r + 1.;
-  p = p * r + 1.;
-  return bits<V>(bits<I>(p) + (bits<I>(shifted) << 52));
+  p = p * r + 2.;
+  p = p * r + 2.;
+  return p * bits<V>(bits<I>(shifted) << 52);
 }
 
 // log(1 + t) = 2 atanh(u), u = t / (2 + t), for t in [0, 1]: u is at most 1/3, so each term of the

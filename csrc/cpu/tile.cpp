@@ -69,9 +69,13 @@ void softmax_forward(const Tile<T>& tile, const ForwardSums<T>& sums) {
 #pragma GCC unroll 8
       for (int u = 0; u < L::U; ++u) {
         const int i = i0 + u * L::W;
-        const V z = logit(tile, i, j);
+        V z = logit(tile, i, j);
         V weight = exp_of(z - shift[u]);
-        if constexpr (Masked) weight = kept(tile, i, j) ? weight : V{};
+        if constexpr (Masked) {
+          const IVec<T> stays = kept(tile, i, j);
+          weight = stays ? weight : V{};
+          if constexpr (Mean) z = stays ? z : V{};
+        }
         F::push(state[u], weight, z);
         if constexpr (Keys) F::push(key_state[j], weight, z);
         if constexpr (Store) store(tile.data + j * tile.ld + i, weight * tile.key_scale[j]);

@@ -1,4 +1,5 @@
-"""csrc/cpu/fold.h alone: the folds as monoids, their derivatives, and that CUDA can include it."""
+"""csrc/cpu/fold.h alone: the folds as monoids, their derivatives, and that CUDA can include it; and
+the exp, log1p, softplus and sigmoid of csrc/cpu/simd.h for each instruction set."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import pytest
 HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "cpu"
 COMPILER = shutil.which("c++")
 NVCC = shutil.which("nvcc")
+CPUINFO = Path("/proc/cpuinfo")
 
 HOST = r"""
 #include <cmath>
@@ -96,6 +98,83 @@ int main() {
 }
 """
 
+# What CMakeLists.txt gives the compiler, and how this processor calls it.
+ISAS = {
+    "baseline": ([], None),
+    "avx2": (["-mavx2", "-mfma"], "avx2"),
+    "avx512": (["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], "avx512f"),
+}
+VECTORS = r"""
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <limits>
+#include <type_traits>
+#include "simd.h"
+
+using namespace ck;
+using namespace ck::CK_ISA;
+
+template <class T>
+static T first(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int i = 1; i < kLanes<T>; ++i)
+    if (bits<typename Simd<T>::Integer>(lanes[i]) != bits<typename Simd<T>::Integer>(lanes[0]))
+      std::exit(1);
+  return lanes[0];
+}
+
+static void expect(bool right, const char* what, double x) {
+  if (!right) std::printf("%s of %.17g\n", what, x), std::exit(1);
+}
+
+template <class T>
+static void near(T got, double exact, const char* what, double x) {
+  expect(std::abs(got - exact) <= 4 * std::numeric_limits<T>::epsilon() * std::abs(exact), what, x);
+}
+
+template <class T, class Bits = std::make_unsigned_t<typename Simd<T>::Integer>>
+static void check(Bits infinity, int mantissa, T lowest, T highest) {
+  const auto exp = [](T x) { return first<T>(exp_of(Vec<T>{} + x)); };
+  const auto log1p = [](T x) { return first<T>(log1p_of(Vec<T>{} + x)); };
+  const auto plus = [](T x) { return first<T>(softplus<VectorMath>(Vec<T>{} + x)); };
+  const auto slope = [](T x) { return first<T>(sigmoid<VectorMath>(Vec<T>{} + x)); };
+  // by the bits, since arithmetic makes a signalling NaN a quiet one
+  for (Bits sign : {Bits{0}, Bits{1} << (8 * sizeof(T) - 1)})
+    for (int bit = 0; bit < mantissa; ++bit)
+      for (Bits payload : {Bits{1} << bit, (Bits{2} << bit) - 1, (Bits{1} << mantissa) - 1}) {
+        const typename Simd<T>::Integer pattern = sign | infinity | payload;
+        const Vec<T> nan = bits<Vec<T>>(IVec<T>{} + pattern);
+        const Vec<T> made[] = {exp_of(nan), log1p_of(nan), softplus<VectorMath>(nan),
+                               sigmoid<VectorMath>(nan)};
+        for (const Vec<T>& v : made) {
+          T lanes[kLanes<T>];
+          store(lanes, v);
+          for (T lane : lanes) expect(lane != lane, "function of NaN", bit);
+        }
+      }
+  const T inf = std::numeric_limits<T>::infinity();
+  expect(exp(-inf) == 0 && exp(2 * lowest) == 0, "exp", -inf);
+  expect(plus(-inf) == 0 && plus(2 * lowest) == 0, "softplus", -inf);
+  expect(plus(inf) == inf && slope(inf) == 1 && slope(-inf) == 0, "softplus or sigmoid", inf);
+  expect(exp(0) == 1 && log1p(0) == 0, "exp or log1p", 0);
+  volatile T start = lowest;  // else the compiler computes it, which rounds otherwise than FMA
+  for (T x = start; x < highest; x += T(0.37)) {
+    near(exp(x), std::exp(double(x)), "exp", x);
+    near(plus(x), (x > 0 ? x : 0) + std::log1p(std::exp(-std::abs(double(x)))), "softplus", x);
+    near(slope(x), 1 / (1 + std::exp(-double(x))), "sigmoid", x);
+  }
+}
+
+int main() {
+  check<float>(0x7f800000u, 23, -86.9f, 88.7f);
+  check<double>(0x7ff0000000000000u, 52, -708.0, 709.7);
+  std::puts("ok");
+}
+"""
+
 DEVICE = r"""
 #include "fold.h"
 
@@ -120,6 +199,22 @@ def test_folds_are_monoids_with_right_derivatives(tmp_path):
     command = [COMPILER, "-std=c++17", "-I", HEADERS, tmp_path / "fold.cpp", "-o"]
     subprocess.run([*command, tmp_path / "fold"], check=True)
     done = subprocess.run([tmp_path / "fold"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "ok\n", (done.returncode, done.stdout)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+@pytest.mark.skipif(not CPUINFO.exists(), reason="cannot tell what the processor has")
+@pytest.mark.parametrize("isa", ISAS)
+def test_functions_of_vectors(tmp_path, isa):
+    """Precision over the whole range, exact values at both infinities, and NaN of any bits."""
+    flags, capability = ISAS[isa]
+    if capability is not None and capability not in CPUINFO.read_text().split():
+        pytest.skip(f"no {capability} here")
+    (tmp_path / "vectors.cpp").write_text(VECTORS)
+    command = [COMPILER, "-std=c++20", "-O2", "-fno-math-errno", "-fno-trapping-math", *flags]
+    command += [f"-DCK_ISA={isa}", "-I", HEADERS, tmp_path / "vectors.cpp", "-o"]
+    subprocess.run([*command, tmp_path / "vectors"], check=True)
+    done = subprocess.run([tmp_path / "vectors"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "ok\n", (done.returncode, done.stdout)
 
 

@@ -37,6 +37,13 @@ def test_processors_without_avx512(capability):
         "    for g, h in zip(torch.autograd.grad(a.sum(), (x, y)),\n"
         "                    torch.autograd.grad(b.sum(), (x, y))):\n"
         "        assert (g - h).abs().max() < 1e-5, f\n"
+        "for bits in (0x7fffffff, 0x7f800001, -1, 0x7fc12345 - 2**31):\n"
+        "    for at in (0, 89 * 40 + 39):\n"
+        "        nan = y.detach().clone()\n"
+        "        nan.view(-1).view(torch.int32)[at] = bits\n"
+        "        given = ops.checked_operands(x, nan, backend='cpu', **options)\n"
+        "        assert ops.sweep(given).lse.isnan().all(), bits\n"
+        "        assert ops.softplus_sweep(given).value.isnan().all(), bits\n"
         "print(_cpu.capability())\n"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
