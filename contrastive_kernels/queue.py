@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_features, check_ids
 from .distributed import GroupCall, KeptGroup, Rows, Shards, join
-from .types import Group, known, statistics_dtype
+from .types import Group, statistics_dtype
 
 
 class FeatureQueue(Rows):
@@ -102,23 +100,10 @@ class FeatureQueue(Rows):
 
         With a group: the features of all ranks, of which some may have none.
         """
-        rows, dim = self.features.shape
-        context: AbstractContextManager[GroupCall | None] = nullcontext()
-        if self.group is not None:
-            context = GroupCall(self.group, "enqueue", [features])
-        with context as group:
-            check_features("features", features, (2,), whole=group is None)
-            if features.shape[1] != dim:
-                raise ValueError(
-                    f"features must have shape (N, {dim}), got {tuple(features.shape)}"
-                )
-            state = None
-            if self.sharded:
-                self._check_place()
-                state = f"position {int(self.position)}, seen {int(self.seen)}"
-            batch, _ = join(group, features.shape[0], features=features.detach(), state=state)
-            if isinstance(batch, Shards):
-                features = batch.gather(features.detach())
+        if self.group is None:
+            self._check(features)
+        else:
+            features = self._gather(self.group, features)
         _convert(self.features, features.dtype, features.device)
         for counter in (self.position, self.seen):
             _convert(counter, counter.dtype, self.host or features.device)
@@ -128,15 +113,34 @@ class FeatureQueue(Rows):
         places = (torch.arange(kept.shape[0], device=features.device) + first) % self.size
         if self.world > 1:
             places -= self.start
-            mine = (places >= 0) & (places < rows)
+            mine = (places >= 0) & (places < self.features.shape[0])
             kept, places = kept[mine], places[mine]
         self.features.index_copy_(0, places, kept)
         self.position.add_(count).remainder_(self.size)
         self.seen.add_(count).clamp_(max=self.size)
 
-    def _check_place(self) -> None:
+    @torch._disable_dynamo  # collectives break a graph, here at once
+    def _gather(self, group: KeptGroup, features: Tensor) -> Tensor:
+        """The features of all ranks."""
+        with GroupCall(group, "enqueue", [features]) as call:
+            self._check(features, whole=False)
+            state = None
+            if self.sharded:
+                self._check_place(group)
+                state = f"position {int(self.position)}, seen {int(self.seen)}"
+            batch, _ = join(call, features.shape[0], features=features.detach(), state=state)
+            assert isinstance(batch, Shards)
+            return batch.gather(features.detach())
+
+    def _check(self, features: Tensor, whole: bool = True) -> None:
+        check_features("features", features, (2,), whole=whole)
+        dim = self.features.shape[1]
+        if features.shape[1] != dim:
+            raise ValueError(f"features must have shape (N, {dim}), got {tuple(features.shape)}")
+
+    def _check_place(self, group: KeptGroup) -> None:
         """A part belongs to one rank; a copy of it on another one would be there twice."""
-        place = _place(known(self.group))
+        place = _place(group)
         if place != (self.rank, self.world):
             raise ValueError(
                 f"a sharded queue made on rank {self.rank} of {self.world} is used on rank "
@@ -151,6 +155,8 @@ class MemoryBank(nn.Module):
     """One feature for each sample of a data set (InstDis, Wu et al. 2018, sec. 3.1).
 
     It starts with random unit vectors. `update` writes in place: call it after `loss.backward()`.
+    It is a buffer: DistributedDataParallel copies that of rank 0 to all ranks. In a model that DDP
+    wraps, `update` by the indices and features of all ranks.
 
     Args:
         num_data, dim: shape of the bank.

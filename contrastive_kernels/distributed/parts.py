@@ -118,6 +118,8 @@ class Rows(nn.Module):
                 state_dict[key] = self.features
             else:
                 missing_keys.extend(f"{key}: {message}" for message in absent)
+            for name in {prefix + counter for counter in self._kept[1:]} & state_dict.keys():
+                state_dict[name] = state_dict[name].clone()  # the rows are copies too
         with self._as_buffers(*self._kept):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,

@@ -59,12 +59,15 @@ def batch(step: int) -> Tensor:
     return randn(7, DIM, seed=step)
 
 
+def own(queue: ck.FeatureQueue, step: int) -> Tensor:
+    """What this rank gives a queue at a step."""
+    if queue.group is None:
+        return batch(step)
+    return batch(step).tensor_split(dist.get_world_size())[dist.get_rank()]
+
+
 def enqueue(queue: ck.FeatureQueue, step: int) -> None:
-    """This rank's rows of a step."""
-    own = batch(step)
-    if queue.group is not None:
-        own = own.tensor_split(dist.get_world_size())[dist.get_rank()]
-    queue.enqueue(own)
+    queue.enqueue(own(queue, step))
 
 
 def trained(wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> nn.Module:
@@ -165,6 +168,12 @@ def moves() -> dict[str, bool]:
         with mode():
             other.load_state_dict(copy.deepcopy(model.state_dict()))
             report[mode.__name__] = goes_on(other.queue)
+    other = Model()
+    other.load_state_dict(model.state_dict(), assign=True)
+    report["assigned"] = goes_on(other.queue) and holds(model.queue, one())
+    compiled = torch.compile(model.queue.enqueue, backend="aot_eager")
+    compiled(own(model.queue, 3))
+    report["compiled"] = holds(model.queue, one(4))
     return report
 
 
@@ -201,7 +210,8 @@ def save(folder: Path) -> None:
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / "dcp")
     dcp.save({"model": get_model_state_dict(trained(fsdp))}, checkpoint_id=folder / "fsdp")
     torch.save(model.module.state_dict(), folder / f"rank{rank}.pt")
-    whole = get_model_state_dict(model, options=WHOLE)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(model, options=options)
     if rank == 0:
         torch.save(whole, folder / "whole.pt")
         torch.save(one_state(), folder / "one.pt")

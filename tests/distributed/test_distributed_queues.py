@@ -39,7 +39,7 @@ def of_world(world: int, name: str) -> list:
     return next([r[name] for r in reports] for ranks, reports in results() if ranks == world)
 
 
-@pytest.mark.parametrize("name, checks", [("losses", 4), ("moves", 11)])
+@pytest.mark.parametrize("name, checks", [("losses", 4), ("moves", 13)])
 def test_a_part_survives_what_happens_to_a_model(name, checks):
     for report in of_world(2, name):
         assert len(report) == checks
