@@ -194,9 +194,7 @@ HARDER = {"hardness_mode": "all_negatives", "hardness_strength": 5.0}
 MNRL_CASES = {
     "mnrl": Case(DOCUMENTS | {"scale": number(3.0)}, EVERY_DIRECTION),
     "mnrl defaults": Case(MORE_DOCUMENTS),
-    "mnrl masked": Case(
-        MORE_DOCUMENTS | {"negatives_mask": mask("N 2")}, EVERY_DIRECTION | HARDER, compiled=True
-    ),
+    "mnrl masked": Case(MORE_DOCUMENTS | {"negatives_mask": mask("N 2")}, EVERY_DIRECTION | HARDER),
     "mnrl masked documents": Case(MORE_DOCUMENTS | {"negatives_mask": mask("N 2")}),
     "mnrl one document": Case(ONE_DOCUMENT, EVERY_DIRECTION, compiled=True),
     "mnrl one document, harder": Case(ONE_DOCUMENT, EVERY_DIRECTION | HARDER, compiled=True),
@@ -282,9 +280,9 @@ NCE_CASES = {
     "nce warm": Case(PAIR | NEGATIVES, {"num_data": 100, "temperature": 0.5}),
     "nce own": Case(PAIR | OWN, {"num_data": 1000, "temperature": 0.5}),
     "nce own Z": Case(PAIR | OWN, {"num_data": 50, "Z": 7.0}),
-    "nce masked": Case(PAIR | MASKED, {"num_data": 1000, "temperature": 0.5}, compiled=True),
+    "nce masked": Case(PAIR | MASKED, {"num_data": 1000, "temperature": 0.5}),
     "nce masked Z": Case(PAIR | MASKED, {"num_data": 50, "Z": 7.0}),
-    "nce ragged": Case(PAIR | RAGGED, {"num_data": 1000, "temperature": 0.5}, compiled=True),
+    "nce ragged": Case(PAIR | RAGGED, {"num_data": 1000, "temperature": 0.5}),
     "nce ragged Z": Case(PAIR | RAGGED, {"num_data": 50, "Z": 7.0}),
     "nce Z": Case(PAIR | NEGATIVES, {"num_data": 1000, "Z": 3e4}, temperatures=True),
 }
