@@ -161,6 +161,27 @@ def can_attend(backend: str, x: Tensor, keys_dtype: torch.dtype, frozen: bool) -
     return frozen if backend == "cpu" else x.shape[1] <= resident_dim(x.dtype, keys_dtype)
 
 
+@torch.compiler.assume_constant_result
+def float32_products(device: str) -> str:
+    """What torch makes of products of float32 matrices there: "tf32", "bf16" or, exact, another."""
+    # the one setting that the older ones also write, and that can be read after any of them
+    settings: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    try:
+        return settings.matmul.fp32_precision
+    except AttributeError:  # torch < 2.9
+        exact = device != "cuda" or torch.get_float32_matmul_precision() == "highest"
+        return "ieee" if exact else "tf32"
+
+
+def product_rounding(backend: str, x: Tensor, y: Tensor) -> float:
+    """eps of the type that a backend rounds features x and y to where it multiplies float32."""
+    half = x.dtype == y.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    if backend == "cpu" or x.dtype == torch.float64 or (backend == "triton" and half):
+        return 0.0
+    precision = float32_products("cuda" if backend == "triton" else x.device.type)
+    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(precision, 0.0)
+
+
 def can_sum(backend: str) -> bool:
     """Whether a softplus sweep can sum over the rows, which brings every gradient forward."""
     return backend == "triton"

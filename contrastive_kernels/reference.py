@@ -84,11 +84,11 @@ def masked_softmax_stats(z: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def threshold_stats(z: Tensor, kept: Tensor, threshold: Tensor | None) -> Counts | None:
-    """Counts of the kept entries of each row, without gradient."""
+    """Counts of the kept entries of each row, without gradient; NaN is above, and all above NaN."""
     if threshold is None:
         return None
     z = z.detach()
-    rank = (kept & (z > threshold.detach()[:, None])).sum(1)
+    rank = (kept & ~(z <= threshold.detach()[:, None])).sum(1)
     return Counts(rank, torch.where(kept, z, 0.0).sum(1), kept.sum(1))
 
 

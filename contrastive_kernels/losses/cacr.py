@@ -28,6 +28,7 @@ from ..sources import NegativeSource, as_source, is_source
 from ..types import Group, IdPair, Loss, LossStats, Sweep, known, statistics_dtype
 from .algebra import add_up, log_count, replicated, unit
 from .base import ContrastiveLoss, loss, loss_like
+from .stats import is_first, tie_limit
 
 
 @loss
@@ -114,8 +115,12 @@ def cacr(
 
     options = Options(t_neg, cost, rbf_t, detach_weights, normalize, backend)
     distance = _distances(query, positives, normalize)
-    threshold = distance.detach().mean(1) if return_stats else None
-    repulsion, out = _repulsion(query, candidates, ids, options, threshold, batch, key_batch)
+    limit = None
+    if return_stats:
+        limit = distance.new_zeros(n)  # of several positives none has a rank
+        if k == 1:
+            limit = _tie_limit(query, positives.view(n, -1), distance[:, 0], options)
+    repulsion, out = _repulsion(query, candidates, ids, options, limit, batch, key_batch)
     losses = alpha * _attraction(distance, t_pos, detach_weights) + beta * repulsion
     value = batch.reduce_rows(losses, reduction)
     if not return_stats:
@@ -125,7 +130,8 @@ def cacr(
     stats = _stats(batch.mean(similarity), [out], options, batch)
     if k == 1:
         rank = known(out.counts).rank
-        stats = stats._replace(accuracy=batch.mean((rank == 0).to(value.dtype)), rank=rank)
+        first = is_first(rank, distance.detach()[:, 0])
+        stats = stats._replace(accuracy=batch.mean(first.to(value.dtype)), rank=rank)
     return value, stats
 
 
@@ -182,10 +188,10 @@ def cacr_views(
     options = Options(t_neg, cost, rbf_t, detach_weights, normalize, backend)
     repulsions, sweeps = [], []
     for i, j in pairs:
-        threshold = distance[i, j].detach() if return_stats else None
-        repulsion, out = _repulsion(
-            views[i], views[j], (own, own), options, threshold, batch, batch
-        )
+        limit = None
+        if return_stats:
+            limit = _tie_limit(views[i], views[j], distance[i, j], options)
+        repulsion, out = _repulsion(views[i], views[j], (own, own), options, limit, batch, batch)
         repulsions.append(repulsion)
         sweeps.append(out)
     losses = (alpha / v) * attraction + (beta / len(pairs)) * add_up(repulsions)
@@ -194,7 +200,10 @@ def cacr_views(
         return value
     similarity = batch.mean(torch.stack([(z[i] * z[j]).sum(-1) for i, j in pairs]))
     stats = _stats(similarity, sweeps, options, batch)
-    correct = torch.stack([known(out.counts).rank == 0 for out in sweeps])
+    ranks = [known(out.counts).rank for out in sweeps]
+    correct = torch.stack(
+        [is_first(r, distance[pair].detach()) for r, pair in zip(ranks, pairs, strict=True)]
+    )
     return value, stats._replace(accuracy=batch.mean(correct.to(value.dtype)))
 
 
@@ -324,11 +333,11 @@ def _repulsion(
     keys: Tensor | NegativeSource,
     ids: IdPair | None,
     options: Options,
-    distance: Tensor | None,
+    limit: Tensor | None,
     batch: Batch,
     key_batch: Batch | None,
 ) -> tuple[Tensor, Sweep]:
-    """The repulsion, (N,) or 0-d for "rbf", and its sweep, ranked against `distance` if given.
+    """The repulsion, (N,) or 0-d for "rbf", and its sweep, counted above `limit` if given.
 
     With logits z = 2 t <q, k> - t |k|^2, d = |q|^2 - z / t; on the unit sphere z = 2 t <q, k> and
     d = 2 - z / t do without the bias.
@@ -347,19 +356,29 @@ def _repulsion(
         )  # fmt: skip
         return sweep(pairs, **asked)
 
-    threshold = None if distance is None else (t_neg * (shift - distance)).detach()
     if options.cost == "euclidean":
-        out = at(t_neg, mean=True, threshold=threshold)
+        out = at(t_neg, mean=True, threshold=limit)
         mean = known(out.mean)
         mean = _with_gradient(mean, out.lse) if options.detach else mean
         return mean / t_neg - shift, out
-    out = at(t_neg, threshold=threshold)
+    out = at(t_neg, threshold=limit)
     t = t_neg + options.rbf_t
     near = at(t).lse - t * shift  # log sum_j exp(-(t_neg + rbf_t) d_ij)
     log_cost = near - (out.lse - t_neg * shift)
     if options.detach:
         log_cost = _with_gradient(log_cost, (options.rbf_t / t) * near)
     return batch.logsumexp(log_cost) - log_count(batch.total, log_cost.dtype), out
+
+
+def _tie_limit(query: Tensor, positive: Tensor, distance: Tensor, options: Options) -> Tensor:
+    """`tie_limit` of the logits of `_repulsion`, for positives (N, D) at a distance (N,)."""
+    t, normalize, backend = options.t_neg, options.normalize, options.backend
+    if normalize:
+        return tie_limit(t * (2.0 - distance), query, positive, 2 * t, normalize, backend)
+    of_query, of_positive = (unit(x, False).square().sum(-1) for x in (query, positive))
+    size = t * (of_query.sqrt() + of_positive.sqrt()).square()
+    logit = t * (of_query - distance)
+    return tie_limit(logit, query, positive, 2 * t, normalize, backend, size.detach())
 
 
 def _with_gradient(value: Tensor, source: Tensor) -> Tensor:

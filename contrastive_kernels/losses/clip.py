@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..backends import resolve_backend
@@ -12,7 +14,7 @@ from ..types import Group, Loss
 from .algebra import add_rows, softplus
 from .base import ContrastiveLoss, loss
 from .info_nce import contrast
-from .stats import pair_stats
+from .stats import pair_stats, tie_limit
 
 
 @loss
@@ -84,14 +86,17 @@ def siglip_loss(
     backend = resolve_backend(backend, image_features.device)
     batch, _ = join(group, n, exchange=exchange)
 
-    dot = row_dot(image_features, text_features, normalize=normalize, backend=backend)
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
+    dot = row_dot(image_features, text_features, **options)
     pos = scale * dot + bias
     ids = batch.own_ids(dot.device)
     pairs = operands(
-        image_features, text_features, scale=scale, bias=bias, exclude=(ids, ids),
-        normalize=normalize, backend=backend, batch=batch,
+        image_features, text_features, scale=scale, bias=bias, exclude=(ids, ids), batch=batch,
+        **options,
     )  # fmt: skip
-    threshold = pos.detach() if return_stats else None
+    threshold = None
+    if return_stats:
+        threshold = tie_limit(pos, image_features, text_features, scale, **options)
     out = softplus_sweep(pairs, threshold=threshold, summed=reduction != "none")
     value = add_rows(out.value, softplus(-pos), reduction, batch)
     if not return_stats:

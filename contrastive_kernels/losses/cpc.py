@@ -21,7 +21,7 @@ from ..ops import operands, row_dot, sweep
 from ..types import Group, IdPair, Loss
 from .algebra import softplus
 from .base import ContrastiveLoss, loss
-from .stats import mi_lower_bound, pair_stats
+from .stats import mi_lower_bound, pair_stats, tie_limit
 
 SOURCES = ("sequences", "times", "both")
 
@@ -87,7 +87,8 @@ def cpc(
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     count = queries.shape[1]
     queries = queries.flatten(0, 1)
-    dot = row_dot(queries, _of_queries(targets, steps).flatten(0, 1), **options)
+    of_queries = _of_queries(targets, steps).flatten(0, 1)
+    dot = row_dot(queries, of_queries, **options)
     pos = scale * dot
     every_target = batch.times(times)
     exclude, keep = _ids(batch, every_target, times, steps, negatives_from, targets.device)
@@ -95,7 +96,8 @@ def cpc(
         queries, targets.flatten(0, 1), scale=scale, exclude=exclude, keep=keep,
         batch=every_target, **options,
     )  # fmt: skip
-    out = sweep(pairs, threshold=pos.detach() if return_stats else None)
+    threshold = tie_limit(pos, queries, of_queries, scale, **options) if return_stats else None
+    out = sweep(pairs, threshold=threshold)
     rows = softplus(out.lse - pos)
     every_query = batch.times(count)
     value = every_query.reduce_rows(rows.view(n, count), reduction)

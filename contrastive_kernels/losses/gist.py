@@ -24,6 +24,7 @@ from ..reference import masked_softmax_stats
 from ..types import Group, Loss, LossStats
 from .algebra import gather_only, log_add, row_blocks, unit
 from .base import ContrastiveLoss, loss
+from .stats import tie_limit
 
 MARGINS = ("absolute", "relative")
 
@@ -113,10 +114,10 @@ def gist(
     with torch.no_grad():
         anchor_guide = unit(anchor_guide, normalize)
         positive_guide = unit(positive_guide, normalize)
-        limit = row_dot(anchor_guide, positive_guide, backend=backend)
-        # a pair as similar as the positive stays, however the two similarities were rounded
-        rounding = 32 * torch.finfo(limit.dtype).eps * (1 + limit.abs())
-        limit = limit + rounding - margin * (limit.abs() if margin_strategy == "relative" else 1)
+        similar = row_dot(anchor_guide, positive_guide, backend=backend)
+        # a pair as similar as the positive stays; the products of pairs are torch's
+        limit = tie_limit(similar, anchor_guide, positive_guide, 1.0, normalize, "reference")
+        limit = limit - margin * (similar.abs() if margin_strategy == "relative" else 1)
     dot = row_dot(anchor, positive, backend=backend)
     pos = scale * dot
 

@@ -25,7 +25,7 @@ from ..sources import NegativeSource
 from ..types import Group, IdPair, Loss, OwnKeys, known
 from .algebra import count_equal_ids, log_add, log_count, replicated, shared_number, softplus
 from .base import ContrastiveLoss, loss, loss_like
-from .stats import mi_lower_bound, pair_stats
+from .stats import mi_lower_bound, pair_stats, tie_limit
 
 
 @loss
@@ -205,7 +205,6 @@ def contrast(
     pos = scale * dot
     if in_batch and key_bias is not None:
         pos = pos + key_bias[:n].to(pos.dtype)
-    threshold = pos.detach() if return_stats else None
     # ids of the batch's keys, and of the negatives
     batch_ids = more_ids = unmasked = None
     if exclude is not None:
@@ -229,6 +228,7 @@ def contrast(
     margin = _log_margin(alpha, count, pos)
 
     options: dict[str, Any] = {"scale": scale, "normalize": normalize, "backend": backend}
+    threshold = tie_limit(pos, query, key, **options) if return_stats else None
     sweeps = []
     if in_batch:
         if batch_ids is None:
@@ -238,8 +238,7 @@ def contrast(
             query, key, exclude=batch_ids, bias=None if key_bias is None else key_bias[:n],
             batch=batch, **options,
         )  # fmt: skip
-        above = _above(threshold, unmasked, scale)
-        sweeps.append(sweep(pairs, columns=symmetric, threshold=above))
+        sweeps.append(sweep(pairs, columns=symmetric, threshold=threshold))
         rows = _rows(sweeps[0].lse, pos, margin, unmasked)
     if negatives is not None:
         on_ranks: Batch | None = others
@@ -301,17 +300,6 @@ def _log_margin(
         return None
     margin = math.log(alpha) - log_count(count, like.dtype)
     return torch.where(count > 0, margin, 0.0) if isinstance(count, Tensor) else margin
-
-
-def _above(
-    threshold: Tensor | None, unmasked: Tensor | None, scale: float | Tensor
-) -> Tensor | None:
-    """`threshold`, raised above the rounding of the logit of a positive that a row still sees."""
-    if threshold is None or unmasked is None:
-        return threshold
-    size = scale.abs() if isinstance(scale, Tensor) else abs(scale)
-    rounding = 32 * torch.finfo(threshold.dtype).eps * (threshold.abs() + size)
-    return torch.where(unmasked, threshold + rounding, threshold).detach()
 
 
 def _rows(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..backends import resolve_backend
 from ..checks import (
     check_features,
@@ -26,7 +27,7 @@ from ..ops import operands, row_dot, sweep
 from ..types import Counts, Group, IdPair, Loss, Sweep, known
 from .algebra import add_up, log_add, masked_logsumexp
 from .base import ContrastiveLoss, loss
-from .stats import mi_lower_bound, pair_stats
+from .stats import mi_lower_bound, pair_stats, tie_limit
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITIONS = ("joint", "per_direction")
@@ -119,10 +120,11 @@ def mnrl(
     dots = row_dot(query, own, **options)
     dot, pos = dots[:, 0], scale * dots[:, 0]
     backward = "doc_to_query" in directions
-    out, sharp = _sweep_harder(
-        query, documents, scale, in_batch, exclude=same_query, keep=keep,
-        columns=backward and not in_batch, threshold=dot.detach() if return_stats else None,
-        batch=of_documents, **options,
+    sharp, share = _harder(scale, in_batch)
+    limit = tie_limit(sharp * dot, query, positive, sharp, **options) if return_stats else None
+    out = _sweep_harder(
+        query, documents, sharp, share, exclude=same_query, keep=keep,
+        columns=backward and not in_batch, threshold=limit, batch=of_documents, **options,
     )  # fmt: skip
     logits = {"query_to_doc": [out.lse]}
     if not pairs:
@@ -152,7 +154,11 @@ def mnrl(
     value = batch.reduce_rows(rows, reduction)
     if not return_stats:
         return value
-    counts = [out.counts] if pairs else [out.counts, _counts(sharp * dots.detach(), negatives_mask)]
+    counts: list[Counts | None] = [out.counts]
+    if not pairs:
+        hard = (sharp * dots[:, 1:]).detach()
+        kept = torch.ones_like(hard).bool() if negatives_mask is None else negatives_mask
+        counts.append(reference.threshold_stats(hard, kept, limit))
     stats = pair_stats(dot, counts, sharp, batch, lse=rows + pos)
     if len(logits) == 1 and not (in_batch or own_negatives):
         count: int | Tensor = blocks * batch.total - 1
@@ -230,47 +236,35 @@ def _check_modes(directions: Sequence[str], partition_mode: str, hardness_mode: 
         )
 
 
+def _harder(scale: float | Tensor, strength: float) -> tuple[float | Tensor, float | Tensor | None]:
+    """(the scale of scale <x, y> + strength * stop_grad(<x, y>), the share of it that has a
+    gradient, None for all)"""
+    if not strength:
+        return scale, None
+    share = scale / (scale + strength)
+    share = share.detach() if isinstance(share, Tensor) else share
+    return scale / share, share
+
+
 def _sweep_harder(
     x: Tensor,
     y: Tensor,
-    scale: float | Tensor,
-    strength: float,
+    sharp: float | Tensor,
+    share: float | Tensor | None,
     *,
     columns: bool,
     threshold: Tensor | None,
     **options: Any,
-) -> tuple[Sweep, float | Tensor]:
-    """A sweep over scale <x, y> + strength * stop_grad(<x, y>), and the scale that it ran with;
-    `threshold` is a similarity."""
-    share: float | Tensor = 1.0
-    if not strength:
-        sharp = scale
-    else:
-        share = scale / (scale + strength)
-        share = share.detach() if isinstance(share, Tensor) else share
-        sharp = scale / share
-    if threshold is not None:
-        threshold = (sharp * threshold).detach()
+) -> Sweep:
+    """A sweep over the logits of `_harder`."""
     out = sweep(operands(x, y, scale=sharp, **options), columns=columns, threshold=threshold)
-    if strength:
+    if share is not None:
         # d sharp <x, y> = d(scale <x, y>) / share, in the features and in the scale
         out = out._replace(lse=share * out.lse + (1 - share) * out.lse.detach())
-    return out, sharp
+    return out
 
 
 def _excess(logits: Iterable[Tensor], pos: Tensor, positives: int = 1) -> Tensor:
     """log(positives exp(pos) + sum exp(logits)) - pos; also where all logits are -inf."""
     start = torch.full_like(pos, math.log(positives))
     return log_add(start, *(z - pos for z in logits))
-
-
-def _counts(logits: Tensor, mask: Tensor | None) -> Counts:
-    """What `pair_stats` needs of the hard negatives, logits (N, 1 + K), the positive first."""
-    pos, negatives = logits[:, :1], logits[:, 1:]
-    if mask is None:
-        mask = torch.ones_like(negatives, dtype=torch.bool)
-    return Counts(
-        rank=((negatives > pos) & mask).sum(1),
-        total=(negatives * mask).sum(1),
-        pairs=mask.sum(1).to(pos.dtype),
-    )

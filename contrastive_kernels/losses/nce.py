@@ -23,7 +23,7 @@ from ..sources import NegativeSource
 from ..types import Group, Loss, OwnKeys, known
 from .algebra import add_rows, log_count, number_of, replicated, shared_number, softplus
 from .base import ContrastiveLoss, loss
-from .stats import pair_stats
+from .stats import pair_stats, tie_limit
 
 
 @loss
@@ -88,7 +88,7 @@ def nce(
     pos = scale * dot + bias
     of_pairs = bias.unsqueeze(1) if isinstance(bias, Tensor) and bias.dim() else bias
     pairs = operands(query, keys, scale=scale, bias=of_pairs, batch=others, **options)
-    threshold = pos.detach() if return_stats else None
+    threshold = tie_limit(pos, query, key, scale, **options) if return_stats else None
     out = softplus_sweep(pairs, threshold=threshold, summed=reduction != "none")
     value = add_rows(out.value, softplus(-pos), reduction, batch)
     if not return_stats:

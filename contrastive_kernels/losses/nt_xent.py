@@ -23,7 +23,7 @@ from ..ops import operands, row_dot, sweep
 from ..types import Group, Loss, Sweep
 from .algebra import log_count, softplus
 from .base import ContrastiveLoss, loss
-from .stats import mi_lower_bound, pair_stats
+from .stats import mi_lower_bound, pair_stats, tie_limit
 
 
 @loss
@@ -59,7 +59,7 @@ def nt_xent(
     value = views.anchors.reduce_rows(rows, reduction)
     if not return_stats:
         return value
-    stats = pair_stats(dot, [out.counts], scale, views.batch, lse=rows + pos)
+    stats = pair_stats(dot.repeat(2), [out.counts], scale, views.batch, lse=rows + pos)
     bound = mi_lower_bound(views.batch.mean(rows), views.anchors.total - 2)
     return value, stats._replace(mi_lower_bound=bound)
 
@@ -110,7 +110,7 @@ def dcl(
     value = views.anchors.reduce_rows(out.lse - pos, reduction)
     if not return_stats:
         return value
-    return value, pair_stats(dot, [out.counts], scale, views.batch, lse=out.lse)
+    return value, pair_stats(dot.repeat(2), [out.counts], scale, views.batch, lse=out.lse)
 
 
 @loss
@@ -183,7 +183,9 @@ def hcl(
         log_r = out.lse - views.sweep_negatives(beta * scale).lse + log_n
     log_g = _log_debiased(log_r, pos + log_n, tau_plus).clamp(min=log_n - scale)
     value = views.anchors.reduce_rows(softplus(log_g - pos), reduction)
-    return (value, pair_stats(dot, [out.counts], sharp, views.batch)) if return_stats else value
+    if not return_stats:
+        return value
+    return value, pair_stats(dot.repeat(2), [out.counts], sharp, views.batch)
 
 
 class NTXent(ContrastiveLoss):
@@ -246,7 +248,11 @@ class Views(NamedTuple):
         """(similarity of the positives (N,), their logits (2N,), the sweep over the negatives)."""
         dot = row_dot(self.z1, self.z2, normalize=self.normalize, backend=self.backend)
         pos = (scale * dot).repeat(2)
-        return dot, pos, self.sweep_negatives(scale, pos.detach() if ranks else None)
+        limit = None
+        if ranks:
+            both = self.z1, self.z2
+            limit = tie_limit(scale * dot, *both, scale, self.normalize, self.backend).repeat(2)
+        return dot, pos, self.sweep_negatives(scale, limit)
 
 
 def _log_debiased(log_r: Tensor, log_nu: Tensor, tau_plus: float) -> Tensor:

@@ -23,7 +23,7 @@ from ..sources import NegativeSource
 from ..types import Group, IdPair, Loss, OwnKeys
 from .algebra import replicated, shared_number, softplus
 from .base import ContrastiveLoss, loss
-from .stats import pair_stats
+from .stats import pair_stats, tie_limit
 
 
 @loss
@@ -95,7 +95,8 @@ def rince(
     dot = row_dot(query, key, **options)
     pos = scale * dot
     pairs = operands(query, keys, scale=scale, exclude=exclude, batch=key_batch, **options)
-    out = sweep(pairs, threshold=pos.detach() if return_stats else None)
+    threshold = tie_limit(pos, query, key, scale, **options) if return_stats else None
+    out = sweep(pairs, threshold=threshold)
     gap = softplus(out.lse - pos)  # that of InfoNCE: log of the denominator less the positive
     # the difference of two exponentials, relative to the larger one
     above = q * (gap + math.log(lam))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import product_rounding
 from ..distributed import Batch
-from ..types import Counts, LossStats, known
+from ..types import Counts, LossStats, known, statistics_dtype
 from .algebra import add_up, log_count
 
 
@@ -25,6 +26,38 @@ def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:
     if not isinstance(num_negatives, Tensor) and num_negatives < 1:
         raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
     return log_count(num_negatives + 1, loss.dtype) - loss.detach()
+
+
+def tie_limit(
+    positive: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    normalize: bool,
+    backend: str,
+    size: Tensor | None = None,
+) -> Tensor:
+    """The largest logit of a sweep that ties with the positive's, scale <x_i, y_i> + bias.
+
+    Sweeps and `row_dot` add the D products of a logit in different orders, after other roundings.
+    Whatever its order, a sum of D products is within D eps / 2 of `size`, which no logit exceeds
+    without its bias: |scale| |x| |y| unless given. 8 eps are for norms and scale, and both factors
+    of a product may be rounded, where float32 is multiplied as TF32.
+    """
+    logit = positive.detach()
+    bound: float | Tensor | None = size
+    if bound is None:
+        bound = scale.detach().abs() if isinstance(scale, Tensor) else abs(scale)
+        if not normalize:
+            bound = bound * _norm(x) * _norm(y)
+    eps = torch.finfo(logit.dtype).eps
+    share = (0.5 * x.shape[-1] + 8) * eps + 2 * product_rounding(backend, x, y)
+    return logit + (share * bound + 4 * eps * logit.abs())
+
+
+def is_first(rank: Tensor, positive: Tensor) -> Tensor:
+    """Whether a positive ranks first: no NaN does, even where it has no negatives."""
+    return (rank == 0) & ~positive.isnan()
 
 
 def pair_stats(
@@ -51,9 +84,13 @@ def pair_stats(
         count = count - extra[0].sum()
     total, count = batch.total_of(torch.stack((total, count)))
     return LossStats(
-        accuracy=batch.mean((rank == 0).to(dot.dtype)),
+        accuracy=batch.mean(is_first(rank, dot.detach()).to(dot.dtype)),
         rank=rank,
         positive_similarity=batch.mean(dot),
         negative_similarity=((total / count - bias) / scale).detach(),
         lse=None if lse is None else lse.detach(),
     )
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=statistics_dtype(x))

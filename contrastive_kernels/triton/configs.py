@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
+from ..backends import float32_products
+
 # Whether kernels run in Triton's interpreter, on CPU tensors: decided when triton is imported.
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -40,8 +42,8 @@ def arithmetic(x: torch.Tensor, y: torch.Tensor) -> Arithmetic:
     if x.dtype == y.dtype and x.dtype in (torch.bfloat16, torch.float16):
         operand = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
         return Arithmetic(operand, tl.float32, "ieee", "half")
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return Arithmetic(tl.float32, tl.float32, "tf32x3" if exact else "tf32", "single")
+    precision = "tf32" if float32_products("cuda") == "tf32" else "tf32x3"
+    return Arithmetic(tl.float32, tl.float32, precision, "single")
 
 
 # The largest number of features that a program holds at once.

@@ -109,9 +109,9 @@ def stats_kernel(
             weights = weigh(weights, other, other_start, float16_scale, BLOCK_N, DTYPE)
             weighted = dot(weights, y, weighted * factor[:, None], PRECISION)
         if threshold is not None:
-            kept = z2 > -float("inf")
+            kept = z2 != -float("inf")  # NaN too
             z = tl.where(kept, z2 * LOG2, 0.0)
-            above = kept & (z > level[:, None])
+            above = kept & ~(z <= level[:, None])
             counts = (
                 counts[0] + tl.sum(above.to(zeros.dtype), 1),
                 counts[1] + tl.sum(z, 1),

@@ -222,11 +222,11 @@ void add_counts(const Tile<T>& tile, const Counts<T>& counts) {
       const V z = logit(tile, i, j);
       V one = valid;
       if (tile.masked) one = kept(tile, i, j) ? one : V{};
-      rank += z > threshold ? one : V{};
+      rank += z <= threshold ? V{} : one;
       total += one * z;
       count += one;
       if (counts.key_threshold != nullptr) {
-        counts.key_rank[j] += sum_lanes<T>(z > counts.key_threshold[j] ? one : V{});
+        counts.key_rank[j] += sum_lanes<T>(z <= counts.key_threshold[j] ? V{} : one);
         counts.key_total[j] += sum_lanes<T>(one * z);
         counts.key_count[j] += sum_lanes<T>(one);
       }

@@ -76,8 +76,8 @@ struct BackwardTile {
   double* key_total;    // sum of dL/dz over the rows of each key, added; null: not wanted
 };
 
-// how many logits are above a threshold (rank), the sum of all and their number; added to what is
-// there
+// how many logits are above a threshold (rank; NaN is, and all are above NaN), the sum of all and
+// their number; added to what is there
 template <class T>
 struct Counts {
   const T* row_threshold;  // +inf and row_valid 0 for padded rows

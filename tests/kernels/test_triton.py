@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import oracles
 import pytest
@@ -171,6 +174,47 @@ def test_precision_of_float32_follows_torch():
             assert arithmetic(x.double(), x.double()).precision == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+PRECISIONS = """
+import os, torch
+from contrastive_kernels.backends import float32_products
+from contrastive_kernels.triton.configs import arithmetic
+
+new, every = "torch.backends.cuda.matmul.fp32_precision", "torch.backends.fp32_precision"
+old, allow = "torch.set_float32_matmul_precision", "torch.backends.cuda.matmul.allow_tf32"
+x = torch.ones(2, 3)
+for wanted, *settings in [
+    ("tf32x3",), ("tf32", f"{new} = 'tf32'"), ("tf32x3", f"{new} = 'ieee'"),
+    ("tf32", f"{every} = 'tf32'"), ("tf32x3", f"{every} = 'ieee'"),
+    ("tf32x3", f"{every} = 'tf32'", f"{new} = 'ieee'"), ("tf32", f"{allow} = True"),
+    ("tf32x3", f"{old}('high')", f"{new} = 'ieee'"),
+    ("tf32x3", f"{new} = 'tf32'", f"{old}('highest')"),
+    ("tf32", f"{new} = 'ieee'", f"{old}('high')"), ("tf32", f"{new} = 'ieee'", f"{allow} = True"),
+    ("tf32x3", f"{new} = 'tf32'", f"{allow} = False"),
+    ("tf32x3", f"{allow} = True", f"{every} = 'ieee'", f"{new} = 'ieee'"),
+    ("tf32x3", "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'"),
+]:
+    child = os.fork()  # torch cannot go back to where nothing was set
+    if child == 0:
+        exec("\\n".join(settings))
+        on_cpu = float32_products("cpu")
+        print(wanted, arithmetic(x, x).precision, on_cpu, settings, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_precision_of_float32_is_read_after_any_setting():
+    done = subprocess.run(
+        [sys.executable, "-c", PRECISIONS], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 14, done.stderr
+    for line in lines:
+        wanted, got, on_cpu, *_ = line.split()
+        assert got == wanted and on_cpu in ("none", "ieee", "tf32", "bf16"), line
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
