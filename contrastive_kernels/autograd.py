@@ -1,13 +1,18 @@
-"""The one way in which a derivative that is not there is refused."""
+"""The one way in which a derivative that is not there is refused, and derivatives by autograd in
+full precision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def no_second_order(ctx: Any = None, *_: Any) -> Any:
@@ -48,3 +53,45 @@ class _Refuse(torch.autograd.Function):
         return made.view_as(made)
 
     backward = staticmethod(no_second_order)
+
+
+def precise(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function of tensors, the first argument one, that autograd differentiates: its
+    products are those of its operands' dtype, forward and backward, inside autocast regions too."""
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        device = args[0].device.type  # type: ignore[attr-defined]
+        with torch.autocast(device, enabled=False):
+            made = function(*args, **options)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            given = (*args, *options.values())
+            before = {t.grad_fn for t in given if isinstance(t, Tensor)}
+            _guard_nodes(made, before, device)
+        return made
+
+    return call
+
+
+def _guard_nodes(made: Any, before: set[Node | None], device: str) -> None:
+    """Turn autocast off while any node between `before` and the results runs."""
+    results = made if isinstance(made, tuple) else (made,)
+    stack = [t.grad_fn for t in results if isinstance(t, Tensor)]
+    modes: list[bool] = []
+
+    def off(_grads: Any) -> None:
+        modes.append(torch.is_autocast_enabled(device))
+        torch.set_autocast_enabled(device, False)
+
+    def back(_inputs: Any, _outputs: Any) -> None:
+        torch.set_autocast_enabled(device, modes.pop())
+
+    while stack:
+        node = stack.pop()
+        if node is None or node in before:
+            continue
+        before.add(node)
+        if node.next_functions:  # not a leaf's
+            node.register_prehook(off)
+            node.register_hook(back)
+            stack.extend(following for following, _ in node.next_functions)

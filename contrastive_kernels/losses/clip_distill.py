@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import no_second_order
+from ..autograd import no_second_order, precise
 from ..backends import resolve_backend
 from ..checks import check_other_rows, check_reduction, check_views, scalar
 from ..distributed import join
@@ -106,9 +106,14 @@ class CLIPDistill(ContrastiveLoss):
 
 
 def _dense(summed: bool, x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor) -> Tensor:
-    with full_precision(x):
-        target = torch.softmax(teacher_x @ teacher_y.T, 1)
-        return F.cross_entropy(x @ y.T, target, reduction="sum" if summed else "none")
+    return _dense_cross_entropy(x, y, teacher_x, teacher_y, "sum" if summed else "none")
+
+
+@precise
+def _dense_cross_entropy(
+    x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor, reduction: str
+) -> Tensor:
+    return F.cross_entropy(x @ y.T, torch.softmax(teacher_x @ teacher_y.T, 1), reduction=reduction)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import no_second_order
+from ..autograd import no_second_order, precise
 from ..backends import resolve_backend
 from ..checks import (
     check_choice,
@@ -191,13 +191,13 @@ def _guided_lse_backward(
     return dx, dy
 
 
+@precise
 def _dense_guided_lse(
     x: Tensor, x_guide: Tensor, y: Tensor, y_guide: Tensor, limit: Tensor, first: int | None
 ) -> Tensor:
     """The same from the whole matrix, differentiable any number of times."""
-    with full_precision(x):
-        dropped = _dropped(slice(0, len(x)), x_guide, y_guide, limit, first)
-        return masked_softmax_stats(x @ y.T, ~dropped)[0]
+    dropped = _dropped(slice(0, len(x)), x_guide, y_guide, limit, first)
+    return masked_softmax_stats(x @ y.T, ~dropped)[0]
 
 
 def _dropped(

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..autograd import precise
 from ..backends import resolve_backend
 from ..checks import check_features, check_ids, check_range, check_reduction
 from ..distributed import Batch, Shards, join
-from ..ops import full_precision
 from ..types import Group, Loss, LossStats, statistics_dtype
 from ..whitening.errors import check as check_info
 from ..whitening.operators import (
@@ -176,21 +176,8 @@ def intl(
         )
     if lam is None:
         lam = 0.01 * (math.log2(sizes[axis]) - 3)
-    with full_precision(views):
-        views = views.to(statistics_dtype(views))
-        if isinstance(batch, Shards):
-            z = _normalize_over_ranks(views, axis, iterations, backend, batch)
-        else:
-            z = _normalize_iteratively(views, axis, iterations, backend)
-        variance = z.square().sum(2 - axis) / (count - 1)
-        if axis == 1:
-            variance = batch.sum(variance)
-        trace_losses = (variance - 1).square().sum(1)
-        if axis == 0:
-            trace_losses = batch.sum(trace_losses)
-        unit = F.normalize(z, dim=-1)
-        cosine = (unit[1:] * unit[0]).sum(-1).mean(0)
-        rows = 2 - 2 * cosine + lam * (trace_losses[1:].mean() + trace_losses[0])
+    cosine, trace = _cosine_and_trace(views, axis, iterations, backend, batch, count)
+    rows = 2 - 2 * cosine + lam * trace
     value = batch.reduce_rows(rows, reduction)
     if not return_stats:
         return value
@@ -203,6 +190,27 @@ class WMSE(ContrastiveLoss):
 
 class INTL(ContrastiveLoss):
     function = staticmethod(intl)
+
+
+@precise
+def _cosine_and_trace(
+    views: Tensor, axis: int, iterations: int, backend: str, batch: Batch, count: int
+) -> tuple[Tensor, Tensor]:
+    """(the mean cosine of each sample (N,), the trace losses that all share) of `intl`; variances
+    are over `count` numbers."""
+    views = views.to(statistics_dtype(views))
+    if isinstance(batch, Shards):
+        z = _normalize_over_ranks(views, axis, iterations, backend, batch)
+    else:
+        z = _normalize_iteratively(views, axis, iterations, backend)
+    variance = z.square().sum(2 - axis) / (count - 1)
+    if axis == 1:
+        variance = batch.sum(variance)
+    trace_losses = (variance - 1).square().sum(1)
+    if axis == 0:
+        trace_losses = batch.sum(trace_losses)
+    unit = F.normalize(z, dim=-1)
+    return (unit[1:] * unit[0]).sum(-1).mean(0), trace_losses[1:].mean() + trace_losses[0]
 
 
 def _normalize_iteratively(x: Tensor, axis: int, iterations: int, backend: str) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..autograd import precise
 from ..distributed.shards import Batch
 from ..sources import NegativeSource
 from ..types import Counts, IdPair, OwnKeys, SoftplusSweep, Sweep, known, statistics_dtype
@@ -92,12 +93,11 @@ def softmax(
 ) -> Sweep:
     """Softmax statistics of tensors; `attend` as the operators take it."""
     if pairs.backend == "reference":
-        with full_precision(pairs.x):
-            return reference.sweep(
-                pairs.x, pairs.tensor, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
-                keep=pairs.keep, normalize=pairs.normalize, mean=mean, columns=columns,
-                threshold=threshold,
-            )  # fmt: skip
+        return precise(reference.sweep)(
+            pairs.x, pairs.tensor, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
+            keep=pairs.keep, normalize=pairs.normalize, mean=mean, columns=columns,
+            threshold=threshold,
+        )  # fmt: skip
     if columns and pairs.y is None:
         pairs = pairs._replace(y=pairs.x)
     out = registration.call(
@@ -120,11 +120,10 @@ def softplus(
 ) -> SoftplusSweep:
     """Row sums of softplus; with `attend` their sum, 0-d, with these gradients made on the way."""
     if pairs.backend == "reference":
-        with full_precision(pairs.x):
-            return reference.softplus_sweep(
-                pairs.x, pairs.tensor, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
-                keep=pairs.keep, normalize=pairs.normalize, threshold=threshold,
-            )  # fmt: skip
+        return precise(reference.softplus_sweep)(
+            pairs.x, pairs.tensor, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
+            keep=pairs.keep, normalize=pairs.normalize, threshold=threshold,
+        )  # fmt: skip
     out = registration.call(
         "row_softplus", pairs.backend, **_operands(pairs._replace(y=pairs.keys)),
         threshold=threshold, normalize=pairs.normalize, attend=list(attend or 4 * (False,)),
@@ -148,8 +147,7 @@ def row_dot(
         x = x.view(0, *(y.dim() - 2) * (1,), x.shape[1]) if ends is None else x[:0]
         return (x * y).sum(-1, dtype=statistics_dtype(x))
     if backend == "reference":
-        with full_precision(x):
-            return reference.row_dot(x, y, normalize=normalize)
+        return precise(reference.row_dot)(x, y, normalize=normalize)
     if y.dim() == 3 or ends is not None:
         return registration.row_dot(backend, x, y, normalize, ends)
     return registration.row_dot(backend, x, y.unsqueeze(1), normalize).squeeze(1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autograd import precise
 from ..checks import check_features, check_range
 from ..distributed import world_size
 from ..ops import full_precision
@@ -119,7 +120,7 @@ class Whitening(nn.Module):
                 z = self._whiten_batch(rows)
             else:
                 mean = known(self.running_mean).to(rows.dtype)
-                z = (rows - mean) @ self._running_matrix().to(rows.dtype).T
+                z = precise(torch.matmul)(rows - mean, self._running_matrix().to(rows.dtype).T)
             if self.affine:
                 z = z * known(self.weight) + known(self.bias)
         return z.to(x.dtype).reshape(moved.shape).movedim(-1, 1)

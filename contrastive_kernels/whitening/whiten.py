@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..autograd import precise
 from ..backends import resolve_backend
 from ..checks import check_choice, check_features, check_range
-from ..ops import full_precision
 from ..types import statistics_dtype
 from . import errors
 from .operators import (
@@ -113,8 +113,7 @@ def whiten(
     if backend == "reference":
         if return_info:
             raise ValueError('return_info needs another backend than "reference"')
-        with full_precision(x):
-            return reference.whiten(x, method=method, eps=eps, iterations=iterations)
+        return precise(reference.whiten)(x, method=method, eps=eps, iterations=iterations)
     groups = x.to(statistics_dtype(x)).reshape(-1, n, dim)
     if backend == "cuda" and not has_cuda_kernel(groups):
         raise RuntimeError(
@@ -153,12 +152,12 @@ def _check_groups(x: Tensor) -> None:
         raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
 
 
+@precise
 def whiten_newton_schulz(x: Tensor, eps: float, iterations: int) -> tuple[Tensor, Tensor]:
     """(Z, info) of the groups x (G, n, D) of any rank."""
-    with full_precision(x):
-        finite = x.isfinite().flatten(1).all(1)
-        # else the gradient of a group that is not finite would be NaN
-        centered, covariance, _mean = center(torch.where(finite[:, None, None], x, 0.0), eps)
-        matrix, info = approximate_root(covariance, iterations)
-        z = torch.where(finite[:, None, None], centered @ matrix, torch.nan)
+    finite = x.isfinite().flatten(1).all(1)
+    # else the gradient of a group that is not finite would be NaN
+    centered, covariance, _mean = center(torch.where(finite[:, None, None], x, 0.0), eps)
+    matrix, info = approximate_root(covariance, iterations)
+    z = torch.where(finite[:, None, None], centered @ matrix, torch.nan)
     return z, torch.where(finite, info, NOT_FINITE)
