@@ -41,6 +41,20 @@ def test_the_queue_starts_with_random_unit_vectors():
     assert repr(queue) == "FeatureQueue(size=7, dim=5)"
 
 
+def test_the_queue_starts_anew():
+    queue = ck.FeatureQueue(7, 5, device="meta")
+    assert queue.negatives.is_meta
+    queue.to_empty(device="cpu")
+    for buffer in queue.buffers():
+        buffer.fill_(3)
+    queue.reset_parameters(generator(3))
+    again = ck.FeatureQueue(7, 5, generator=generator(3))
+    assert torch.equal(queue.negatives, again.negatives)
+    assert (queue.position, queue.filled) == (0, 0)
+    assert dict(queue.named_buffers(recurse=False)).keys() == {"features", "position", "seen"}
+    assert queue.state_dict().keys() == {"features", "position", "seen"}
+
+
 def test_the_queue_is_not_copied():
     queue = ck.FeatureQueue(8, 2)
     storage = queue.negatives.data_ptr()
