@@ -7,6 +7,7 @@ package itself is not needed here. (Its release 1.0.2 on PyPI is older and has o
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import world_size
@@ -45,9 +46,13 @@ def mocov2plus_loss_func(
 
 
 def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
-    """2 temperature times InfoNCE among the batch, without gradient to the keys."""
+    """2 temperature times InfoNCE among the batch.
+
+    Keys get a gradient only without a process group, as in solo-learn: gathered ones get none.
+    """
     _one_process()
-    return 2 * temperature * info_nce(query, key.detach(), scale=1 / temperature)
+    key = key.detach() if dist.is_available() and dist.is_initialized() else key
+    return 2 * temperature * info_nce(query, key, scale=1 / temperature)
 
 
 def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:

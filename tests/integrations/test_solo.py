@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conformance import assert_conforms, clustered
 from oracles import randn
@@ -59,9 +60,24 @@ def test_in_batch_losses(n, temperature):
     assert_conforms(lambda a, b: fused.nnclr_loss_func(a, b, temperature), rows, inputs)
     assert_conforms(
         lambda a, b: fused.mocov3_loss_func(a, b, temperature),
-        lambda a, b: 2 * temperature * rows(a, b.detach()),
+        lambda a, b: 2 * temperature * rows(a, b),
         inputs,
     )
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_moco_v3_gathers_keys_without_gradient(process_group):
+    query, key = (t.requires_grad_() for t in (clustered(5, 7), clustered(5, 7, seed=1)))
+    gradients = torch.autograd.grad(
+        fused.mocov3_loss_func(query, key), (query, key), allow_unused=True
+    )
+    assert gradients[0].any() and gradients[1] is None
 
 
 @pytest.mark.parametrize("simplified", [True, False])
