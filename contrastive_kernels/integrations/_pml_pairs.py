@@ -31,6 +31,9 @@ class LabelPairs:
     def __len__(self) -> int:
         return 4
 
+    def __getitem__(self, index: int | slice) -> Tensor | tuple[Tensor, ...]:
+        return tuple(self)[index]
+
     def __iter__(self) -> Iterator[Tensor]:
         self._made = self._made or self._make()
         return iter(self._made)

@@ -32,6 +32,13 @@ def own_mean(rows: Tensor) -> Tensor:
     return rows.sum() / max(len(rows), 1)
 
 
+def reduce_own(rows: Tensor, reduction: str) -> Tensor:
+    """`own_mean`, the sum, or with "none" the losses themselves."""
+    if reduction == "mean":
+        return own_mean(rows)
+    return rows.sum() if reduction == "sum" else rows
+
+
 def whole_loss_inputs(
     features: tuple[Tensor, Tensor],
     logit_scale: float | Tensor,

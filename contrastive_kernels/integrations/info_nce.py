@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from ..losses.info_nce import info_nce as fused
+from ._own import Own, one_entry
 from .swap import Peer, Unfused
 
 PEER = Peer("info_nce", "info-nce-pytorch", ("0.1", "0.2"))
 peer: Any = PEER.load("info_nce")
 
 
-@PEER.fused(peer, "info_nce")
+@PEER.fused(peer, "info_nce", own=Own(peer, "normalize", "transpose"))
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -23,6 +24,9 @@ def info_nce(
     negative_mode: str = "unpaired",
 ) -> Tensor | Unfused:
     """The peer's `info_nce`, fused; negatives (M, D) "unpaired" or (N, M, D) "paired"."""
+    reason = one_entry(temperature=temperature)
+    if reason is not None:
+        return Unfused(reason)
     dims = {"unpaired": 2, "paired": 3}.get(negative_mode)
     if negative_keys is None:
         if len(query) == 1:

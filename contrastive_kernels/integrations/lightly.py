@@ -17,51 +17,113 @@ from ..losses.info_nce import info_nce
 from ..losses.nt_xent import dcl, nt_xent
 from ..ops import keeps_frozen_keys
 from ..types import statistics_dtype
-from ._ranks import group_if, own_mean
+from ._own import Own, cross_entropy, one_entry
+from ._ranks import group_if, own_mean, reduce_own
 from .swap import Peer, Unfused
 
 PEER = Peer("lightly", "lightly", ("1.5.26", "1.7"))
 peer: Any = PEER.load("lightly.loss")
+banks: Any = PEER.load("lightly.models.modules.memory_bank")
+ranks: Any = PEER.load("lightly.utils.dist")
 
 ALONE = Unfused("a batch of one pair has no negatives")
 
 
-@PEER.fused(peer.NTXentLoss)
+_RANKS = Own(ranks, "world_size", "rank", "gather", "eye_rank")
+NT_XENT = Own(
+    peer.NTXentLoss,
+    parts={
+        "memory_bank": Own(
+            banks.MemoryBankModule, "forward", options={"feature_dim_first": (True,)}
+        ),
+        "cross_entropy": cross_entropy("mean", "sum", "none", label_smoothing=True),
+    },
+    beside=[_RANKS],
+)
+DCL = Own(peer.DCLLoss, "_loss", beside=[_RANKS])
+
+
+@PEER.fused(peer.NTXentLoss, own=NT_XENT)
 def _nt_xent(self: Any, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
+    reason = one_entry(temperature=self.temperature)
+    if reason is not None:
+        return Unfused(reason)
     scale = 1 / self.temperature
-    bank = self.memory_bank
+    bank, smoothing = self.memory_bank, self.cross_entropy.label_smoothing
     if bank.size[0] == 0:
         group = group_if(self.gather_distributed)
         if len(out0) == 1 and group is None:
             return ALONE
-        return own_mean(nt_xent(out0, out1, scale=scale, reduction="none", group=group))
+        if smoothing and group is not None:
+            return Unfused("cross_entropy.label_smoothing over several processes")
+        rows = nt_xent(out0, out1, scale=scale, reduction="none", group=group)
+        if smoothing:
+            rows = rows + smoothing * scale * _above_other_rows(out0, out1)
+        return reduce_own(rows, self.cross_entropy.reduction)
     # features of the bank are taken as they are
     dtype = statistics_dtype(out0)
     out0, out1 = F.normalize(out0.to(dtype), dim=1), F.normalize(out1.to(dtype), dim=1)
     if bank.bank.dim() == 1:
-        bank(out1)  # lightly 1.5 makes a bank of unknown dim when it sees features
+        bank.forward(out1)  # lightly 1.5 makes a bank of unknown dim when it sees features
     negatives = bank.bank.to(dtype) if dtype == torch.float64 else bank.bank
     if keeps_frozen_keys(out0, negatives, resolve_backend("auto", out0.device)):
         negatives = negatives.clone()  # the queue moves on before the backward pass
-    loss = info_nce(out0, out1, negatives=negatives, scale=scale, normalize=False)
-    bank(out1, update=out0.requires_grad)
-    return loss
+    rows = info_nce(
+        out0, out1, negatives=negatives, scale=scale, normalize=False, reduction="none"
+    )  # fmt: skip
+    if smoothing:
+        rows = rows + smoothing * scale * _above_negatives(out0, out1, negatives)
+    bank.forward(out1, update=out0.requires_grad)
+    return reduce_own(rows, self.cross_entropy.reduction)
 
 
-@PEER.fused(peer.DCLLoss)
+@PEER.fused(peer.DCLLoss, own=DCL)
 def _dcl(self: Any, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
+    reason = one_entry(temperature=self.temperature)
+    if reason is not None:
+        return Unfused(reason)
     group = group_if(self.gather_distributed)
     if len(out0) == 1 and group is None:
         return ALONE
     weight = None
     if self.weight_fn:
         views = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
-        weight = torch.cat((self.weight_fn(*views), self.weight_fn(*reversed(views))))
+        both = [_row_weights(self.weight_fn(*pair), views[0]) for pair in (views, reversed(views))]
+        if any(len(weights) != len(out0) or weights.dim() != 1 for weights in both):
+            return Unfused("weight_fn does not give a weight of each row")
+        weight = torch.cat(both)
     return own_mean(
         dcl(
             out0, out1, scale=1 / self.temperature, weight=weight, reduction="none", group=group
         )
     )  # fmt: skip
+
+
+def _row_weights(weights: Any, like: Tensor) -> Tensor:
+    """Weights of the rows of `like`, from one of all of them too."""
+    weights = weights if isinstance(weights, Tensor) else like.new_tensor(weights)
+    one = weights.numel() == 1 and weights.dim() < 2
+    return weights.expand(len(like)) if one else weights
+
+
+# Label smoothing e makes a loss (1 - e) (lse - z+) + e mean_j (lse - z_j) of its logits z, which is
+# lse - z+ + e (z+ - mean_j z_j): these give the similarity of the positive above the mean of all.
+
+
+def _above_other_rows(out0: Tensor, out1: Tensor) -> Tensor:
+    """(2N,), of both views."""
+    dtype = statistics_dtype(out0)
+    views = F.normalize(out0.to(dtype), dim=1), F.normalize(out1.to(dtype), dim=1)
+    z = torch.cat(views)
+    others = z @ z.sum(0) - z.square().sum(1)
+    return (views[0] * views[1]).sum(1).repeat(2) - others / (len(z) - 1)
+
+
+def _above_negatives(query: Tensor, key: Tensor, negatives: Tensor) -> Tensor:
+    """(N,), of unit vectors against negatives (M, D)."""
+    positive = (query * key).sum(1)
+    total = negatives.to(query.dtype).sum(0)
+    return positive - (positive + query @ total) / (1 + len(negatives))
 
 
 class NTXentLoss(peer.NTXentLoss):

@@ -20,6 +20,7 @@ from ..distributed import world_size
 from ..losses.clip import clip_loss, siglip_loss
 from ..losses.clip_distill import clip_distill
 from ..types import Group
+from ._own import Own, one_entry
 from ._ranks import group_if, own_clip_loss, own_mean, whole_loss_inputs
 from .swap import Peer, Unfused, check_option
 
@@ -28,11 +29,25 @@ peer: Any = PEER.load("open_clip.loss")
 
 C = TypeVar("C", bound=type)
 LossOrDict = Tensor | dict[str, Tensor] | Unfused
-_CLIP = ("get_logits", "get_ground_truth")
 GRAD_SCALES = ("peer", "exact")
 
+_LOGITS = ("get_logits", "get_ground_truth")
+_GATHER = Own(peer, "gather_features")
+_EXCHANGE = Own(peer, "neighbour_exchange_with_grad", "neighbour_exchange_bidir_with_grad")
+CLIP = Own(peer.ClipLoss, *_LOGITS, beside=[_GATHER])
+DISTILL = Own(peer.DistillClipLoss, *_LOGITS, "dist_loss", beside=[_GATHER])
+SIGLIP = Own(peer.SigLipLoss, *_LOGITS, "_loss", beside=[_EXCHANGE])
 
-@PEER.fused(peer.ClipLoss, grad_scale=GRAD_SCALES)
+
+def _refuse(loss: Any, unfused: Unfused) -> None:
+    """The peer's own code cannot give exact gradients over processes."""
+    if loss.world_size > 1 and _exact(loss):
+        raise RuntimeError(
+            f'grad_scale="exact" must run fused over processes, but {unfused.reason}'
+        )
+
+
+@PEER.fused(peer.ClipLoss, own=CLIP, refuse=_refuse, grad_scale=GRAD_SCALES)
 def _clip(
     self: Any,
     image_features: Tensor,
@@ -41,10 +56,10 @@ def _clip(
     logit_bias: float | Tensor | None = None,
     output_dict: bool = False,
 ) -> LossOrDict:
-    reason = _reason(self, peer.ClipLoss, _CLIP, logit_scale=logit_scale, logit_bias=logit_bias)
+    reason = _reason(self, logit_scale=logit_scale, logit_bias=logit_bias)
     reason = reason or _no_negatives(self, image_features)
     if reason is not None:
-        return _unfused(self, reason)
+        return Unfused(reason)
     features, scale, group = (image_features, text_features), logit_scale, _group(self)
     switched = group is not None and not _exact(self)
     options = {"group": group, "gather_with_grad": self.gather_with_grad}
@@ -61,7 +76,7 @@ def _clip(
     return {"contrastive_loss": loss} if output_dict else loss
 
 
-@PEER.fused(peer.DistillClipLoss, grad_scale=GRAD_SCALES)
+@PEER.fused(peer.DistillClipLoss, own=DISTILL, refuse=_refuse, grad_scale=GRAD_SCALES)
 def _distill(
     self: Any,
     image_features: Tensor,
@@ -72,17 +87,14 @@ def _distill(
     dist_logit_scale: float | Tensor,
     output_dict: bool = False,
 ) -> tuple[Tensor, Tensor] | dict[str, Tensor] | Unfused:
-    reason = _reason(
-        self, peer.DistillClipLoss, (*_CLIP, "dist_loss"),
-        logit_scale=logit_scale, dist_logit_scale=dist_logit_scale,
-    )  # fmt: skip
+    reason = _reason(self, logit_scale=logit_scale, dist_logit_scale=dist_logit_scale)
     reason = reason or _no_negatives(self, image_features)
     group = _group(self)
     switched = group is not None and not _exact(self)
     if switched and self.local_loss:
         reason = reason or "distillation with local_loss over several processes"
     if reason is not None:
-        return _unfused(self, reason)
+        return Unfused(reason)
     student = (image_features, text_features), scalar("logit_scale", logit_scale)
     teacher = (dist_image_features, dist_text_features), dist_logit_scale
     if switched:
@@ -99,7 +111,7 @@ def _distill(
     return contrastive, distill
 
 
-@PEER.fused(peer.SigLipLoss, grad_scale=GRAD_SCALES)
+@PEER.fused(peer.SigLipLoss, own=SIGLIP, refuse=_refuse, grad_scale=GRAD_SCALES)
 def _siglip(
     self: Any,
     image_features: Tensor,
@@ -108,10 +120,9 @@ def _siglip(
     logit_bias: float | Tensor | None,
     output_dict: bool = False,
 ) -> LossOrDict:
-    methods = ("get_logits", "get_ground_truth", "_loss")
-    reason = _reason(self, peer.SigLipLoss, methods, logit_scale=logit_scale, logit_bias=logit_bias)
+    reason = _reason(self, logit_scale=logit_scale, logit_bias=logit_bias)
     if reason is not None:
-        return _unfused(self, reason)
+        return Unfused(reason)
     bias = 0.0 if logit_bias is None else logit_bias
     inputs = image_features, text_features, logit_scale, bias
     group = _group(self)
@@ -174,28 +185,14 @@ class SigLipLoss(peer.SigLipLoss):
     forward = _siglip
 
 
-def _reason(loss: Any, owner: type, methods: tuple[str, ...], **scalars: Any) -> str | None:
-    """Why `loss` has to run its own code, or None. `methods`: those that the fused form replaces
-    as they are in the peer's class `owner`."""
+def _reason(loss: Any, **scalars: Any) -> str | None:
+    """Why `loss` has to run its own code, or None."""
     if loss.world_size > 1:
         if getattr(loss, "use_horovod", False):
             return "features are gathered by horovod"
         if loss.world_size != world_size() or loss.rank != dist.get_rank():
             return "rank and world_size are not those of the default process group"
-    for name in methods:
-        if getattr(type(loss), name) is not getattr(owner, name):
-            return f"{name} is overridden"
-    for name, value in scalars.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            return f"{name} has more than one entry"
-    return None
-
-
-def _unfused(loss: Any, reason: str) -> Unfused:
-    """The peer's own code for this reason, if it can give the gradients that are asked for."""
-    if loss.world_size > 1 and _exact(loss):
-        raise RuntimeError(f'grad_scale="exact" must run fused over processes, but {reason}')
-    return Unfused(reason)
+    return one_entry(**scalars)
 
 
 def _group(loss: Any) -> Group | None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import known, statistics_dtype
+from ._own import Own, one_entry
 from ._pml_pairs import Candidates, LabelPairs
 from .swap import Peer, Unfused
 
@@ -32,10 +33,62 @@ reducers: Any = PEER.load("pytorch_metric_learning.reducers")
 per_anchor: Any = PEER.load("pytorch_metric_learning.reducers.per_anchor_reducer")
 pairs_of: Any = PEER.load("pytorch_metric_learning.utils.loss_and_miner_utils")
 
+generic: Any = PEER.load("pytorch_metric_learning.losses.generic_pair_loss").GenericPairLoss
+
 LOSSES = (peer.NTXentLoss, peer.SupConLoss)
+_DISTANCE = Own(
+    distances.DotProductSimilarity,
+    "forward", "compute_mat", "maybe_normalize", "normalize", "check_shapes", "set_default_stats",
+    options={"is_inverted": (True,)},
+    called=True,
+)  # fmt: skip
+_ZERO = (  # the peer's loss where there is no pair
+    "zero_losses", "zero_loss", "sub_loss_names", "_sub_loss_names",
+    "all_regularization_loss_names",
+)  # fmt: skip
+_PAIRS = ("convert_to_pairs", "get_all_pairs_indices", "get_matches_and_diffs")
 
 
-@PEER.fused(peer.NTXentLoss, "compute_loss")
+def _loss(owner: type, method: str, *names: str, beside: Own) -> Own:
+    """`method` is the one of the two ways of pairs that the loss has chosen."""
+    return Own(
+        owner, "_compute_loss", *_ZERO, *names,
+        functions={"loss_method": [getattr(owner, method)]},
+        parts={"distance": _DISTANCE},
+        beside=[beside],
+    )  # fmt: skip
+
+
+NT_XENT = _loss(peer.NTXentLoss, "pair_based_loss", beside=Own(pairs_of, *_PAIRS))
+SUP_CON = _loss(
+    peer.SupConLoss, "mat_based_loss", "_assert_either_pos_or_neg",
+    beside=Own(pairs_of, *_PAIRS, "logsumexp"),
+)  # fmt: skip
+
+
+def _reduces(name: str, *names: str, **options: tuple) -> Own:
+    names = (
+        "forward", "unpack_loss_info", "reduce_the_loss", "get_reduction_func", "assert_sizes",
+        "pos_pair_reduction", "element_reduction", *names,
+    )  # fmt: skip
+    return Own(getattr(reducers, name), *names, options=options, called=True)
+
+
+_MEAN, _SUM = _reduces("MeanReducer"), _reduces("SumReducer")
+_THRESHOLD = _reduces("ThresholdReducer", "element_reduction_helper", "set_stats")
+_NON_ZERO = _reduces(
+    "AvgNonZeroReducer", "element_reduction_helper", "set_stats", low=(0,), high=(None,)
+)
+_CLASSES = _reduces("ClassWeightedReducer", "element_reduction_helper")
+_PER_ANCHOR = _reduces(
+    "PerAnchorReducer", "tuple_reduction_helper", aggregation_func=(per_anchor.aggregation_func,)
+)
+_MULTIPLE = Own(reducers.MultipleReducers, "forward", called=True)
+# These reduce the losses of anchors as they do those of pairs where each anchor has one positive.
+_BY_ANCHOR = (_MEAN, _SUM, _THRESHOLD, _CLASSES, _PER_ANCHOR)
+
+
+@PEER.fused(peer.NTXentLoss, "compute_loss", own=NT_XENT)
 def _nt_xent(
     self: Any,
     embeddings: Tensor,
@@ -54,25 +107,22 @@ def _nt_xent(
     one_each = isinstance(indices_tuple, LabelPairs) and indices_tuple.one_each
     if not one_each and count.device.type == "cpu":  # elsewhere the question waits for the device
         one_each = bool((count == 1).all())
-    if one_each and not isinstance(reducer, reducers.DoNothingReducer):
+    if one_each and any(own.holds(reducer) for own in _BY_ANCHOR):
         return _by_anchor(reducer, c.sup_con_rows().loss)
-    if type(reducer) is reducers.MeanReducer:
+    if _MEAN.holds(reducer):
         return _reduced(c.pair_losses().sum() / count.sum().clamp(min=1))
-    if type(reducer) is reducers.SumReducer:
+    if _SUM.holds(reducer):
         return _reduced(c.pair_losses().sum())
-    if (
-        type(reducer) is reducers.PerAnchorReducer
-        and reducer.aggregation_func is per_anchor.aggregation_func
-        and type(reducer.reducer) in (reducers.MeanReducer, reducers.SumReducer)
-    ):
-        # the anchors of a reference have its label, and so one number of positives
-        total = (c.pair_losses() / c.count_positives(c.ref_labels).clamp(min=1)).sum()
-        mean = type(reducer.reducer) is reducers.MeanReducer
-        return _reduced(total / len(count) if mean else total)
+    if _PER_ANCHOR.holds(reducer):
+        mean = _MEAN.holds(reducer.reducer)
+        if mean or _SUM.holds(reducer.reducer):
+            # the anchors of a reference have its label, and so one number of positives
+            total = (c.pair_losses() / c.count_positives(c.ref_labels).clamp(min=1)).sum()
+            return _reduced(total / len(count) if mean else total)
     return Unfused(f"{type(reducer).__name__} needs the loss of every pair")
 
 
-@PEER.fused(peer.SupConLoss, "compute_loss")
+@PEER.fused(peer.SupConLoss, "compute_loss", own=SUP_CON)
 def _sup_con(
     self: Any,
     embeddings: Tensor,
@@ -98,7 +148,20 @@ def _sup_con(
     return _by_anchor(_reducer(self), rows, beside)
 
 
-@PEER.fused(peer.CrossBatchMemory, "create_indices_tuple")
+# The losses that a wrapper may hand `LabelPairs` instead of what the peer hands them.
+_IN_WRAPPERS = Own(
+    generic,
+    "forward",
+    functions={"compute_loss": [generic.compute_loss, _nt_xent, _sup_con]},
+    called=True,
+)
+_QUEUE = Own(
+    peer.CrossBatchMemory,
+    beside=[Own(pairs_of, *_PAIRS[1:], "remove_self_comparisons", "not_self_comparisons")],
+)
+
+
+@PEER.fused(peer.CrossBatchMemory, "create_indices_tuple", own=_QUEUE)
 def _queue_pairs(
     self: Any,
     embeddings: Tensor,
@@ -108,8 +171,9 @@ def _queue_pairs(
     input_indices_tuple: tuple | None,
     do_remove_self_comparisons: bool,
 ) -> LabelPairs | Unfused:
-    if not isinstance(self.loss, LOSSES):
-        return Unfused(f"the loss is {type(self.loss).__name__}")
+    reason = _wrapped(self.loss)
+    if reason is not None:
+        return Unfused(reason)
     if self.miner or input_indices_tuple is not None:
         return Unfused("a miner or an indices_tuple chooses pairs")
     own: Tensor | None = None
@@ -127,10 +191,11 @@ def _queue_pairs(
     return LabelPairs(make, own=own)
 
 
-@PEER.fused(peer.SelfSupervisedLoss)
+@PEER.fused(peer.SelfSupervisedLoss, own=Own(peer.SelfSupervisedLoss))
 def _self_supervised(self: Any, embeddings: Tensor, ref_emb: Tensor | None) -> Tensor | Unfused:
-    if not isinstance(self.loss, LOSSES):
-        return Unfused(f"the loss is {type(self.loss).__name__}")
+    reason = _wrapped(self.loss)
+    if reason is not None:
+        return Unfused(reason)
     labels = torch.arange(len(embeddings), device=embeddings.device)
     ref_labels = labels.clone()
     if self.symmetric:
@@ -149,20 +214,19 @@ def _candidates(
     ref_labels: Tensor | None,
 ) -> Candidates | Unfused:
     distance = loss.distance
-    if type(distance) not in (distances.CosineSimilarity, distances.DotProductSimilarity):
-        return Unfused(f"the distance is {type(distance).__name__}")
     if distance.power != 1 or (distance.normalize_embeddings and distance.p != 2):
         return Unfused("the similarity has a power, or a norm with p != 2")
     if distance.collect_stats or _reducer(loss).collect_stats:
         return Unfused("statistics are collected")
-    if all(type(loss)._compute_loss is not known._compute_loss for known in LOSSES):
-        return Unfused("a subclass has a _compute_loss of its own")
     if pairs is not None and not isinstance(pairs, LabelPairs):
         return Unfused("an indices_tuple is given, which may leave pairs out")
     if labels is None or ref_labels is None:
         return Unfused("not all embeddings have labels")
     if labels.is_floating_point() or ref_labels.is_floating_point():
         return Unfused("labels are not integers")
+    reason = one_entry(temperature=loss.temperature)
+    if reason is not None:
+        return Unfused(reason)
     own = None if pairs is None else pairs.own
     same = ref_labels is labels
     labels = labels.long()
@@ -186,7 +250,7 @@ def _candidates(
 def _reducer(loss: Any) -> nn.Module:
     """The reducer that gets the loss, beside those of regularizers."""
     reducer = loss.reducer
-    if isinstance(reducer, reducers.MultipleReducers):
+    if _MULTIPLE.holds(reducer):
         known = reducer.reducers
         return known["loss"] if "loss" in known else reducer.default_reducer
     return reducer
@@ -200,10 +264,17 @@ def _by_anchor(reducer: nn.Module, rows: Tensor, beside: Tensor | None = None) -
         beside = beside.detach().clamp(min=1).double()
         seen = (beside + seen) - beside
     rows = torch.where(seen > 0, rows, 0.0)
-    if type(reducer) is reducers.AvgNonZeroReducer:  # the same without waiting for the device
+    if _NON_ZERO.holds(reducer):  # the same without waiting for the device
         return _reduced(rows.sum() / (rows > 0).sum().clamp(min=1))
     indices = torch.arange(len(rows), device=rows.device)
     return {"loss": {"losses": rows, "indices": indices, "reduction_type": "element"}}
+
+
+def _wrapped(loss: Any) -> str | None:
+    """Why a wrapper must hand `loss` what the peer's does, or None."""
+    if not isinstance(loss, LOSSES):
+        return f"the loss is {type(loss).__name__}"
+    return _IN_WRAPPERS.replaced(loss, "loss.")
 
 
 def _reduced(loss: Tensor) -> dict:

@@ -16,12 +16,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..losses.gist import gist
 from ..losses.mnrl import mnrl
 from ..types import statistics_dtype
-from ._ranks import group_if, own_mean
+from ._own import Own, cross_entropy, one_entry
+from ._ranks import group_if, own_mean, reduce_own
 from .swap import Peer, Unfused
 
 PEER = Peer("sentence_transformers", "sentence-transformers", ("6.2", "6.3"))
@@ -29,15 +30,48 @@ peer: Any = PEER.load("sentence_transformers.sentence_transformer.losses")
 util: Any = PEER.load("sentence_transformers.util")
 embed_columns: Any = PEER.load("sentence_transformers.base.losses.merged_forward").embed_columns
 
+_GATHER = Own(PEER.load("sentence_transformers.util.distributed"), "all_gather")
+
+
+def _beside(module: str, *names: str) -> list[Own]:
+    """Functions that a module of the peer's losses imports by name."""
+    names = ("all_gather_with_grad", "get_rank", *names)
+    return [Own(PEER.load(f"{peer.__name__}.{module}"), *names), _GATHER]
+
+
+def _guided_own(owner: type, beside: list[Own], *reductions: str) -> Own:
+    cosine = {"dim": (-1,), "eps": (1e-8,)}
+    return Own(
+        owner,
+        "sim_matrix",
+        parts={
+            "similarity_fct": Own(nn.CosineSimilarity, "forward", options=cosine, called=True),
+            "cross_entropy_loss": cross_entropy(*reductions),
+        },
+        beside=beside,
+    )
+
+
+RANKING = Own(peer.MultipleNegativesRankingLoss, beside=_beside("multiple_negatives_ranking"))
+CACHED_RANKING = Own(
+    peer.CachedMultipleNegativesRankingLoss, beside=_beside("cached_multiple_negatives_ranking")
+)
+GIST = _guided_own(
+    peer.GISTEmbedLoss,
+    _beside("gist_embed", "embed_columns", "batch_to_device"),
+    "mean", "sum", "none",
+)  # fmt: skip
+# the peer's sum would depend on the size of mini-batches
+CACHED_GIST = _guided_own(peer.CachedGISTEmbedLoss, _beside("cached_gist_embed"), "mean")
 NORMALIZES = {util.cos_sim: True, util.pytorch_cos_sim: True, util.dot_score: False}
 
 
-@PEER.fused(peer.MultipleNegativesRankingLoss, "compute_loss_from_embeddings")
+@PEER.fused(peer.MultipleNegativesRankingLoss, "compute_loss_from_embeddings", own=RANKING)
 def _ranking(self: Any, embeddings: list[Tensor], labels: Tensor | None) -> Tensor | Unfused:
     return _rank(self, embeddings)
 
 
-@PEER.fused(peer.CachedMultipleNegativesRankingLoss, "calculate_loss")
+@PEER.fused(peer.CachedMultipleNegativesRankingLoss, "calculate_loss", own=CACHED_RANKING)
 def _cached_ranking(
     self: Any,
     reps: list[list[Tensor]],
@@ -49,11 +83,14 @@ def _cached_ranking(
     return _finish(_rank(self, [torch.cat(column) for column in reps]), with_backward)
 
 
-@PEER.fused(peer.GISTEmbedLoss)
+@PEER.fused(peer.GISTEmbedLoss, own=GIST)
 def _gist(
     self: Any, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor
 ) -> Tensor | Unfused:
     features = list(sentence_features)
+    reason = one_entry(temperature=self.temperature)
+    if reason is not None:
+        return Unfused(reason)
     if len(features) not in (2, 3):
         return Unfused("the columns are not an anchor, a positive and at most one negative")
     if self.must_retokenize and "cu_seq_lens_q" in features[0]:
@@ -68,7 +105,7 @@ def _gist(
     return _guided(self, embeddings, guides)
 
 
-@PEER.fused(peer.CachedGISTEmbedLoss, "calculate_loss")
+@PEER.fused(peer.CachedGISTEmbedLoss, "calculate_loss", own=CACHED_GIST)
 def _cached_gist(
     self: Any,
     reps: list[list[Tensor]],
@@ -76,6 +113,9 @@ def _cached_gist(
     *,
     with_backward: bool = False,
 ) -> Tensor | Unfused:
+    reason = one_entry(temperature=self.temperature)
+    if reason is not None:
+        return Unfused(reason)
     columns = ([torch.cat(column) for column in side] for side in (reps, reps_guided))
     return _finish(_guided(self, *columns), with_backward)
 
@@ -84,6 +124,9 @@ def _rank(loss: Any, embeddings: list[Tensor]) -> Tensor | Unfused:
     """`mnrl` of the columns (N, D), with the options of the peer's loss."""
     if loss.similarity_fct not in NORMALIZES:
         return Unfused("similarity_fct is neither cos_sim nor dot_score")
+    reason = one_entry(scale=loss.scale)
+    if reason is not None:
+        return Unfused(reason)
     if len({len(column) for column in embeddings}) > 1 or len(embeddings) < 2:
         return Unfused("documents are not whole columns with a row for each query")
     # half precision is widened as the peer's similarities are: gradients add up before rounding
@@ -119,7 +162,7 @@ def _guided(loss: Any, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor
         contrast_anchors=contrast_anchors, contrast_positives=loss.contrast_positives,
         reduction="none", group=group,
     )  # fmt: skip
-    return own_mean(rows)
+    return reduce_own(rows, loss.cross_entropy_loss.reduction)
 
 
 def _for_guide(loss: Any, features: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 A module of this folder serves one package, its peer. It makes a `Peer`, which checks that the
 package is there in a version it knows, writes fused methods with `Peer.fused`, and derives classes
-that use them; `patch` sets the same methods on the peer's own classes.
+that use them; `patch` sets the same methods on the peer's own classes. A fused method names what it
+computes itself (`Own`): where a user has put something else in its place, the peer's code runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..types import known
+from ._own import Own, own_function
 
 PEERS = (
     "info_nce",
@@ -51,16 +54,21 @@ class SwapStatus(NamedTuple):
     patched: whether the peer's own class has the fused method now.
     fused, fallback: calls that ran fused, and the others by their reason. Calls in a graph of
         torch.compile are not counted.
+    unreached: why the patch does not serve all calls, e.g. of a function that other modules
+        imported by name before it.
     """
 
     patched: bool
     fused: int
     fallback: dict[str, int]
+    unreached: tuple[str, ...] = ()
 
 
 class Swap:
     """A method of a peer's class, or a function of its module, and the fused one for it.
 
+    own: what the fused one computes itself, of the object whose method it is, or of the module.
+    refuse: called with the object and an `Unfused`; it may raise.
     choices: the values of each option that a patch may set as an attribute of the class.
     """
 
@@ -69,19 +77,33 @@ class Swap:
         owner: type | ModuleType,
         name: str,
         function: Callable,
+        own: Own,
+        refuse: Callable[[Any, Unfused], None] | None,
         choices: dict[str, tuple[str, ...]],
     ) -> None:
         self.owner, self.name, self.choices = owner, name, choices
+        self.function, self.own = function, own
         self.options: dict[str, str] = {}
         self.original = getattr(owner, name)
         self.inherited = name not in vars(owner)
+        overridden = Unfused(f"{name} is overridden")
+        theirs = own_function(owner, name) is None
         self.fused_calls = 0
         self.fallbacks: Counter[str] = Counter()
 
         @functools.wraps(self.original)
         def method(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
+            thing = args[0] if isinstance(owner, type) else owner
+            reason = own.replaced(thing)
+            if theirs:
+                result: Any = overridden
+            elif reason is not None:
+                result = Unfused(reason)
+            else:
+                result = function(*args, **kwargs)
             fused = not isinstance(result, Unfused)
+            if refuse is not None and not fused:
+                refuse(thing, result)
             if not torch.compiler.is_compiling():
                 self._count(None if fused else result)
             return result if fused else self.original(*args, **kwargs)
@@ -102,13 +124,39 @@ class Swap:
     def patched(self) -> bool:
         return vars(self.owner).get(self.name) is self.method
 
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Why a patch does not serve all calls."""
+        if self._replaced:
+            return (f"{self.label} is overridden: it stays as it is",)
+        if isinstance(self.owner, type) or not self.patched:
+            return ()
+        return tuple(
+            f"held by {place}, stays unfused: import it after the patch, or call "
+            f"{self.owner.__name__}.{self.name}"
+            for place in _holders(self.original)
+        )
+
+    @property
+    def _replaced(self) -> bool:
+        """Whether neither the peer's own method nor the fused one is there."""
+        found = vars(self.owner).get(self.name)
+        if isinstance(found, staticmethod):
+            found = found.__func__
+        return found not in (self.method, None if self.inherited else self.original)
+
     def set(self, patched: bool, options: dict[str, str]) -> None:
-        """Set or take back the fused method, with those of the options that the class has."""
+        """Set or take back the fused method, with those of the options that the class has.
+
+        A method that somebody else has put there stays.
+        """
         for option in self.options:
             delattr(self.owner, option)
         self.options = {name: value for name, value in options.items() if name in self.choices}
         for option, value in self.options.items():
             setattr(self.owner, option, value)
+        if self._replaced:
+            return
         if patched:
             setattr(self.owner, self.name, self.method)
         elif self.patched:
@@ -155,15 +203,23 @@ class Peer:
         return importlib.import_module(module)
 
     def fused(
-        self, owner: type | ModuleType, name: str = "forward", **choices: tuple[str, ...]
+        self,
+        owner: type | ModuleType,
+        name: str = "forward",
+        *,
+        own: Own,
+        refuse: Callable[[Any, Unfused], None] | None = None,
+        **choices: tuple[str, ...],
     ) -> Callable:
         """Decorates the fused form of `owner.name`: same arguments; it may return Unfused.
 
+        `own`: what it computes itself of what the peer's form reads; where that is replaced, the
+        peer's form runs instead. `refuse`: called with the object and the Unfused, to raise.
         `choices`: options of ours for this class, with their values; it reads them as attributes.
         """
 
         def decorate(function: Callable) -> Callable:
-            swap = Swap(owner, name, function, choices)
+            swap = Swap(owner, name, function, own, refuse, choices)
             self.swaps.append(swap)
             return swap.method
 
@@ -191,6 +247,8 @@ def patch(peer: str, *names: str, **options: str) -> None:
     """
     for swap in _select(peer, names, options):
         swap.set(True, options)
+        for reason in swap.unreached:
+            warnings.warn(f"{swap.label}: {reason}", stacklevel=2)
 
 
 def unpatch(peer: str | None = None) -> None:
@@ -219,11 +277,23 @@ def patch_status() -> dict[str, dict[str, SwapStatus]]:
     """
     return {
         peer: {
-            swap.label: SwapStatus(swap.patched, swap.fused_calls, dict(swap.fallbacks))
+            swap.label: SwapStatus(
+                swap.patched, swap.fused_calls, dict(swap.fallbacks), swap.unreached
+            )
             for swap in swaps
         }
         for peer, swaps in _loaded(None).items()
     }
+
+
+def _holders(function: Any) -> Iterator[str]:
+    """The names under which other modules hold a function, as module.name."""
+    home = function.__module__, function.__name__
+    modules = {id(module): (title, module) for title, module in reversed(sys.modules.items())}
+    for title, module in modules.values():  # each once, under its first name
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is function and (title, name) != home:
+                yield f"{title}.{name}"
 
 
 def _swaps(peer: str) -> list[Swap]:

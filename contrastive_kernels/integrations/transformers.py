@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..losses.clip import clip_loss, siglip_loss
 from ..types import statistics_dtype
+from ._own import Own
 from .swap import Peer, Unfused
 
 PEER = Peer("transformers", "transformers", ("5.12", "5.25"))
@@ -26,6 +27,12 @@ clip: Any = PEER.load("transformers.models.clip.modeling_clip")
 siglip: Any = PEER.load("transformers.models.siglip.modeling_siglip")
 siglip2: Any = PEER.load("transformers.models.siglip2.modeling_siglip2")
 can_return_tuple: Any = PEER.load("transformers.utils.generic").can_return_tuple
+
+
+CLIP = Own(
+    clip.CLIPModel,
+    beside=[Own(clip, "image_text_contrastive_loss", "contrastive_loss", "_get_vector_norm")],
+)
 
 
 def _clip_or_siglip(output: type) -> Callable:
@@ -53,11 +60,13 @@ def _clip_or_siglip(output: type) -> Callable:
     return can_return_tuple(forward)
 
 
-_clip = PEER.fused(clip.CLIPModel)(_clip_or_siglip(clip.CLIPOutput))
-_siglip = PEER.fused(siglip.SiglipModel)(_clip_or_siglip(siglip.SiglipOutput))
+_clip = PEER.fused(clip.CLIPModel, own=CLIP)(_clip_or_siglip(clip.CLIPOutput))
+_siglip = PEER.fused(siglip.SiglipModel, own=Own(siglip.SiglipModel))(
+    _clip_or_siglip(siglip.SiglipOutput)
+)
 
 
-@PEER.fused(siglip2.Siglip2Model)
+@PEER.fused(siglip2.Siglip2Model, own=Own(siglip2.Siglip2Model))
 @can_return_tuple
 def _siglip2(
     self: Any,
@@ -111,12 +120,18 @@ def _forward(
 ) -> Any:
     """The model's `output` with the fused loss. `text`, `image`: the arguments of each tower,
     beside `kwargs` that both get."""
-    sigmoid = hasattr(model, "logit_bias")
+    sigmoid = output is not clip.CLIPOutput
     unfused = _unfused(text["input_ids"], image["pixel_values"], return_loss, sigmoid)
     if unfused is not None:
         return unfused
-    image_output = model.get_image_features(**image, return_dict=True, **kwargs)
-    text_output = model.get_text_features(**text, return_dict=True, **kwargs)
+    if sigmoid:
+        image_output = model.vision_model(**image, **kwargs)
+        text_output = model.text_model(**text, **kwargs)
+    else:
+        if not model.config.return_dict:
+            kwargs = kwargs | {"return_dict": True}
+        image_output = model.get_image_features(**image, **kwargs)
+        text_output = model.get_text_features(**text, **kwargs)
     texts = text_output.pooler_output
     images = image_output.pooler_output
     image_embeds = images / images.norm(dim=-1, keepdim=True)

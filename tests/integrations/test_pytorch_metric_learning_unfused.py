@@ -85,7 +85,7 @@ def test_unfused_reducers_of_pairs(reducer, labels):
 def test_unfused_subclass():
     labels = labels_of(11, 4)
     assert_unfused(
-        "a _compute_loss of its own",
+        "_compute_loss is overridden",
         lambda x: AlteredFused()(x, labels),
         lambda x: Altered()(x, labels),
         clustered(11, 8),
@@ -147,6 +147,83 @@ def test_patch(name):
         assert calls() == before + 2
     loss(x, labels)
     assert calls() == before + 2
+
+
+class ByNumber(peer.SupConLoss):
+    """Reads its pairs by their number."""
+
+    def mat_based_loss(self, mat, indices_tuple):
+        total = mat[indices_tuple[0], indices_tuple[1]].sum() - mat[indices_tuple[2:]].sum()
+        return {"loss": {"losses": total, "indices": None, "reduction_type": "already_reduced"}}
+
+
+class ByHand(peer.SupConLoss):
+    """Expects what the peer's wrappers give."""
+
+    def forward(self, embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None):
+        assert indices_tuple is None or isinstance(indices_tuple, tuple)
+        return embeddings.square().sum() * len(labels)
+
+
+class Counted(peer.SupConLoss):
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        assert indices_tuple is None or isinstance(indices_tuple, tuple)
+        return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+
+def hooked():
+    loss = peer.SupConLoss()
+    loss.register_forward_hook(lambda module, inputs, output: output * len(inputs))
+    return loss
+
+
+ByNumber.__name__ = ByHand.__name__ = Counted.__name__ = "SupConLoss"  # the wrappers' condition
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (ByNumber, "loss_method is overridden"),
+        (ByHand, "loss.forward is overridden"),
+        (Counted, "loss.compute_loss is overridden"),
+        (hooked, "loss has hooks"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+def test_wrappers_around_altered_losses(make, reason):
+    x, labels = clustered(11, 8), labels_of(11, 4)
+
+    def values(module):
+        queue = module.CrossBatchMemory(make(), 8, memory_size=15)
+        queue(x[:7], labels[:7])
+        views = module.SelfSupervisedLoss(make(), symmetric=True)
+        return queue(x, labels), views(x, x.flip(1))
+
+    wanted = values(peer)
+    with integrations.patched("pytorch_metric_learning"):
+        torch.testing.assert_close(values(peer), wanted, rtol=1e-9, atol=0)
+    torch.testing.assert_close(values(fused), wanted, rtol=1e-9, atol=0)
+    assert any(reason in reasons for reasons in fallbacks().values())
+
+
+class PairsOnly(reducers.MeanReducer):
+    def pos_pair_reduction(self, losses, *args):
+        return losses.max()
+
+
+class AnchorsOnly(reducers.PerAnchorReducer):
+    def __init__(self):
+        super().__init__(aggregation_func=lambda losses, counts: losses.sum(1) * 3)
+
+
+@pytest.mark.parametrize("reducer", [PairsOnly, AnchorsOnly])
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+def test_reducers_of_ones_own_where_each_anchor_has_one_positive(reducer):
+    """They reduce pairs otherwise than anchors."""
+    x, labels = clustered(12, 8), torch.arange(6).repeat(2)
+    ours, theirs = (module.NTXentLoss(reducer=reducer()) for module in (fused, peer))
+    reason = f"{reducer.__name__} needs the loss of every pair"
+    assert_unfused(reason, lambda x: ours(x, labels), lambda x: theirs(x, labels), x)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import subprocess
 import sys
@@ -28,14 +29,14 @@ class Loss:
 @pytest.fixture
 def toy(monkeypatch):
     """A peer `toy` of one class and one function, as an integration declares them."""
-    module = types.ModuleType("toy")
+    module = types.ModuleType(f"{__name__}.toy")
     module.double = lambda x: ("peer", 2 * x)
     cls = type("Loss", (Loss,), {"forward": Loss.forward})
     monkeypatch.setattr(swap, "_imported", {})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.4.2rc1")
     peer = swap.Peer("toy", "toy-package", ("1.2", "2"))
 
-    @peer.fused(cls, mode=("plain", "loud"))
+    @peer.fused(cls, own=swap.Own(cls), mode=("plain", "loud"))
     def forward(self, x):
         if x < 0:
             return swap.Unfused("nothing to do", expected=True)
@@ -43,11 +44,11 @@ def toy(monkeypatch):
             return ("FUSED", x)
         return swap.Unfused("x is odd") if x % 2 else ("fused", x)
 
-    @peer.fused(cls, "rows")
+    @peer.fused(cls, "rows", own=swap.Own(cls))
     def rows(self, x):
         return ("fused", [x])
 
-    @peer.fused(module, "double")
+    @peer.fused(module, "double", own=swap.Own(module))
     def double(x):
         return ("fused", 2 * x)
 
@@ -55,7 +56,9 @@ def toy(monkeypatch):
     integration.PEER = peer
     monkeypatch.setitem(sys.modules, integration.__name__, integration)
     monkeypatch.setattr(swap, "PEERS", (*swap.PEERS, "toy"))
-    return types.SimpleNamespace(Loss=cls, double=lambda x: module.double(x), method=forward)
+    return types.SimpleNamespace(
+        Loss=cls, module=module, double=lambda x: module.double(x), method=forward
+    )
 
 
 def test_patch_reaches_old_instances_and_is_put_back(toy):
@@ -177,3 +180,151 @@ def test_compiled_without_a_graph_break():
     loss = NTXentLoss()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(out0, out1), loss(out0, out1))
+
+
+def test_other_modules_that_hold_a_function_are_named(toy, monkeypatch):
+    """They imported it before the patch."""
+    original = toy.module.double
+    other = types.ModuleType("other")
+    other.twice = original
+    monkeypatch.setitem(sys.modules, "other", other)
+    reason = "held by other.twice, stays unfused: import it after the patch, or call "
+    with pytest.warns(UserWarning, match=f"double: {reason}"):
+        ck.patch("toy")
+    status = ck.patch_status()["toy"]
+    assert status["double"].unreached == (f"{reason}{toy.module.__name__}.double",)
+    assert status["Loss.forward"].unreached == ()
+    assert other.twice(2) == ("peer", 4) and toy.double(2) == ("fused", 4)
+    other.twice = toy.module.double  # imported again
+    assert ck.patch_status()["toy"]["double"].unreached == ()
+    ck.unpatch()
+    assert ck.patch_status()["toy"]["double"].unreached == ()
+
+
+def test_a_method_that_is_no_longer_the_peers_stays(toy):
+    def mine(self, x):
+        return ("mine", x)
+
+    toy.Loss.forward = mine
+    with pytest.warns(UserWarning, match="Loss.forward is overridden: it stays as it is"):
+        ck.patch("toy")
+    assert toy.Loss().forward(2) == ("mine", 2)
+    status = ck.patch_status()["toy"]["Loss.forward"]
+    assert not status.patched and status.unreached == (
+        "Loss.forward is overridden: it stays as it is",
+    )
+    ck.unpatch()
+    assert toy.Loss.forward is mine
+
+
+def foreign(function):
+    """The function as if another package had it."""
+    scope = {"__name__": "somewhere.else"}
+    return types.FunctionType(function.__code__, scope, function.__name__)
+
+
+def test_a_method_that_was_not_the_peers_from_the_start(toy):
+    """Put there before the integration was imported."""
+    toy.Loss.rows = foreign(lambda self, x: ("theirs", x))
+    peer = swap.Peer("toy", "toy-package", ("1.2", "2"))
+    method = peer.fused(toy.Loss, "rows", own=swap.Own(toy.Loss))(lambda self, x: ("fused", x))
+    with pytest.warns(UserWarning, match="rows is overridden"):
+        assert method(toy.Loss(), 1) == ("theirs", 1)
+    own = swap.Own(toy.Loss, "rows", "forward")
+    assert own.replaced(toy.Loss()) == "rows is overridden"
+
+
+class Part(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+    def helper(self, x):
+        return x
+
+
+class Whole(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part, self.mode, self.weight = Part(), "plain", None
+        self.held = self.method
+
+    def method(self):
+        return 1
+
+    @staticmethod
+    def static():
+        return 2
+
+
+def own():
+    part = swap.Own(Part, "forward", "helper", called=True)
+    return swap.Own(
+        Whole, "method", "static", functions={"held": [Whole.method]},
+        options={"mode": ("plain", "loud"), "weight": (None,)}, parts={"part": part},
+    )  # fmt: skip
+
+
+def other(*args):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda w: None, None),
+        (lambda w: setattr(w, "mode", "loud"), None),
+        (lambda w: setattr(w, "method", w.method), None),
+        (lambda w: setattr(w, "method", other), "method is overridden"),
+        (lambda w: setattr(w, "static", other), "static is overridden"),
+        (lambda w: setattr(w, "method", Whole().method), "method is overridden"),
+        (lambda w: setattr(w, "held", Whole().held), "held is overridden"),
+        (lambda w: setattr(w, "held", w.static), "held is overridden"),
+        (lambda w: setattr(w, "mode", "soft"), "mode is 'soft'"),
+        (lambda w: setattr(w, "weight", torch.ones(2)), "weight is a tensor"),
+        (lambda w: setattr(w, "part", torch.nn.Identity()), "the part is Identity"),
+        (lambda w: setattr(w.part, "helper", other), "part.helper is overridden"),
+        (
+            lambda w: setattr(w, "part", type("P", (Part,), {"__call__": other})()),
+            "part.__call__ is overridden",
+        ),
+        (lambda w: w.part.register_forward_pre_hook(other), "part has hooks"),
+        (lambda w: w.part.register_forward_hook(other), "part has hooks"),
+        (lambda w: w.part.register_full_backward_hook(other), "part has hooks"),
+        (lambda w: w.part.register_full_backward_pre_hook(other), "part has hooks"),
+    ],
+)
+def test_what_is_replaced(change, reason):
+    """Of an instance, of its copy and, while a graph is made, of the same instance."""
+    whole = Whole()
+    change(whole)
+    assert own().replaced(whole) == reason
+    assert own().replaced(copy.deepcopy(whole)) == reason
+
+
+@pytest.mark.parametrize("name", ["method", "static", "held"])
+def test_what_is_replaced_in_a_class(monkeypatch, name):
+    named = own()
+    below = type("Below", (Whole,), {"method": lambda self: 3} if name != "static" else {})
+    if name == "static":
+        monkeypatch.setattr(Whole, "static", staticmethod(other))
+    assert "is overridden" in named.replaced(below())
+    monkeypatch.setattr(Part, "helper", other)
+    assert named.parts["part"].replaced(Part()) == "helper is overridden"
+    assert not named.parts["part"].holds(Part()) and not named.holds(Part())
+
+
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+def test_an_override_is_seen_by_a_compiled_loss():
+    """In one graph where it runs fused; the peer's own code is not compiled in one."""
+    pytest.importorskip("lightly")
+    from contrastive_kernels.integrations.lightly import NTXentLoss
+
+    views, loss = torch.randn(2, 12, 8), NTXentLoss()
+    for fullgraph, options in (
+        (True, {}),
+        (True, {"reduction": "sum", "label_smoothing": 0.3}),
+        (False, {"weight": torch.rand(23)}),
+    ):
+        compiled = torch.compile(loss, fullgraph=fullgraph, backend="eager")
+        loss.cross_entropy = torch.nn.CrossEntropyLoss(**options)
+        torch.testing.assert_close(compiled(*views), loss(*views))

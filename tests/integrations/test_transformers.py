@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 
 import pytest
 import torch
@@ -230,6 +231,70 @@ def test_features_of_zero(name):
     texts.requires_grad_()
     loss = loss_of_features(getattr(fused, name), name)(texts, images, *scalars)
     assert loss.isfinite() and torch.autograd.grad(loss, texts)[0].isfinite().all()
+
+
+def assert_as_the_peer(name, change):
+    """A subclass or an instance that `change` makes: its loss and gradients, patched and not."""
+
+    def result():
+        net = change(model(PEERS[name], name))
+        loss = net(**batch(name, 5), return_loss=True).loss
+        return loss, *torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+
+    wanted = result()
+    with patched("transformers", name):
+        before = swap(name).fused_calls, dict(swap(name).fallbacks)
+        got = result()
+    for a, b in zip(got, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    return swap(name).fused_calls - before[0], swap(name).fallbacks - Counter(before[1])
+
+
+@parametrize_model
+def test_features_of_a_users_own(name):
+    """CLIP's forward calls them, without arguments that nobody gave; that of SigLIP does not."""
+
+    def change(net):
+        def features(input_ids, attention_mask=None, position_ids=None):
+            out = inner(input_ids, attention_mask=attention_mask, position_ids=position_ids)
+            out.pooler_output = 2 * out.pooler_output + 1
+            return out
+
+        inner = net.get_text_features
+        net.get_text_features = features
+        return net
+
+    assert assert_as_the_peer(name, change) == (1, {})
+
+
+@parametrize_model
+def test_towers_with_hooks(name):
+    def change(net):
+        def shifted(module, inputs, output):
+            output.pooler_output = output.pooler_output + 1
+            return output
+
+        net.text_model.register_forward_hook(shifted)
+        return net
+
+    assert assert_as_the_peer(name, change) == (1, {})
+
+
+def test_a_parameter_called_logit_bias_makes_no_siglip():
+    def change(net):
+        net.logit_bias = nn.Parameter(torch.ones(1, dtype=DOUBLE))
+        return net
+
+    assert assert_as_the_peer("CLIPModel", change) == (1, {})
+
+
+@may_run_unfused
+def test_a_replaced_loss_function_counts(monkeypatch):
+    monkeypatch.setattr(fused.clip, "contrastive_loss", lambda logits: logits.square().mean())
+    counted = assert_as_the_peer("CLIPModel", lambda net: net)
+    assert counted == (0, {"contrastive_loss is overridden": 1})
 
 
 @parametrize_model
