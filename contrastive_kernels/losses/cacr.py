@@ -23,7 +23,7 @@ from ..checks import (
     check_reduction,
 )
 from ..distributed import Batch, join
-from ..ops import operands, row_dot, sweep
+from ..ops import can_tie, operands, row_dot, squares, sweep, tied
 from ..sources import NegativeSource, as_source, is_source
 from ..types import Group, IdPair, Loss, LossStats, Sweep, known, statistics_dtype
 from .algebra import add_up, log_count, replicated, unit
@@ -99,6 +99,7 @@ def cacr(
         group, n, m, exchange=exchange, negatives=negatives,
         replicated=not sharded_negatives,
     )  # fmt: skip
+    distance, query, positives = _distances(query, positives, normalize, backend)
     ids = None
     candidates: Tensor | NegativeSource = positives
     key_batch: Batch | None = others
@@ -114,7 +115,6 @@ def cacr(
         candidates, key_batch = replicated(negatives, n, others)
 
     options = Options(t_neg, cost, rbf_t, detach_weights, normalize, backend)
-    distance = _distances(query, positives, normalize)
     limit = None
     if return_stats:
         limit = distance.new_zeros(n)  # of several positives none has a rank
@@ -174,8 +174,11 @@ def cacr_views(
             f"views must have shape (V, N, D) with V >= 2 and N >= 2, got {tuple(views.shape)}"
         )
     pairs = list(combinations(range(v), 2))
-    z = unit(views, normalize)
-    distance = {pair: (z[pair[0]] - z[pair[1]]).square().sum(-1) for pair in pairs}
+    z = list(views.unbind())
+    distance = {}
+    for i, j in pairs:
+        each, z[i], z[j] = _distances(z[i], z[j], normalize, backend)
+        distance[i, j] = each.squeeze(1)
     attraction = add_up(
         _attraction(
             torch.stack([distance[min(i, j), max(i, j)] for j in range(v) if j != i], 1),
@@ -190,15 +193,17 @@ def cacr_views(
     for i, j in pairs:
         limit = None
         if return_stats:
-            limit = _tie_limit(views[i], views[j], distance[i, j], options)
-        repulsion, out = _repulsion(views[i], views[j], (own, own), options, limit, batch, batch)
+            limit = _tie_limit(z[i], z[j], distance[i, j], options)
+        repulsion, out = _repulsion(z[i], z[j], (own, own), options, limit, batch, batch)
         repulsions.append(repulsion)
         sweeps.append(out)
     losses = (alpha / v) * attraction + (beta / len(pairs)) * add_up(repulsions)
     value = batch.reduce_rows(losses, reduction)
     if not return_stats:
         return value
-    similarity = batch.mean(torch.stack([(z[i] * z[j]).sum(-1) for i, j in pairs]))
+    with torch.no_grad():
+        dots = [row_dot(z[i], z[j], normalize=normalize, backend=backend) for i, j in pairs]
+    similarity = batch.mean(torch.stack(dots))
     stats = _stats(similarity, sweeps, options, batch)
     ranks = [known(out.counts).rank for out in sweeps]
     correct = torch.stack(
@@ -272,46 +277,54 @@ def _check_options(t_pos: float, t_neg: float, cost: str, rbf_t: float, reductio
         )
 
 
-def _distances(query: Tensor, positives: Tensor, normalize: bool) -> Tensor:
-    """|query_i - positive_ik|^2 (N, K), by difference: 2 - 2 cos would lose all of a small one."""
-    positives = positives.unsqueeze(1) if positives.dim() == 2 else positives
-    if normalize:
-        return _UnitDistance.apply(query, positives)
-    return (unit(query, False).unsqueeze(1) - unit(positives, False)).square().sum(-1)
+def _distances(
+    query: Tensor, positives: Tensor, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(|query_i - positive_ik|^2 (N, K), query, positives), the features for sweeps and nothing
+    else; by difference: 2 - 2 cos would lose all of a small one."""
+    if can_tie(backend, query):
+        distance, tied_query, tied_positives = tied(_Distances(normalize), query, positives)
+        return distance, tied_query, known(tied_positives)
+    own = positives.unsqueeze(1) if positives.dim() == 2 else positives
+    difference = unit(own, normalize) - unit(query, normalize).unsqueeze(1)
+    return difference.square().sum(-1), query, positives
 
 
-class _UnitDistance(torch.autograd.Function):
-    """|p - q|^2 of normalised p and q, which stores no (N, K, D) tensor for its backward.
+class _Distances(NamedTuple):
+    """|p - q|^2, of normalised p and q or as they are.
 
     With r = p - q on the sphere, <r, p> = -<r, q> = d / 2, so that the gradients, tangential and
     divided by the norms, are 2 ((1 - d/2) r - (d/2) q) / |p| and -2 (r + (d/2) q) / |q|.
     """
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, positives: Tensor) -> Tensor:
-        difference = unit(positives, True) - unit(query, True).unsqueeze(1)
-        distance = torch.linalg.vector_norm(difference, dim=-1).square()
-        ctx.save_for_backward(query, positives, distance)
-        return distance
+    normalize: bool
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        query, positives, distance = ctx.saved_tensors
-        direction = unit(query, True)
-        difference = unit(positives, True) - direction.unsqueeze(1)
-        half = 0.5 * distance
-        grad_query = grad_positives = None
-        if ctx.needs_input_grad[0]:
-            pull = (grad.unsqueeze(-1) * difference).sum(1)
-            pull = pull + (grad * half).sum(1, keepdim=True) * direction
-            grad_query = (pull * (-2 / _norm(query))).to(query.dtype)
-        if ctx.needs_input_grad[1]:
-            factor = 2 * grad.unsqueeze(-1) / _norm(positives)
+    def values(self, x: Tensor, y: Tensor | None) -> Tensor:
+        difference = unit(known(y), self.normalize) - unit(x, self.normalize).unsqueeze(1)
+        return torch.linalg.vector_norm(difference, dim=-1).square()
+
+    def gradients(
+        self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        y = known(y)
+        direction = unit(x, self.normalize)
+        difference = unit(y, self.normalize) - direction.unsqueeze(1)
+        grad_x = grad_y = None
+        if needs[0]:
+            grad_x = -2 * (grad.unsqueeze(-1) * difference).sum(1)
+        if not self.normalize:
+            return grad_x, 2 * grad.unsqueeze(-1) * difference if needs[1] else None
+        half = 0.5 * values
+        if grad_x is not None:
+            grad_x = grad_x - (2 * grad * half).sum(1, keepdim=True) * direction
+            grad_x = grad_x / _norm(x)
+        if needs[1]:
+            factor = 2 * grad.unsqueeze(-1) / _norm(y)
             half = half.unsqueeze(-1)
-            grad_positives = torch.addcmul(
+            grad_y = torch.addcmul(
                 (factor * (1 - half)) * difference, factor * half, direction.unsqueeze(1), value=-1
-            ).to(positives.dtype)
-        return grad_query, grad_positives
+            )
+        return grad_x, grad_y
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -343,11 +356,12 @@ def _repulsion(
     d = 2 - z / t do without the bias.
     """
     t_neg, normalize = options.t_neg, options.normalize
-    shift = 2.0 if normalize else unit(query, False).square().sum(-1)
+    shift: float | Tensor = 2.0
     bias = None
     if not normalize:
-        parts = keys if is_source(keys) else [keys]
-        bias = -torch.cat([unit(part.to(query.device), False).square().sum(-1) for part in parts])
+        shift, query = squares(query, backend=options.backend)
+        bias, keys = _key_squares(keys, query.device, options.backend)
+        bias = -bias
 
     def at(t: float, **asked: Any) -> Sweep:
         pairs = operands(
@@ -379,6 +393,15 @@ def _tie_limit(query: Tensor, positive: Tensor, distance: Tensor, options: Optio
     size = t * (of_query.sqrt() + of_positive.sqrt()).square()
     logit = t * (of_query - distance)
     return tie_limit(logit, query, positive, 2 * t, normalize, backend, size.detach())
+
+
+def _key_squares(
+    keys: Tensor | NegativeSource, device: torch.device, backend: str
+) -> tuple[Tensor, Tensor | NegativeSource]:
+    """|key|^2 of all keys, and the keys for sweeps."""
+    if not is_source(keys):
+        return squares(keys, backend=backend)
+    return torch.cat([squares(part.to(device), backend=backend)[0] for part in keys]), keys
 
 
 def _with_gradient(value: Tensor, source: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import resolve_backend
 from ..checks import check_other_rows, check_reduction, check_views, scalar
 from ..distributed import join
-from ..ops import operands, row_dot, softplus_sweep
+from ..ops import operands, positives, softplus_sweep
 from ..types import Group, Loss
 from .algebra import add_rows, softplus
 from .base import ContrastiveLoss, loss
@@ -87,7 +87,7 @@ def siglip_loss(
     batch, _ = join(group, n, exchange=exchange)
 
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
-    dot = row_dot(image_features, text_features, **options)
+    dot, image_features, text_features = positives(image_features, text_features, **options)
     pos = scale * dot + bias
     ids = batch.own_ids(dot.device)
     pairs = operands(

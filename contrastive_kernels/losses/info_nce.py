@@ -20,7 +20,7 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, join
-from ..ops import count_own, operands, row_dot, sweep
+from ..ops import count_own, operands, positives, sweep
 from ..sources import NegativeSource
 from ..types import Group, IdPair, Loss, OwnKeys, known
 from .algebra import count_equal_ids, log_add, log_count, replicated, shared_number, softplus
@@ -201,7 +201,7 @@ def contrast(
     """`info_nce` of arguments that fit; `batch` has the rows, `others` the negatives."""
     n = query.shape[0]
     start = n * in_batch  # candidates: `start` keys of the batch, then `negatives`
-    dot = row_dot(query, key, normalize=normalize, backend=backend)
+    dot, query, key = positives(query, key, normalize=normalize, backend=backend)
     pos = scale * dot
     if in_batch and key_bias is not None:
         pos = pos + key_bias[:n].to(pos.dtype)

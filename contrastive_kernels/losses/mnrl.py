@@ -23,7 +23,7 @@ from ..checks import (
     scalar,
 )
 from ..distributed import Batch, Shards, join
-from ..ops import operands, row_dot, sweep
+from ..ops import operands, positives, sweep
 from ..types import Counts, Group, IdPair, Loss, Sweep, known
 from .algebra import add_up, log_add, masked_logsumexp
 from .base import ContrastiveLoss, loss
@@ -105,19 +105,20 @@ def mnrl(
     blocks = _count_blocks(batch, of_documents)
     keep = None
     if negatives_mask is not None:
-        positives = torch.ones_like(negatives_mask[:, :1])
-        dropped = (~torch.cat((positives, negatives_mask), 1)).T.flatten().int()
+        counted = torch.cat((torch.ones_like(negatives_mask[:, :1]), negatives_mask), 1)
+        dropped = (~counted).T.flatten().int()
         documents = documents.masked_fill(dropped.bool().unsqueeze(1), 0.0)
         keep = (dropped[:n], dropped)
-    own = documents.unflatten(0, (blocks, n)).transpose(0, 1)  # (N, 1 + K, D): those of each query
-    positive, pairs = documents[:n], blocks == 1
+    pairs = blocks == 1
     if pairs:
         of_documents = batch
     ids = batch.own_ids(query.device)
     document_ids = ids if pairs else of_documents.own_ids(query.device, repeat=blocks)
     same_query = (ids if pairs else document_ids[:n], document_ids)
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
-    dots = row_dot(query, own, **options)
+    dots, query, documents = positives(query, documents, **options)
+    dots = dots.reshape(n, blocks)
+    positive = documents if pairs else documents[:n]
     dot, pos = dots[:, 0], scale * dots[:, 0]
     backward = "doc_to_query" in directions
     sharp, share = _harder(scale, in_batch)

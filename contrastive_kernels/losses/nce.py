@@ -18,7 +18,7 @@ from ..checks import (
     scalar,
 )
 from ..distributed import Batch, GroupLike, collective, join
-from ..ops import operands, row_dot, softplus_sweep, sweep
+from ..ops import operands, positives, row_dot, softplus_sweep, sweep
 from ..sources import NegativeSource
 from ..types import Group, Loss, OwnKeys, known
 from .algebra import add_rows, log_count, number_of, replicated, shared_number, softplus
@@ -83,7 +83,7 @@ def nce(
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     if log_z is None:
         log_z = _estimate(query, key, keys, count, scale, num_data, batch, others, options)
-    dot = row_dot(query, key, **options)
+    dot, query, _key = positives(query, key, **options)
     bias = math.log(num_data) - log_count(count, dot.dtype) - log_z
     pos = scale * dot + bias
     of_pairs = bias.unsqueeze(1) if isinstance(bias, Tensor) and bias.dim() else bias

@@ -18,7 +18,7 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, join
-from ..ops import operands, row_dot, sweep
+from ..ops import operands, positives, sweep
 from ..sources import NegativeSource
 from ..types import Group, IdPair, Loss, OwnKeys
 from .algebra import replicated, shared_number, softplus
@@ -82,17 +82,17 @@ def rince(
         negatives = negatives if isinstance(keys, OwnKeys) else keys
     backend = resolve_backend(backend, query.device)
     batch, others = join(group, n, m, exchange=exchange, negatives=negatives, replicated=True)
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
+    dot, query, key = positives(query, key, **options)
     key_batch: Batch | None = batch
     exclude: IdPair | None = None
     if in_batch:
         check_other_rows("query", batch.total)
         ids = batch.own_ids(query.device)
-        exclude = (ids, ids)
+        exclude, keys = (ids, ids), key
     else:
         keys, key_batch = replicated(keys, n, others)
 
-    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
-    dot = row_dot(query, key, **options)
     pos = scale * dot
     pairs = operands(query, keys, scale=scale, exclude=exclude, batch=key_batch, **options)
     threshold = tie_limit(pos, query, key, scale, **options) if return_stats else None

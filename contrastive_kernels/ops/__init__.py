@@ -6,23 +6,30 @@ from .primitives import (
     checked_operands,
     keeps_frozen_keys,
     operands,
+    positives,
     row_softplus,
     row_stats,
     softplus_sweep,
+    squares,
     sweep,
 )
 from .registration import NAMESPACE
+from .tied import can_tie, tied
 
 __all__ = [
     "NAMESPACE",
+    "can_tie",
     "checked_operands",
     "count_own",
     "full_precision",
     "keeps_frozen_keys",
     "operands",
+    "positives",
     "row_dot",
     "row_softplus",
     "row_stats",
     "softplus_sweep",
+    "squares",
     "sweep",
+    "tied",
 ]

@@ -9,7 +9,7 @@ checks; the public `row_stats` and `row_softplus`, and `checked_operands`, do.
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack, cast, overload
+from typing import Literal, NamedTuple, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ from ..types import (
     known,
     statistics_dtype,
 )
-from . import chunked, own, pairs, sharded
-from .pairs import Needs, Pairs
+from . import chunked, own, pairs, registration, sharded
+from .pairs import Needs, Pairs, row_dot
+from .tied import by_rows, can_tie, tied
 
 
 def operands(
@@ -164,6 +165,59 @@ def softplus_sweep(
             attend = Needs(*(_requires_grad(t) for t in operands))
         out = pairs.softplus(given, threshold=threshold, attend=attend)
     return out._replace(value=out.value.sum()) if summed else out
+
+
+class _Dots(NamedTuple):
+    """<x_i, y_ik>, as `row_dot` makes it."""
+
+    normalize: bool
+    backend: str
+
+    def values(self, x: Tensor, y: Tensor | None) -> Tensor:
+        return registration.row_dot(self.backend, x, known(y), self.normalize)
+
+    def gradients(
+        self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        made = registration.call(
+            "row_dot_backward", self.backend, x=x, y=y, grad=grad, normalize=self.normalize,
+            needs=list(needs),
+        )  # fmt: skip
+        return made.dx if needs[0] else None, made.dy if needs[1] else None
+
+
+class _Squares(NamedTuple):
+    """<x_i, x_i>."""
+
+    backend: str
+
+    def values(self, x: Tensor, y: Tensor | None) -> Tensor:
+        return registration.row_dot(self.backend, x, x.unsqueeze(1), False).squeeze(1)
+
+    def gradients(
+        self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return 2 * grad.unsqueeze(1) * x, None
+
+
+def positives(
+    x: Tensor, y: Tensor, *, normalize: bool = False, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(`row_dot` of x (N, D) and y, x, y): x and y for sweeps and nothing else, which then share
+    their gradients' memory. y (N, D), (N, K, D), or (K N, D): K blocks of a vector for each row."""
+    if not can_tie(backend, x):
+        own = y if y.shape == x.shape else by_rows(x, y) if len(x) else y
+        return row_dot(x, own, normalize=normalize, backend=backend), x, y
+    dot, tied_x, tied_y = tied(_Dots(normalize, backend), x, y)
+    return dot.squeeze(1) if y.shape == x.shape else dot, tied_x, known(tied_y)
+
+
+def squares(x: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
+    """(|x_i|^2, x), x likewise."""
+    if not can_tie(backend, x):
+        return x.to(statistics_dtype(x)).square().sum(-1), x
+    values, tied_x, _ = tied(_Squares(backend), x)
+    return values, tied_x
 
 
 def keeps_frozen_keys(x: Tensor, y: Tensor, backend: str) -> bool:

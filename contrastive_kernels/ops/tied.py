@@ -1,0 +1,122 @@
+"""What is made row by row of the operands of a sweep: the products of the positives, norms.
+
+Its gradients have the size of the features, beside those that the sweep gives. `tied` hands the
+operands on, so that both meet in one node of the graph, which adds its own to the sweep's in place,
+a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..autograd import once_differentiable
+
+BLOCK_ELEMENTS = 2**20  # of the features of a block of rows
+
+
+class Local(Protocol):
+    """A function of each row x_i and its own y_i, ... (N, ...)."""
+
+    def values(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """(N,) or (N, K) of x (N, D) and y (N, K, D), in the type of the statistics."""
+
+    def gradients(
+        self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of x and y, where they are needed."""
+
+
+def by_rows(x: Tensor, y: Tensor) -> Tensor:
+    """y (K N, D), K blocks of a vector for each row of x, as (N, K, D); one of three axes is so."""
+    return y if y.dim() == 3 else y.unflatten(0, (-1, x.shape[0])).transpose(0, 1)
+
+
+def can_tie(backend: str, *features: Tensor) -> bool:
+    """Whether `tied` may be used: not where autograd has to see through it, nor without rows."""
+    return not (
+        backend == "reference"
+        or features[0].shape[0] == 0
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def tied(local: Local, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(values of `local`, x, y): what sweeps are to take in the place of x and y, and nothing else.
+
+    y is (N, K, D) or (K N, D).
+    """
+    needs = (_needs_grad(x), _needs_grad(y))
+    if not any(needs):
+        return _values(local, x, y), x, y
+    values, tied_x, tied_y = _Tied.apply(local, x, y)
+    return values, tied_x if needs[0] else x, tied_y if needs[1] else y
+
+
+def _needs_grad(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad and torch.is_grad_enabled()
+
+
+def _row_blocks(x: Tensor, y: Tensor | None) -> list[slice | None]:
+    """Blocks of rows; None: all of them."""
+    each = x.shape[1] * (1 if y is None else max(1, y.shape[1]))
+    size = max(1, BLOCK_ELEMENTS // each)
+    if size >= x.shape[0]:
+        return [None]
+    return [slice(i, i + size) for i in range(0, x.shape[0], size)]
+
+
+def _of(rows: slice | None, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """A block of rows of tensors."""
+    return tensors if rows is None else tuple(t if t is None else t[rows] for t in tensors)
+
+
+def _values(local: Local, x: Tensor, y: Tensor | None) -> Tensor:
+    own = None if y is None else by_rows(x, y)
+    parts = [local.values(*_of(rows, x, own)) for rows in _row_blocks(x, own)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, local: Local, x: Tensor, y: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        values = _values(local, x, y)
+        ctx.local = local
+        ctx.save_for_backward(x, y, values)
+        ctx.set_materialize_grads(False)
+        _, of_x, of_y = ctx.needs_input_grad
+        tied_y = y.view_as(y) if y is not None and of_y else None
+        return values, x.view_as(x) if of_x else None, tied_y
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_x: Tensor | None, grad_y: Tensor | None
+    ) -> tuple[None, Tensor | None, Tensor | None]:
+        if grad is None:
+            return None, grad_x, grad_y
+        x, y, values = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[1:])
+        grad_x = _total(x, grad_x) if needs[0] else None
+        grad_y = _total(y, grad_y) if needs[1] else None
+        own = None if y is None else by_rows(x, y)
+        to_own = None if grad_y is None else by_rows(x, grad_y)
+        for rows in _row_blocks(x, own):
+            given = _of(rows, x, own, values, grad)
+            made = ctx.local.gradients(*given, needs)
+            for total, part in zip(_of(rows, grad_x, to_own), made, strict=True):
+                if part is not None:
+                    total += part
+        return None, grad_x, grad_y
+
+
+def _total(features: Tensor, of_sweeps: Tensor | None) -> Tensor:
+    """Where a gradient is added: sweeps make theirs anew, and no one else holds it."""
+    if of_sweeps is None:  # no sweep has used what was handed on
+        return torch.zeros_like(features)
+    return of_sweeps.clone() if of_sweeps.requires_grad else of_sweeps
