@@ -161,6 +161,11 @@ def can_attend(backend: str, x: Tensor, keys_dtype: torch.dtype, frozen: bool) -
     return frozen if backend == "cpu" else x.shape[1] <= resident_dim(x.dtype, keys_dtype)
 
 
+def can_join(backend: str) -> bool:
+    """Whether a symmetric matrix may be that of two tensors, one after the other."""
+    return backend == "cpu"
+
+
 @torch.compiler.assume_constant_result
 def float32_products(device: str) -> str:
     """What torch makes of products of float32 matrices there: "tf32", "bf16" or, exact, another."""

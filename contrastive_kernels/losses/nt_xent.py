@@ -19,7 +19,7 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, GroupLike, join
-from ..ops import operands, row_dot, sweep
+from ..ops import operands, positives, sweep
 from ..types import Group, Loss, Sweep
 from .algebra import log_count, softplus
 from .base import ContrastiveLoss, loss
@@ -205,10 +205,12 @@ class HCL(ContrastiveLoss):
 
 
 class Views(NamedTuple):
-    """Two views z1, z2 (N, D) of the samples of a batch, and the batch of their 2N anchors."""
+    """Two views z1, z2 (N, D) of the samples of a batch, for sweeps and nothing else, their
+    similarity (N,), and the batch of their 2N anchors."""
 
     z1: Tensor
     z2: Tensor
+    dot: Tensor
     normalize: bool
     backend: str
     batch: Batch
@@ -231,13 +233,14 @@ class Views(NamedTuple):
         backend = resolve_backend(backend, z1.device)
         batch, _ = join(group, n, exchange=exchange)
         check_other_rows("z1", batch.total)
-        return Views(z1, z2, normalize, backend, batch, batch.times(2))
+        dot, z1, z2 = positives(z1, z2, normalize=normalize, backend=backend)
+        return Views(z1, z2, dot, normalize, backend, batch, batch.times(2))
 
     def sweep_negatives(self, scale: float | Tensor, threshold: Tensor | None = None) -> Sweep:
         """Statistics of each of the 2N features against all but itself and its positive."""
         ids = self.anchors.own_ids(self.z1.device, repeat=2)
         pairs = operands(
-            torch.cat((self.z1, self.z2)), None, scale=scale, exclude=(ids, ids),
+            self.z1, None, more=self.z2, scale=scale, exclude=(ids, ids),
             normalize=self.normalize, backend=self.backend, batch=self.anchors,
         )  # fmt: skip
         return sweep(pairs, threshold=threshold)
@@ -246,13 +249,13 @@ class Views(NamedTuple):
         self, scale: float | Tensor, ranks: bool
     ) -> tuple[Tensor, Tensor, Sweep]:
         """(similarity of the positives (N,), their logits (2N,), the sweep over the negatives)."""
-        dot = row_dot(self.z1, self.z2, normalize=self.normalize, backend=self.backend)
-        pos = (scale * dot).repeat(2)
+        pos = (scale * self.dot).repeat(2)
         limit = None
         if ranks:
             both = self.z1, self.z2
-            limit = tie_limit(scale * dot, *both, scale, self.normalize, self.backend).repeat(2)
-        return dot, pos, self.sweep_negatives(scale, limit)
+            limit = tie_limit(scale * self.dot, *both, scale, self.normalize, self.backend)
+            limit = limit.repeat(2)
+        return self.dot, pos, self.sweep_negatives(scale, limit)
 
 
 def _log_debiased(log_r: Tensor, log_nu: Tensor, tau_plus: float) -> Tensor:

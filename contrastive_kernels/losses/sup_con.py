@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..autograd import once_differentiable
 from ..backends import resolve_backend
 from ..checks import (
     check_features,
@@ -17,8 +18,8 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, Shards, join
-from ..ops import operands, sweep
-from ..types import Group, Loss, LossStats, Sweep, known
+from ..ops import BLOCK_ELEMENTS, can_tie, operands, own_gradient, squares, sweep
+from ..types import Group, Loss, LossStats, Sweep, known, statistics_dtype
 from .algebra import count_equal_ids, softplus, unit
 from .base import ContrastiveLoss, loss
 
@@ -158,16 +159,41 @@ def sup_con_rows(
     if ref is not None:
         itself_ids = -1 if own is None else n + 1 + own
         ids = torch.where(only, place, itself_ids)
+    dot = None
+    if ref is None and not isinstance(batch, Shards) and can_tie(backend, features):
+        dot, features = _ClassProducts.apply(features, place, normalize, backend)
     pairs = operands(
         features, ref, scale=scale, exclude=(ids, ref_ids), normalize=normalize, backend=backend,
         batch=batch,
     )  # fmt: skip
     out = sweep(pairs, threshold=threshold)
 
+    if dot is None:
+        dot = _class_products(
+            features, place, ref, ref_place, own, ordered, labels, normalize, batch
+        )
+    pos = scale * dot
+    gap = out.lse - pos / count.clamp(min=1)
+    loss = torch.where(count > 1, gap, softplus(gap.masked_fill(count == 0, -torch.inf)))
+    return SupConRows(loss, pos, count, out)
+
+
+def _class_products(
+    features: Tensor,
+    place: Tensor,
+    ref: Tensor | None,
+    ref_place: Tensor,
+    own: Tensor | None,
+    ordered: Tensor,
+    labels: Tensor,
+    normalize: bool,
+    batch: Batch,
+) -> Tensor:
+    """<z_i, the sum of the positives of i> (N,): one dot product, with the sum of its class."""
+    n = features.shape[0]
     z = z_ref = unit(features, normalize)
     if ref is not None:
         z_ref = unit(ref, normalize)
-    # the sum over the positives of a row is one dot product, with the sum of its class
     if not isinstance(batch, Shards):
         class_sum = z.new_zeros(n + 1, z.shape[1]).index_add(0, ref_place, z_ref)
         class_sum = class_sum.index_select(0, place)
@@ -180,7 +206,72 @@ def sup_con_rows(
         class_sum = class_sum - z
     elif own is not None:
         class_sum = class_sum - z_ref.index_select(0, own)
-    pos = scale * (z * class_sum).sum(-1)
-    gap = out.lse - pos / count.clamp(min=1)
-    loss = torch.where(count > 1, gap, softplus(gap.masked_fill(count == 0, -torch.inf)))
-    return SupConRows(loss, pos, count, out)
+    return (z * class_sum).sum(-1)
+
+
+class _ClassProducts(torch.autograd.Function):
+    """(`_class_products` of features among themselves, the features for a sweep and nothing else),
+    a few columns of the features at a time. Its gradient is added to that of the sweep in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, place: Tensor, normalize: bool, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        norm = squares(x, backend=backend)[0].sqrt().unsqueeze(1) if normalize else None
+        dot = x.new_zeros(x.shape[0], dtype=statistics_dtype(x))
+        for columns in _column_blocks(x):
+            z = _unit_columns(x, norm, columns)
+            dot += (z * _others(z, place)).sum(1)
+        ctx.save_for_backward(x, place, norm)
+        ctx.set_materialize_grads(False)
+        return dot, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_x: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return grad_x, None, None, None
+        x, place, norm = ctx.saved_tensors
+        grad_x = own_gradient(x, grad_x)
+        blocks, weight = _column_blocks(x), grad.unsqueeze(1)
+        made = None
+        along = torch.zeros_like(weight)
+        for columns in blocks if norm is not None else ():
+            z = _unit_columns(x, norm, columns)
+            made = _gradient(z, place, weight)
+            along += (z * made).sum(1, keepdim=True)
+        for columns in blocks:
+            z = _unit_columns(x, norm, columns)
+            if made is None or len(blocks) > 1:
+                made = _gradient(z, place, weight)
+            if norm is not None:  # a norm that was raised to 1e-12 is a constant
+                made = torch.addcmul(made, z, along.masked_fill(norm <= TINY, 0.0), value=-1)
+                made /= norm.clamp(min=TINY)
+            grad_x[:, columns] += made
+        return grad_x, None, None, None
+
+
+TINY = 1e-12  # norms are at least that
+
+
+def _column_blocks(x: Tensor) -> list[slice]:
+    size = max(1, BLOCK_ELEMENTS // x.shape[0])
+    return [slice(i, i + size) for i in range(0, x.shape[1], size)]
+
+
+def _unit_columns(x: Tensor, norm: Tensor | None, columns: slice) -> Tensor:
+    z = x[:, columns].to(statistics_dtype(x))
+    return z if norm is None else z / norm.clamp(min=TINY)
+
+
+def _others(z: Tensor, place: Tensor) -> Tensor:
+    """For each row the sum of the other rows of its class."""
+    sums = torch.zeros_like(z).index_add_(0, place, z)
+    return sums.index_select(0, place).sub_(z)
+
+
+def _gradient(z: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+    """Of sum_i weight_i <z_i, sum of the others>."""
+    return (weight * _others(z, place)).add_(_others(weight * z, place))

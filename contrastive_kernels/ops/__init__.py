@@ -14,9 +14,10 @@ from .primitives import (
     sweep,
 )
 from .registration import NAMESPACE
-from .tied import can_tie, tied
+from .tied import BLOCK_ELEMENTS, can_tie, own_gradient, tied
 
 __all__ = [
+    "BLOCK_ELEMENTS",
     "NAMESPACE",
     "can_tie",
     "checked_operands",
@@ -24,6 +25,7 @@ __all__ = [
     "full_precision",
     "keeps_frozen_keys",
     "operands",
+    "own_gradient",
     "positives",
     "row_dot",
     "row_softplus",

@@ -29,7 +29,8 @@ class Pairs(NamedTuple):
     and column ids are of these T, and a bias (N, 1) is one of the rows. Both of
     `statistics_dtype(x)`. exclude, keep: ids of
     rows and columns; pairs with equal `exclude` ids are dropped, only equal `keep` ids stay.
-    backend: a resolved one. batch: whose rows y are, where ranks share them.
+    backend: a resolved one. batch: whose rows y are, where ranks share them. together: the rows are
+    those of x and then those of y (M, D), in a symmetric matrix as if y were None.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class Pairs(NamedTuple):
     normalize: bool = False
     backend: str = "reference"
     batch: Batch | None = None
+    together: bool = False
 
     @property
     def keys(self) -> Tensor | NegativeSource | OwnKeys:
@@ -102,7 +104,7 @@ def softmax(
         pairs = pairs._replace(y=pairs.x)
     out = registration.call(
         "row_stats", pairs.backend, **_operands(pairs), threshold=threshold, mean=mean,
-        normalize=pairs.normalize, columns=columns, attend=attend,
+        normalize=pairs.normalize, columns=columns, attend=attend, together=pairs.together,
     )  # fmt: skip
     return Sweep(
         lse=out.lse,
@@ -165,7 +167,7 @@ def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> 
     out = registration.call(
         "row_stats_backward", pairs.backend, **_operands(pairs), **given, grad_lse=grads.lse,
         grad_mean=grads.mean, grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean,
-        normalize=pairs.normalize, needs=list(needs),
+        normalize=pairs.normalize, needs=list(needs), together=pairs.together,
     )  # fmt: skip
     return Gradients(*out)
 
@@ -193,7 +195,7 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
 def _operands(pairs: Pairs) -> dict[str, Any]:
     """The arguments that all operators on pairs share."""
     exclude, keep = pairs.exclude or (None, None), pairs.keep or (None, None)
-    one_side = pairs.y is None  # one set of ids serves rows and columns
+    one_side = pairs.y is None or pairs.together  # one set of ids serves rows and columns
     return {
         "x": pairs.x, "y": pairs.y, "scale": pairs.scale, "bias": pairs.bias,
         "exclude_rows": exclude[0], "exclude_cols": None if one_side else exclude[1],

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from ..backends import can_attend, can_sum, resolve_backend
+from ..backends import can_attend, can_join, can_sum, resolve_backend
 from ..checks import check_features, check_id_pair, check_keys, check_pair, finite, scalar
 from ..distributed.shards import Batch, Shards
 from ..sources import NegativeSource, as_source, is_source
@@ -44,11 +44,13 @@ def operands(
     normalize: bool = False,
     backend: str,
     batch: Batch | None = None,
+    more: Tensor | None = None,
 ) -> Pairs:
     """The record of a sweep over z_ij = scale <x_i, y_j> + bias_j, of arguments that fit.
 
     y = None means y = x, computed for half of the pairs where that makes a symmetric matrix: ids of
-    rows and columns that are one tensor, no bias. `backend` is a resolved one. `batch`: y,
+    rows and columns that are one tensor, no bias. `more`: with y = None, rows that follow those of
+    x, which are not copied where that can be. `backend` is a resolved one. `batch`: y,
     bias and column ids are this rank's part of those of a group, of `batch.sizes` rows;
     statistics of rows are over the keys of all ranks, those of this rank's columns over all rows.
     """
@@ -61,12 +63,21 @@ def operands(
         bias = bias.to(device=x.device, dtype=dtype)
     elif bias is not None:
         bias = None if bias == 0 else torch.full((), bias, dtype=dtype, device=x.device)
-    if y is None and not (bias is None and _same_ids(exclude) and _same_ids(keep)):
-        y = x  # not a symmetric matrix
+    symmetric = y is None and bias is None and _same_ids(exclude) and _same_ids(keep)
+    together = False
+    if more is not None:
+        together = symmetric and can_join(backend) and not isinstance(batch, Shards)
+        together = together and x.dtype == more.dtype
+        if not together:
+            x = torch.cat((x, more))
+    if y is None and not symmetric:
+        y = x
     blocks = is_source(y) or isinstance(y, OwnKeys) or isinstance(batch, Shards)
     if bias is not None and bias.dim() == 0 and not blocks:
         bias = bias.expand(cast(Tensor, y).shape[-2])
-    return Pairs(x, y, scale, bias, exclude, keep, normalize, backend, batch)
+    if together:
+        y = more
+    return Pairs(x, y, scale, bias, exclude, keep, normalize, backend, batch, together)
 
 
 def checked_operands(
@@ -126,7 +137,7 @@ def sweep(
         return sharded.softmax(given, mean=mean, columns=columns, threshold=threshold)
     attend = False
     y = given.y
-    if not (mean or columns or y is None or y.dim() == 3):
+    if not (mean or columns or y is None or y.dim() == 3 or given.together):
         # the weighted mean of the keys is the gradient of the queries: take it in the same sweep
         frozen = not (y.requires_grad or _requires_grad(given.bias))
         attend = (

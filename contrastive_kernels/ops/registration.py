@@ -8,6 +8,9 @@ name. A result that was not asked for is an empty tensor, since operators return
 `attend` asks the forward sweep for what the backward needs of the keys, so that it need not see
 them again: attended (N, D), of "cpu" the weighted keys sum_j p_ij y_j, of "triton" the gradient
 d lse_i / d x_i itself, and there slope (N,), d lse_i / d scale.
+
+`together` makes the rows of x and then those of y one matrix with itself, of N + M rows with their
+ids, as if they were concatenated.
 """
 
 from __future__ import annotations
@@ -35,14 +38,14 @@ _PAIRS = (
 _GRADIENTS = "(Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
 _SCHEMAS = {
     "row_stats": (
-        f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend) -> "
-        "(Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor rank, Tensor total, "
-        "Tensor count, Tensor attended, Tensor slope)"
+        f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend, "
+        "bool together) -> (Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, "
+        "Tensor rank, Tensor total, Tensor count, Tensor attended, Tensor slope)"
     ),
     "row_stats_backward": (
         f"({_PAIRS}, Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor attended, "
         "Tensor slope, Tensor? grad_lse, Tensor? grad_mean, Tensor? grad_col_lse, "
-        f"Tensor? grad_col_mean, bool normalize, bool[4] needs) -> {_GRADIENTS}"
+        f"Tensor? grad_col_mean, bool normalize, bool[4] needs, bool together) -> {_GRADIENTS}"
     ),
     "row_softplus": (
         f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend) -> "
@@ -99,6 +102,8 @@ def _fake_row_stats(backend: str, *inputs: Any) -> Any:
     given = ARGUMENTS["row_stats"](*inputs)
     x = given.x
     rows, keys = x.shape[0], (x if given.y is None else given.y).shape[-2]
+    if given.together:
+        rows = keys = rows + keys
     counts = _stats(x, rows * (given.threshold is not None))
     attended, slope = _stats(x, 0), _stats(x, 0)
     if given.attend and backend == "triton":
@@ -149,7 +154,7 @@ def _setup_row_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
     if given.attend and not (needs.y or needs.bias):
         # the backward pass has what it needs of the keys: they may change, as a queue's do
         pairs = dict.fromkeys(_PAIR_NAMES) | {"x": given.x, "scale": given.scale}
-    ctx.normalize = given.normalize
+    ctx.normalize, ctx.together = given.normalize, given.together
     _save(
         ctx, **pairs, lse=out.lse, mean=out.mean, col_lse=out.col_lse, col_mean=out.col_mean,
         attended=out.attended, slope=out.slope,
@@ -196,7 +201,7 @@ def _register(backend: str) -> None:
         out = call(
             "row_stats_backward", backend, **_saved(ctx), grad_lse=grad.lse, grad_mean=grad.mean,
             grad_col_lse=grad.col_lse, grad_col_mean=grad.col_mean, normalize=ctx.normalize,
-            needs=[needs.x, needs.y, needs.scale, needs.bias],
+            needs=[needs.x, needs.y, needs.scale, needs.bias], together=ctx.together,
         )  # fmt: skip
         return _replace_needed(gradients, needs, out)
 

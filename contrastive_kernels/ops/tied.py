@@ -102,8 +102,8 @@ class _Tied(torch.autograd.Function):
             return None, grad_x, grad_y
         x, y, values = ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[1:])
-        grad_x = _total(x, grad_x) if needs[0] else None
-        grad_y = _total(y, grad_y) if needs[1] else None
+        grad_x = own_gradient(x, grad_x) if needs[0] else None
+        grad_y = own_gradient(y, grad_y) if needs[1] else None
         own = None if y is None else by_rows(x, y)
         to_own = None if grad_y is None else by_rows(x, grad_y)
         for rows in _row_blocks(x, own):
@@ -115,7 +115,7 @@ class _Tied(torch.autograd.Function):
         return None, grad_x, grad_y
 
 
-def _total(features: Tensor, of_sweeps: Tensor | None) -> Tensor:
+def own_gradient(features: Tensor, of_sweeps: Tensor | None) -> Tensor:
     """Where a gradient is added: sweeps make theirs anew, and no one else holds it."""
     if of_sweeps is None:  # no sweep has used what was handed on
         return torch.zeros_like(features)

@@ -32,8 +32,10 @@ def row_stats(
     normalize: bool,
     columns: bool,
     attend: bool,
+    together: bool,
 ) -> tuple[Tensor, ...]:
     """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope)."""
+    assert not together  # backends.can_join
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
@@ -69,7 +71,9 @@ def row_stats_backward(
     grad_col_mean: Tensor | None,
     normalize: bool,
     needs: list[bool],
+    together: bool,
 ) -> Gradients:
+    assert not together
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     wanted = Needs(*needs)
     # by an `attend` the forward pass has made the gradients of x and of the scale

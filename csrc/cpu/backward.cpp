@@ -49,6 +49,76 @@ class Side {
   at::Tensor values_;
 };
 
+// The gradient of one side's features, from the sums over the other side of dL/dz times its
+// features. Of half features it is rounded when a sum is whole, which may be so a slab at a time.
+template <class T>
+class Gradient {
+ public:
+  // not needed: rows() is null
+  Gradient(bool needed, const at::Tensor& tensor, const Features<T>& x, bool normalize, T scale)
+      : needed_(needed), tensor_(tensor), x_(x), normalize_(normalize), scale_(scale) {}
+
+  bool half() const { return needed_ && tensor_.scalar_type() != kScalar<T>; }
+  // all rows, or if they are half and may be `cut`, those whose sums take 16 MB
+  std::vector<Range> slabs(bool cut) const {
+    constexpr int64_t kSlabElements = 1 << 22;
+    const int64_t rows = std::max<int64_t>(1, kSlabElements / x_.d() / kUnit) * kUnit;
+    std::vector<Range> out;
+    for (int64_t i = 0; i < x_.rows(); i = out.back().end)
+      out.push_back({i, cut && half() ? std::min(x_.rows(), i + rows) : x_.rows()});
+    return out;
+  }
+  void start(Range slab) {
+    if (!needed_ || (sum_.defined() && slab.size() == x_.rows())) return;
+    slab_ = slab;
+    if (!sum_.defined()) sum_ = at::empty({slab.size(), x_.d()}, kScalar<T>);
+    sum_.zero_();
+  }
+  // where row 0 would be, of sums of the slab
+  T* rows() const { return needed_ ? sum_.template data_ptr<T>() - slab_.begin * x_.d() : nullptr; }
+  // the sums of a slab to scale (u - [normalize] (x / |x|^2) <x, u>)
+  void finish() {
+    if (!needed_) return;
+    const int64_t d = x_.d();
+    const at::Tensor alongs = at::empty({slab_.size()}, kScalar<T>);
+    T *out = rows(), *products = alongs.template data_ptr<T>();
+    x_.for_read_blocks(slab_, [&](Range range, const T* features, int64_t stride) {
+      for (int64_t i = range.begin; i < range.end; ++i)
+        products[i - slab_.begin] =
+            tile_kernels<T>().project(out + i * d, features + (i - range.begin) * stride,
+                                      x_.inverse()[i], normalize_, scale_, d, out + i * d);
+    });
+    for (int64_t i = 0; i < slab_.size(); ++i) along_ += products[i];
+    if (slab_.size() == x_.rows()) {
+      result_ = sum_.to(tensor_.scalar_type());
+      return;
+    }
+    if (!result_.defined())
+      result_ = at::empty({x_.rows(), d}, sum_.options().dtype(tensor_.scalar_type()));
+    result_.narrow(0, slab_.begin, slab_.size()).copy_(sum_.narrow(0, 0, slab_.size()));
+  }
+  // sums of all rows, made elsewhere
+  void take(const at::Tensor& sums) {
+    if (!needed_) return;
+    sum_ = sums;
+    slab_ = {0, x_.rows()};
+    finish();
+  }
+  const at::Tensor& result() const { return result_; }
+  double along() const { return along_; }  // sum of <x, u>
+
+ private:
+  static constexpr int64_t kUnit = 256;
+  bool needed_;
+  const at::Tensor& tensor_;
+  const Features<T>& x_;
+  bool normalize_;
+  T scale_;
+  at::Tensor sum_, result_;
+  Range slab_{0, 0};
+  double along_ = 0;
+};
+
 template <class T>
 class BackwardSweep {
  public:
@@ -63,74 +133,85 @@ class BackwardSweep {
 
   BackwardResult run() {
     const bool need_u = needs_.x || needs_.scale;
-    const at::TensorOptions options(kScalar<T>);
-    at::Tensor u, v, totals;
     const bool attended = in_.attended.numel() > 0 && !needs_.y && !needs_.bias;
-    if (attended && need_u) {
-      u = from_attended();
-    } else if (p_.paired) {
-      if (needs_.bias) totals = at::zeros({p_.keys}, at::kDouble);
-      if (needs_.y) v = at::zeros(a_.y->sizes(), a_.y->options());  // tiles may be left out
-      u = sweep_pairs(v, totals);
-    } else if (p_.symmetric) {
-      u = at::zeros({p_.x.rows(), p_.x.d()}, options);
-      sweep_half(u);
-    } else if (needs_.y || needs_.bias) {
-      if (need_u) u = at::zeros({p_.x.rows(), p_.x.d()}, options);
-      if (needs_.y) v = at::zeros({p_.y.rows(), p_.y.d()}, options);
-      if (needs_.bias) totals = at::zeros({p_.keys}, at::kDouble);
-      sweep_all(u, v, totals);
-    } else if (need_u) {
-      u = sweep_rows();
-    }
-    const at::Tensor none = at::empty({0}, options);
+    const at::Tensor none = at::empty({0}, at::TensorOptions(kScalar<T>));
     BackwardResult result{none, none, none, none};
-    double along = 0;
-    if (need_u) {
-      const at::Tensor dx = finish_gradient<T>(u, a_.x, p_.x, p_.normalize, p_.scale, &along);
-      if (needs_.x) result.x = dx;
+    const auto shared = [&](bool needed, const at::Tensor& t, const Features<T>& f) {
+      return Gradient<T>(needed, t, f, p_.normalize, p_.scale);
+    };
+    Gradient<T> u = shared(need_u, a_.x, p_.x);
+    at::Tensor totals;
+    if (needs_.bias) totals = at::zeros({p_.keys}, at::kDouble);
+    if (attended) {
+      for (Range slab : u.slabs(true)) {
+        u.start(slab);
+        if (need_u) from_attended(slab, u.rows());
+        u.finish();
+      }
+    } else if (p_.paired) {
+      // tiles may be left out
+      if (needs_.y) result.y = at::zeros(a_.y->sizes(), a_.y->options());
+      u.take(sweep_pairs(result.y, totals));
+    } else if (p_.symmetric) {
+      u.start(u.slabs(false)[0]);
+      sweep_half(u.rows());
+      u.finish();
+    } else {
+      Gradient<T> v = shared(needs_.y, *a_.y, p_.y);
+      // each sum in full of one side at most, of the shorter one
+      const bool by_rows = u.half() && !(v.half() && p_.keys > p_.x.rows());
+      const auto rows = u.slabs(by_rows), keys = v.slabs(!by_rows);
+      if (!needs_.y && !needs_.bias && rows.size() == 1) {
+        u.take(sweep_rows());
+      } else {
+        for (Range row_slab : rows) {
+          u.start(row_slab);
+          for (Range key_slab : keys) {
+            v.start(key_slab);
+            sweep_all(row_slab, key_slab, u.rows(), v.rows(), totals);
+            if (keys.size() > 1) v.finish();
+          }
+          u.finish();
+        }
+        if (keys.size() == 1) v.finish();
+      }
+      if (needs_.y) result.y = v.result();
     }
+    if (needs_.x) result.x = u.result();
     // both orders of a pair are in u when the matrix is symmetric
     const bool twice = p_.symmetric && !attended;
     if (needs_.scale)
-      result.scale = at::scalar_tensor(twice ? along / 2 : along, a_.scale.options());
-    if (needs_.y)
-      result.y =
-          p_.paired ? v : finish_gradient<T>(v, *a_.y, p_.y, p_.normalize, p_.scale, nullptr);
+      result.scale = at::scalar_tensor(twice ? u.along() / 2 : u.along(), a_.scale.options());
     if (needs_.bias) result.bias = totals.to(a_.bias->scalar_type());
     return result;
   }
 
  private:
   // dL/dx from the keys weighted in the forward sweep
-  at::Tensor from_attended() {
-    const at::Tensor u = at::empty({p_.x.rows(), p_.x.d()}, kScalar<T>);
+  void from_attended(Range slab, T* out) {
     const int64_t d = p_.x.d();
     const T* attended = in_.attended.template const_data_ptr<T>();
-    T* out = u.template data_ptr<T>();
-    at::parallel_for(0, p_.x.rows(), divide_up(kSerialWork, d), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const T weight = rows_.of(kGradLse)[i] * p_.x.inverse()[i];
-        for (int64_t k = 0; k < d; ++k) out[i * d + k] = weight * attended[i * d + k];
-      }
-    });
-    return u;
+    at::parallel_for(slab.begin, slab.end, divide_up(kSerialWork, d),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t i = begin; i < end; ++i) {
+                         const T weight = rows_.of(kGradLse)[i] * p_.x.inverse()[i];
+                         for (int64_t k = 0; k < d; ++k)
+                           out[i * d + k] = weight * attended[i * d + k];
+                       }
+                     });
   }
 
-  void sweep_half(const at::Tensor& u) {
-    T* out = u.template data_ptr<T>();
+  void sweep_half(T* out) {
     Workers<T> workers(p_, true);
     for_half_pairs(p_, workers, [&](Worker<T>& w, Range rows, Range keys) {
       part(w, rows, keys, true, out, out, nullptr);
     });
   }
 
-  void sweep_all(const at::Tensor& u, const at::Tensor& v, const at::Tensor& totals) {
-    T* to_rows = u.defined() ? u.template data_ptr<T>() : nullptr;
-    T* to_keys = v.defined() ? v.template data_ptr<T>() : nullptr;
+  void sweep_all(Range all_rows, Range all_keys, T* to_rows, T* to_keys, const at::Tensor& totals) {
     double* key_totals = totals.defined() ? totals.data_ptr<double>() : nullptr;
     Workers<T> workers(p_, true);
-    for_all_pairs(p_, workers, [&](Worker<T>& w, Range rows, Range keys) {
+    for_all_pairs(p_, workers, all_rows, all_keys, [&](Worker<T>& w, Range rows, Range keys) {
       part(w, rows, keys, false, to_rows, to_keys, key_totals);
     });
   }
@@ -165,7 +246,7 @@ class BackwardSweep {
       if (totals.defined())
         key_totals = block_totals.data_ptr<double>() + rows.begin / p_.block_rows * p_.keys;
       visit(w, rows, keys, false, key_totals, [&](bool) {
-        w.add_to_pairs(to_rows + w.rows().begin * p_.x.d(), v.defined() ? &v : nullptr);
+        w.add_to_pairs(to_rows + w.rows().begin * p_.x.d(), v.numel() > 0 ? &v : nullptr);
       });
     };
     const at::Tensor u = sweep_blocks(false, add);
@@ -220,32 +301,11 @@ class BackwardSweep {
 }  // namespace
 
 template <class T>
-at::Tensor finish_gradient(const at::Tensor& u, const at::Tensor& tensor, const Features<T>& x,
-                           bool normalize, T scale, double* along) {
-  const int64_t rows = x.rows(), d = x.d();
-  const at::Tensor alongs = at::empty({rows}, kScalar<T>);
-  T* out = u.template data_ptr<T>();
-  T* products = alongs.template data_ptr<T>();
-  x.for_read_blocks([&](Range range, const T* features, int64_t stride) {
-    for (int64_t i = range.begin; i < range.end; ++i)
-      products[i] = tile_kernels<T>().project(out + i * d, features + (i - range.begin) * stride,
-                                              x.inverse()[i], normalize, scale, d, out + i * d);
-  });
-  if (along != nullptr)
-    for (int64_t i = 0; i < rows; ++i) *along += products[i];
-  return u.to(tensor.scalar_type());
-}
-
-template <class T>
 BackwardResult backward_sweep(const PairArguments& arguments, const BackwardInputs& inputs,
                               Needs needs) {
   return BackwardSweep<T>(arguments, inputs, needs).run();
 }
 
-template at::Tensor finish_gradient<float>(const at::Tensor&, const at::Tensor&,
-                                           const Features<float>&, bool, float, double*);
-template at::Tensor finish_gradient<double>(const at::Tensor&, const at::Tensor&,
-                                            const Features<double>&, bool, double, double*);
 template BackwardResult backward_sweep<float>(const PairArguments&, const BackwardInputs&, Needs);
 template BackwardResult backward_sweep<double>(const PairArguments&, const BackwardInputs&, Needs);
 

@@ -25,10 +25,4 @@ template <class T>
 BackwardResult backward_sweep(const PairArguments& arguments, const BackwardInputs& inputs,
                               Needs needs);
 
-// u in place to scale (u - [normalize] (x / |x|^2) <x, u>), the gradient of the rows of `tensor`
-// before they were normalised, in its dtype; sums <x, u> into `along` when not null.
-template <class T>
-at::Tensor finish_gradient(const at::Tensor& u, const at::Tensor& tensor, const Features<T>& x,
-                           bool normalize, T scale, double* along);
-
 }  // namespace ck

@@ -269,7 +269,7 @@ class ForwardSweep {
     if (p_.symmetric)
       for_half_pairs(p_, workers, visit);
     else
-      for_all_pairs(p_, workers, visit);
+      for_all_pairs(p_, workers, {0, p_.x.rows()}, {0, p_.keys}, visit);
   }
 
   void sweep_rows(Sums& rows, const std::vector<Range>& parts, const at::Tensor& attended,
@@ -331,6 +331,13 @@ class ForwardSweep {
     if (!which.empty()) online_subset(at::tensor(which), of_keys, lse, mean, attended);
   }
 
+  static at::Tensor rows_of(const PairArguments& a, const at::Tensor& which) {
+    if (!a.x_more.has_value()) return a.x.index_select(0, which);
+    const at::Tensor of_x = which.masked_select(which < a.x.size(0));  // they ascend
+    const at::Tensor of_more = which.slice(0, of_x.size(0)) - a.x.size(0);
+    return at::cat({a.x.index_select(0, of_x), a.x_more->index_select(0, of_more)});
+  }
+
   // Statistics of some rows (or of some keys, with both sides swapped), into their places.
   void online_subset(const at::Tensor& which, bool of_keys, const at::Tensor& lse,
                      const at::Tensor& mean, const at::Tensor& attended) {
@@ -340,14 +347,17 @@ class ForwardSweep {
       return t.has_value() && !all ? OptionalTensor(t->index_select(0, which)) : t;
     };
     const at::Tensor keys = a.y.has_value() ? *a.y : a.x;
-    const at::Tensor x = *select(of_keys ? keys : a.x);
+    const at::Tensor x = of_keys ? *select(keys) : all ? a.x : rows_of(a, which);
+    const OptionalTensor x_more = all ? a.x_more : OptionalTensor();
     const OptionalTensor y = of_keys ? a.x : p_.paired ? select(keys) : keys;
     const OptionalTensor exclude = select(of_keys ? a.exclude_cols : a.exclude_rows);
     const OptionalTensor keep = select(of_keys ? a.keep_cols : a.keep_rows);
     const OptionalTensor bias = of_keys ? OptionalTensor() : a.bias;
     const PairArguments subset{
         .x = x,
+        .x_more = x_more,
         .y = y,
+        .y_more = a.x_more,
         .scale = a.scale,
         .bias = bias,
         .exclude_rows = exclude,

@@ -36,7 +36,30 @@ void check_length(const OptionalTensor& t, const char* name, int64_t size) {
 PairArguments check_pairs(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
                           const OptionalTensor& bias, const OptionalTensor& exclude_rows,
                           const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
-                          const OptionalTensor& keep_cols, bool normalize) {
+                          const OptionalTensor& keep_cols, bool normalize, bool together = false) {
+  static const OptionalTensor none;
+  if (together) {  // the rows of both, with themselves
+    TORCH_CHECK_VALUE(y.has_value() && y->dim() == 2 && y->scalar_type() == x.scalar_type() &&
+                          !bias.has_value() && !exclude_cols.has_value() && !keep_cols.has_value(),
+                      "together takes y (M, D) of the dtype of x, row ids only, and no bias");
+    check_operands(x, *y);
+    check_length(exclude_rows, "exclude_rows", x.size(0) + y->size(0));
+    check_length(keep_rows, "keep_rows", x.size(0) + y->size(0));
+    TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got ", scale.sizes());
+    return {
+        .x = x,
+        .x_more = y,
+        .y = none,
+        .y_more = none,
+        .scale = scale,
+        .bias = none,
+        .exclude_rows = exclude_rows,
+        .exclude_cols = exclude_rows,
+        .keep_rows = keep_rows,
+        .keep_cols = keep_rows,
+        .normalize = normalize,
+    };
+  }
   const at::Tensor& keys = y.has_value() ? *y : x;
   check_operands(x, keys);
   TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got ", scale.sizes());
@@ -52,7 +75,9 @@ PairArguments check_pairs(const at::Tensor& x, const OptionalTensor& y, const at
   const bool self = !y.has_value();
   return {
       .x = x,
+      .x_more = none,
       .y = y,
+      .y_more = none,
       .scale = scale,
       .bias = bias,
       .exclude_rows = exclude_rows,
@@ -74,12 +99,14 @@ row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
           const OptionalTensor& bias, const OptionalTensor& exclude_rows,
           const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
           const OptionalTensor& keep_cols, const OptionalTensor& threshold, bool mean,
-          bool normalize, bool columns, bool attend) {
-  const auto pairs =
-      check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
-  check_length(threshold, "threshold", x.size(0));
-  TORCH_CHECK_VALUE(!columns || (y.has_value() && y->dim() == 2), "columns need keys (M, D)");
-  TORCH_CHECK_VALUE(!attend || !(y.has_value() && y->dim() == 3), "attend needs shared keys");
+          bool normalize, bool columns, bool attend, bool together) {
+  const auto pairs = check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows,
+                                 keep_cols, normalize, together);
+  check_length(threshold, "threshold", x.size(0) + (together ? y->size(0) : 0));
+  TORCH_CHECK_VALUE(!columns || (y.has_value() && y->dim() == 2 && !together),
+                    "columns need keys (M, D)");
+  TORCH_CHECK_VALUE(!attend || !(together || (y.has_value() && y->dim() == 3)),
+                    "attend needs shared keys");
   const Fold fold = mean ? Fold::kLseMean : Fold::kLse;
   const ForwardResult r = with_compute_type(x, [&](auto t) {
     return forward_sweep<decltype(t)>(
@@ -123,11 +150,21 @@ row_softplus(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& sca
 
 Four run_backward(const PairArguments& pairs, const BackwardInputs& inputs,
                   std::array<bool, 4> needs) {
+  const bool together = pairs.x_more.has_value();
   const BackwardResult r = with_compute_type(pairs.x, [&](auto t) {
-    return backward_sweep<decltype(t)>(
-        pairs, inputs, {.x = needs[0], .y = needs[1], .scale = needs[2], .bias = needs[3]});
+    return backward_sweep<decltype(t)>(pairs, inputs,
+                                       {.x = needs[0] || (together && needs[1]),
+                                        .y = needs[1] && !together,
+                                        .scale = needs[2],
+                                        .bias = needs[3]});
   });
-  return {r.x, r.y, r.scale, r.bias};
+  if (!together) return {r.x, r.y, r.scale, r.bias};
+  // the gradient of all rows, in one piece
+  const int64_t n = pairs.x.size(0);
+  const auto part = [&](int64_t begin, int64_t size, bool needed) {
+    return needed ? r.x.narrow(0, begin, size) : at::empty({0}, pairs.x.options());
+  };
+  return {part(0, n, needs[0]), part(n, pairs.x_more->size(0), needs[1]), r.scale, r.bias};
 }
 
 Four row_stats_backward(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
@@ -139,9 +176,9 @@ Four row_stats_backward(const at::Tensor& x, const OptionalTensor& y, const at::
                         const at::Tensor& /*slope*/, const OptionalTensor& grad_lse,
                         const OptionalTensor& grad_mean, const OptionalTensor& grad_col_lse,
                         const OptionalTensor& grad_col_mean, bool normalize,
-                        std::array<bool, 4> needs) {
-  const auto pairs =
-      check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize);
+                        std::array<bool, 4> needs, bool together) {
+  const auto pairs = check_pairs(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows,
+                                 keep_cols, normalize, together);
   return run_backward(pairs,
                       {
                           .lse = lse,

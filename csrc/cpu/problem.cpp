@@ -58,23 +58,27 @@ bool is_direct(const at::Tensor& t) {
 }
 
 template <class T>
-Features<T>::Features(const at::Tensor& tensor, bool normalize, bool with_norms)
-    : source_(tensor),
-      tensor_(is_direct<T>(tensor) || tensor.numel() > kCopyElements
-                  ? tensor
-                  : tensor.to(kScalar<T>).contiguous()),
-      dtype_(feature_dtype(tensor_)),
-      rows_(tensor_.size(0)),
-      d_(tensor_.size(1)),
-      row_stride_(tensor_.stride(0)),
-      col_stride_(tensor_.stride(1)),
-      direct_(is_direct<T>(tensor_)) {
+void Features<T>::add(const at::Tensor& source, bool copied) {
+  const at::Tensor tensor =
+      is_direct<T>(source) || !copied ? source : source.to(kScalar<T>).contiguous();
+  parts_.push_back(
+      {rows_, rows_ + tensor.size(0), source, tensor, feature_dtype(tensor), is_direct<T>(tensor)});
+  rows_ += tensor.size(0);
+}
+
+template <class T>
+Features<T>::Features(const at::Tensor& tensor, bool normalize, bool with_norms,
+                      const OptionalTensor& more)
+    : d_(tensor.size(1)) {
+  const bool copied = tensor.numel() + (more ? more->numel() : 0) <= kCopyElements;
+  add(tensor, copied);
+  if (more) add(*more, copied);
   if (!with_norms) return;
   inverse_ = at::empty({rows_}, kScalar<T>);
   const at::Tensor norm = at::empty({rows_}, kScalar<T>);
   T* inverse = inverse_.template data_ptr<T>();
   T* norms = norm.template data_ptr<T>();
-  for_read_blocks([&](Range range, const T* rows, int64_t stride) {
+  for_read_blocks({0, rows_}, [&](Range range, const T* rows, int64_t stride) {
     tile_kernels<T>().norms(rows, stride, range.size(), d_, inverse + range.begin,
                             norms + range.begin);
   });
@@ -87,24 +91,48 @@ Features<T>::Features(const at::Tensor& tensor, bool normalize, bool with_norms)
 }
 
 template <class T>
-const uint16_t* Features<T>::bits(int64_t row) const {
-  const int64_t stride = source_.stride(0);
-  const bool fits = std::is_same_v<T, float> && source_.scalar_type() == at::kBFloat16 &&
-                    source_.stride(1) == 1 && stride >= d_ && stride % 2 == 0 && d_ % 2 == 0;
-  if (!fits) return nullptr;
-  return static_cast<const uint16_t*>(source_.const_data_ptr()) + row * stride;
+bool Features<T>::has_bits() const {
+  return std::all_of(parts_.begin(), parts_.end(), [&](const Part& part) {
+    const at::Tensor& t = part.source;
+    return std::is_same_v<T, float> && t.scalar_type() == at::kBFloat16 && t.stride(1) == 1 &&
+           t.stride(0) >= d_ && t.stride(0) % 2 == 0 && d_ % 2 == 0;
+  });
+}
+
+template <class T>
+const uint16_t* Features<T>::bits(Range range, std::vector<uint16_t>& buffer,
+                                  int64_t* stride) const {
+  const auto row = [](const Part& part, int64_t i) {
+    return static_cast<const uint16_t*>(part.source.const_data_ptr()) +
+           (i - part.begin) * part.source.stride(0);
+  };
+  const Part& part = part_of(range.begin);
+  if (range.end <= part.end) {
+    *stride = part.source.stride(0);
+    return row(part, range.begin);
+  }
+  *stride = d_;
+  buffer.resize(range.size() * d_);
+  for (int64_t i = range.begin; i < range.end; ++i)
+    std::copy_n(row(part_of(i), i), d_, &buffer[(i - range.begin) * d_]);
+  return buffer.data();
 }
 
 template <class T>
 const T* Features<T>::read(Range range, T* buffer, int64_t* stride) const {
-  const char* start = static_cast<const char*>(tensor_.const_data_ptr()) +
-                      range.begin * row_stride_ * tensor_.element_size();
-  if (direct_) {
-    *stride = row_stride_;
-    return reinterpret_cast<const T*>(start);
+  const Part& first = part_of(range.begin);
+  if (first.direct && range.end <= first.end) {
+    *stride = first.tensor.stride(0);
+    return static_cast<const T*>(first.row(range.begin));
   }
   *stride = d_;
-  tile_kernels<T>().read_rows(start, dtype_, row_stride_, col_stride_, range.size(), d_, buffer);
+  for (int64_t i = range.begin; i < range.end;) {
+    const Part& part = part_of(i);
+    const int64_t count = std::min(range.end, part.end) - i;
+    tile_kernels<T>().read_rows(part.row(i), part.dtype, part.tensor.stride(0),
+                                part.tensor.stride(1), count, d_, buffer + (i - range.begin) * d_);
+    i += count;
+  }
   return buffer;
 }
 
@@ -135,14 +163,14 @@ bool Ids<T>::meet(Range rows, Range keys) const {
 
 template <class T>
 Problem<T>::Problem(const PairArguments& a)
-    : x(a.x, a.normalize),
+    : x(a.x, a.normalize, true, a.x_more),
       y(!a.y.has_value()  ? x
         : a.y->dim() == 3 ? Features<T>(a.y->reshape({-1, a.y->size(2)}), a.normalize, false)
-                          : Features<T>(*a.y, a.normalize)),
+                          : Features<T>(*a.y, a.normalize, true, a.y_more)),
       symmetric(!a.y.has_value()),
       paired(a.y.has_value() && a.y->dim() == 3),
       keys(paired ? a.y->size(1) : y.rows()),
-      bits(!paired && has_bfloat16_products() && x.bits(0) != nullptr && y.bits(0) != nullptr),
+      bits(!paired && has_bfloat16_products() && x.has_bits() && y.has_bits()),
       normalize(a.normalize),
       scale(a.scale.to(kScalar<T>).template item<T>()),
       exclude(a.exclude_rows, a.exclude_cols),
@@ -194,11 +222,12 @@ void Worker<T>::take_rows(Range rows) {
   T* packed = packed_.template data_ptr<T>();
   if (problem_.paired)
     std::fill_n(tile_.data, problem_.block_keys * tile_.ld, T{0});  // padded rows stay so
-  else if (problem_.bits)                                           // pairs of features move as one
-    problem_.kernels.pack(reinterpret_cast<const T*>(problem_.x.bits(rows.begin)),
-                          problem_.x.bits_stride() / 2, static_cast<int>(count), problem_.x.d() / 2,
-                          nullptr, packed, tile_.rows);
-  else
+  else if (problem_.bits) {                                         // pairs of features move as one
+    int64_t stride;
+    const uint16_t* bits = problem_.x.bits(rows, bits_buffer_, &stride);
+    problem_.kernels.pack(reinterpret_cast<const T*>(bits), stride / 2, static_cast<int>(count),
+                          problem_.x.d() / 2, nullptr, packed, tile_.rows);
+  } else
     problem_.kernels.pack(x_rows_, x_stride_, static_cast<int>(count), problem_.x.d(), scales,
                           packed, tile_.rows);
   if (!problem_.exclude.given() && !problem_.keep.given()) return;
@@ -238,9 +267,10 @@ bool Worker<T>::make_tile(Range keys) {
   const T* packed = packed_.template const_data_ptr<T>();
   if constexpr (std::is_same_v<T, float>) {
     if (problem_.bits) {
-      gemm(keys.size(), tile_.rows, problem_.x.d(), problem_.y.bits(keys.begin),
-           problem_.y.bits_stride(), reinterpret_cast<const uint16_t*>(packed), tile_.rows,
-           tile_.data, tile_.ld);
+      int64_t stride;
+      const uint16_t* bits = problem_.y.bits(keys, bits_buffer_, &stride);
+      gemm(keys.size(), tile_.rows, problem_.x.d(), bits, stride,
+           reinterpret_cast<const uint16_t*>(packed), tile_.rows, tile_.data, tile_.ld);
       problem_.kernels.scale_rows(tile_.data, tile_.ld, tile_.keys, tile_.rows,
                                   row_scale_.template const_data_ptr<T>());
       y_rows_ = nullptr;

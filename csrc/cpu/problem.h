@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include "fold.h"
 #include "gemm.h"
@@ -21,7 +22,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 // y, are the columns.
 struct PairArguments {
   const at::Tensor& x;
-  const OptionalTensor& y;  // (M, D); (N, M, D): keys of its own for each row; absent: y = x
+  const OptionalTensor& x_more;  // rows (K, D) that follow those of x
+  const OptionalTensor& y;       // (M, D); (N, M, D): keys of its own for each row; absent: y = x
+  const OptionalTensor& y_more;
   const at::Tensor& scale;
   const OptionalTensor& bias;
   const OptionalTensor& exclude_rows;
@@ -45,47 +48,65 @@ constexpr int64_t kSerialWork = 1 << 17;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of features of any dtype and strides, read as T.
+// Rows of features of any dtype and strides, read as T; those of one tensor, or of two of a dtype.
 template <class T>
 class Features {
  public:
   // without norms, inverse() and largest_norm() are not to be asked for
-  Features(const at::Tensor& tensor, bool normalize, bool with_norms = true);
+  Features(const at::Tensor& tensor, bool normalize, bool with_norms = true,
+           const OptionalTensor& more = {});
 
   int64_t rows() const { return rows_; }
   int64_t d() const { return d_; }
   // 1 / norm of each row, or 1
   const T* inverse() const { return inverse_.template const_data_ptr<T>(); }
   double largest_norm() const { return largest_norm_; }
-  // whether rows can be used where they lie
-  bool direct() const { return direct_; }
-  // bfloat16 bits from a row on, where they lie with `bits_stride()`; null: not of such a layout
-  const uint16_t* bits(int64_t row) const;
-  int64_t bits_stride() const { return source_.stride(0); }
-  // a pointer to `range`, copied to `buffer` unless direct, and its row stride
+  // whether all rows can be used where they lie
+  bool direct() const { return parts_.size() == 1 && parts_[0].direct; }
+  // whether they are bfloat16 that `bits` can give
+  bool has_bits() const;
+  // a pointer to the bits of `range`, copied to `buffer` where they lie in both tensors, and its
+  // row stride
+  const uint16_t* bits(Range range, std::vector<uint16_t>& buffer, int64_t* stride) const;
+  // a pointer to `range`, copied to `buffer` unless it can be used where it lies, and its row
+  // stride
   const T* read(Range range, T* buffer, int64_t* stride) const;
-  // visit(range, its rows, their stride) for all rows, a block at a time, on all threads
+  // visit(range, its rows, their stride) for the rows of `all`, a block at a time, on all threads
   template <class Visit>
-  void for_read_blocks(Visit visit) const;
+  void for_read_blocks(Range all, Visit visit) const;
 
  private:
-  at::Tensor source_, tensor_, inverse_;
-  Dtype dtype_;
-  int64_t rows_, d_, row_stride_, col_stride_;
-  bool direct_;
+  struct Part {
+    int64_t begin, end;
+    at::Tensor source, tensor;
+    Dtype dtype;
+    bool direct;
+    const void* row(int64_t i) const {
+      return static_cast<const char*>(tensor.const_data_ptr()) +
+             (i - begin) * tensor.stride(0) * tensor.element_size();
+    }
+  };
+  void add(const at::Tensor& tensor, bool copied);
+  const Part& part_of(int64_t row) const {
+    return row < parts_.front().end ? parts_.front() : parts_.back();
+  }
+
+  std::vector<Part> parts_;
+  at::Tensor inverse_;
+  int64_t rows_ = 0, d_;
   double largest_norm_ = 0;
 };
 
 template <class T>
 template <class Visit>
-void Features<T>::for_read_blocks(Visit visit) const {
+void Features<T>::for_read_blocks(Range all, Visit visit) const {
   constexpr int64_t kBlock = 64;
   const int64_t grain = divide_up(kSerialWork, kBlock * d_);
-  at::parallel_for(0, divide_up(rows_, kBlock), grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor buffer = direct_ ? at::Tensor() : at::empty({kBlock * d_}, kScalar<T>);
-    T* copy = direct_ ? nullptr : buffer.template data_ptr<T>();
+  at::parallel_for(0, divide_up(all.size(), kBlock), grain, [&](int64_t begin, int64_t end) {
+    const at::Tensor buffer = direct() ? at::Tensor() : at::empty({kBlock * d_}, kScalar<T>);
+    T* copy = direct() ? nullptr : buffer.template data_ptr<T>();
     for (int64_t b = begin; b < end; ++b) {
-      const Range range{b * kBlock, std::min(rows_, (b + 1) * kBlock)};
+      const Range range{all.begin + b * kBlock, std::min(all.end, all.begin + (b + 1) * kBlock)};
       int64_t stride;
       const T* rows = read(range, copy, &stride);
       visit(range, rows, stride);
@@ -167,6 +188,7 @@ class Worker {
   const Problem<T>& problem_;
   at::Tensor packed_, logits_, transposed_, x_buffer_, y_buffer_, lanes_, ids_, pair_inverse_,
       row_scale_;
+  std::vector<uint16_t> bits_buffer_;
   Tile<T> tile_{};
   Range rows_{}, keys_{};
   const T* x_rows_ = nullptr;

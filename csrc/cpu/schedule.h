@@ -12,14 +12,19 @@
 
 namespace ck {
 
-// Equal parts of [0, size), cut at multiples of `unit`.
-inline std::vector<Range> cut(int64_t size, int64_t parts, int64_t unit) {
-  const int64_t units = divide_up(size, unit);
+// Equal parts of a range, cut at multiples of `unit` from its begin.
+inline std::vector<Range> cut(Range all, int64_t parts, int64_t unit) {
+  const int64_t units = divide_up(all.size(), unit);
   parts = std::clamp<int64_t>(parts, 1, units);
   std::vector<Range> out;
   for (int64_t p = 0; p < parts; ++p)
-    out.push_back({units * p / parts * unit, std::min(size, units * (p + 1) / parts * unit)});
+    out.push_back({all.begin + units * p / parts * unit,
+                   std::min(all.end, all.begin + units * (p + 1) / parts * unit)});
   return out;
+}
+
+inline std::vector<Range> cut(int64_t size, int64_t parts, int64_t unit) {
+  return cut(Range{0, size}, parts, unit);
 }
 
 // One worker for each thread, made when the thread first needs it.
@@ -60,16 +65,17 @@ std::vector<Range> key_parts(const Problem<T>& problem) {
   return cut(problem.keys, at::get_num_threads() / blocks, problem.block_keys);
 }
 
-// visit(worker, rows, keys) for every pair of parts: a Latin square, in whose every round each
-// part of the rows meets another part of the keys.
+// visit(worker, rows, keys) for every pair of parts of `all_rows` and `all_keys`: a Latin square,
+// in whose every round each part of the rows meets another part of the keys.
 template <class T, class Visit>
-void for_all_pairs(const Problem<T>& problem, Workers<T>& workers, Visit visit) {
+void for_all_pairs(const Problem<T>& problem, Workers<T>& workers, Range all_rows, Range all_keys,
+                   Visit visit) {
   const int64_t threads = at::get_num_threads();
-  const int64_t most = std::min(divide_up(problem.x.rows(), kRowPadding),
-                                divide_up(problem.keys, problem.block_keys));
+  const int64_t most = std::min(divide_up(all_rows.size(), kRowPadding),
+                                divide_up(all_keys.size(), problem.block_keys));
   const int64_t parts = std::clamp<int64_t>(most, 1, threads);
-  const auto rows = cut(problem.x.rows(), parts, kRowPadding);
-  const auto keys = cut(problem.keys, parts, problem.block_keys);
+  const auto rows = cut(all_rows, parts, kRowPadding);
+  const auto keys = cut(all_keys, parts, problem.block_keys);
   for (int64_t round = 0; round < parts; ++round)
     at::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) {
       for (int64_t p = b; p < e; ++p) visit(workers.mine(), rows[p], keys[(p + round) % parts]);

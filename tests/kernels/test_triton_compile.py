@@ -49,7 +49,7 @@ def arguments(dim: int, **used: bool) -> list[torch.Tensor | None]:
 def forward(dim: int, *, mean=False, above=False, unit=True, columns=False, attend=False, **used):
     tensors = arguments(dim, **used)
     above = torch.empty(resources.N, device=resources.META) if above else None
-    operators.row_stats(*tensors, above, mean, unit, columns, attend)
+    operators.row_stats(*tensors, above, mean, unit, columns, attend, False)
 
 
 def softplus(dim: int, *, above=False, summed=False, unit=True, **used):
@@ -65,7 +65,7 @@ def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=F
     grads = [some if rows else None, some if mean and rows else None,
              some if columns else None, some if mean and columns else None]  # fmt: skip
     needs = [not key, key, True, key and bool(used.get("bias"))]
-    operators.row_stats_backward(*tensors, *4 * [some], none, none, *grads, unit, needs)
+    operators.row_stats_backward(*tensors, *4 * [some], none, none, *grads, unit, needs, False)
 
 
 # What the losses launch beside the commonest case.
