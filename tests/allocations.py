@@ -13,14 +13,14 @@ def peak_of(step: Callable[[], tuple[Tensor | None, ...]]) -> int:
 
     Allocations of other threads than this one are not seen: call it with one thread.
     """
-    step()  # what is made once, at the first call
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         kept = step()
     live = peak = 0
     for event in sorted(_allocations(found), key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak - sum(t.untyped_storage().nbytes() for t in kept if t is not None)
+    memory = (t.untyped_storage() for t in kept if t is not None)  # which two may share
+    return peak - sum({part.data_ptr(): part.nbytes() for part in memory}.values())
 
 
 def _allocations(found: profile) -> list:

@@ -14,7 +14,7 @@ from .primitives import (
     sweep,
 )
 from .registration import NAMESPACE
-from .tied import BLOCK_ELEMENTS, can_tie, own_gradient, tied
+from .rowwise import BLOCK_ELEMENTS, can_tie, own_gradient, tied
 
 __all__ = [
     "BLOCK_ELEMENTS",

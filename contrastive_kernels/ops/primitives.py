@@ -30,7 +30,7 @@ from ..types import (
 )
 from . import chunked, own, pairs, registration, sharded
 from .pairs import Needs, Pairs, row_dot
-from .tied import by_rows, can_tie, tied
+from .rowwise import by_rows, can_tie, tied
 
 
 def operands(

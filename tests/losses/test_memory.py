@@ -1,0 +1,153 @@
+"""No loss copies its features: what a call allocates beyond inputs and gradients grows by a few
+numbers for each vector, and what is done in blocks for that gives the numbers of one block."""
+
+from __future__ import annotations
+
+import loss_calls
+import pytest
+import torch
+from allocations import peak_of
+from oracles import BACKENDS, DOUBLE, randn
+
+from contrastive_kernels import ops, reference
+from contrastive_kernels.losses import sup_con
+from contrastive_kernels.losses.cases import call, letters, tensors
+from contrastive_kernels.losses.table import CASES, LOSSES
+from contrastive_kernels.ops import rowwise
+
+pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built here")
+
+FEATURES = {"D": 16384, "G": 16384}
+COPY = torch.float32.itemsize * FEATURES["D"]  # a vector in the type of the statistics
+# Losses that hold more, as their docstrings or docs/design.md say; whitened features are a result.
+MORE = ("w_mse", "intl", "gist", "clip_distill", "cpc", "mnrl", "cacr_views")
+BATCH = [row.name for row in LOSSES if row.name not in MORE]
+KEYS = [
+    name
+    for name in ("info_nce shared", "info_nce frozen", "info_nce shared bias", "rince shared",
+                 "eqco shared", "nce", "nce learned", "cacr negatives", "cacr on the plane",
+                 "cacr rbf negatives")
+    if "M" in letters(CASES[name][1])
+]  # fmt: skip
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def copies(name: str, letter: str, sizes: tuple[int, int], dtype: torch.dtype) -> float:
+    """Of a vector, for each one more of the rows that a letter stands for."""
+    row, case = CASES[name]
+
+    def peak(size: int) -> int:
+        given = tensors(case, dtype=dtype, **{**FEATURES, letter: size})
+        leaves = [t for t in given.values() if t.requires_grad]
+
+        def step():
+            return torch.autograd.grad(call(row.function, case, given, backend="cpu"), leaves)
+
+        return peak_of(step)
+
+    few, many = sizes
+    return (peak(many) - peak(few)) / (many - few) / COPY
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", BATCH)
+def test_no_copy_of_the_batch(name):
+    assert copies(name, "N", (150, 214), torch.float32) < 0.02
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", KEYS)
+def test_no_copy_of_the_keys(name, dtype):
+    # more than are widened once
+    assert copies(name, "M", (300, 600), dtype) < 0.02
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n][0].name not in ("w_mse", "intl")])
+def test_blocks_change_nothing(name, monkeypatch):
+    if "cpu" not in loss_calls.backends(name):
+        pytest.skip("not of this backend")
+    given = loss_calls.inputs(name)
+    leaves = [t for t in given if t.requires_grad]
+
+    def made():
+        loss = loss_calls.ours(name, backend="cpu")(*given)
+        return torch.autograd.grad(loss, leaves)
+
+    whole = made()
+    monkeypatch.setattr(rowwise, "BLOCK_ELEMENTS", 11)
+    monkeypatch.setattr(sup_con, "BLOCK_ELEMENTS", 15)
+    for a, b in zip(whole, made(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [3.0, -50.0, 400.0])  # 400: rows are done again
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (7, 5), (300, 129), (129, 300), (257, 1)])
+def test_two_tensors_are_one_matrix(sizes, dtype, normalize, scale):
+    size, dim = 0.2 if not normalize else 1.0, 38
+    x, y = (size * randn(n, 2 * dim, seed=i) for i, n in enumerate(sizes))
+    x, y = x[:, ::2].to(dtype), y[:, :dim].to(dtype)  # strided, and rows that lie apart
+    x, y = x.requires_grad_(), y.requires_grad_()
+    n = sum(sizes)
+    ids = torch.arange(n) % max(2, n // 2)
+    grad = randn(n, seed=7)
+
+    def made(backend, *features):
+        given = ops.operands(
+            features[0], None, more=features[1], scale=scale, exclude=(ids, ids),
+            normalize=normalize, backend=backend,
+        )  # fmt: skip
+        lse = ops.sweep(given).lse
+        seen = lse > -torch.inf
+        value = (lse[seen] * grad[seen].to(lse.dtype)).sum()
+        return lse, *torch.autograd.grad(value, features)
+
+    exact = made("reference", *(t.detach().double().requires_grad_() for t in (x, y)))
+    whole = torch.cat((x, y)).detach().requires_grad_()
+    given = ops.operands(
+        whole, None, scale=scale, exclude=(ids, ids), normalize=normalize, backend="cpu"
+    )
+    plain = ops.sweep(given).lse
+    found = made("cpu", x, y)
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(found[0], plain, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, exact, strict=True):
+        finite = b[b.isfinite()]
+        bound = tolerance * (1 + (finite.abs().max().item() if len(finite) else 0))
+        torch.testing.assert_close(a.to(DOUBLE), b, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 2100), (2100, 5)])
+def test_gradients_of_half_features_in_slabs(sizes, dtype, learned, mean):
+    x, y = (randn(n, 2048, seed=i).to(dtype) for i, n in enumerate(sizes))
+    x.requires_grad_()
+    y.requires_grad_(learned)
+    scale = torch.tensor(20.0, requires_grad=True)
+    grad = randn(sizes[0], seed=7).float()
+
+    def made(x, y, scale, sweep):
+        out = sweep(x, y, scale)
+        value = (out.lse * grad).sum() + ((out.mean * grad).sum() if mean else 0)
+        return torch.autograd.grad(value, [t for t in (x, y, scale) if t.requires_grad])
+
+    found = made(x, y, scale, lambda x, y, scale: ops.sweep(
+        ops.operands(x, y, scale=scale, normalize=True, backend="cpu"), mean=mean))  # fmt: skip
+    exact = made(
+        *(t.detach().float().requires_grad_(t.requires_grad) for t in (x, y, scale)),
+        lambda x, y, scale: reference.sweep(x, y, scale=scale, normalize=True, mean=mean),
+    )
+    for a, b in zip(found, exact, strict=True):
+        bound = torch.finfo(dtype).eps * b.abs() + 1e-5 * (1 + b.abs().max())
+        assert ((a.float() - b).abs() <= bound).all()
