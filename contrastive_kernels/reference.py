@@ -156,6 +156,16 @@ def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False) -> Tensor:
     return (x * y).sum(-1) if y.dim() == 2 else (x[:, None, :] * y).sum(-1)
 
 
+def take_rows(x: Tensor, which: Tensor) -> Tensor:
+    """x[which], as a product, whose derivatives scatter nothing."""
+    return (which[:, None] == torch.arange(len(x), device=x.device)).to(x.dtype) @ x
+
+
+def sum_rows(x: Tensor, which: Tensor, count: int) -> Tensor:
+    """(count, D): the sum of the rows of x (M, D) that have each index."""
+    return (torch.arange(count, device=x.device)[:, None] == which).to(x.dtype) @ x
+
+
 def whiten(x: Tensor, *, method: str = "cholesky", eps: float = 0.0, iterations: int = 5) -> Tensor:
     """Whitens every group of x (..., n, D) on its own: the result has covariance I.
 

@@ -18,7 +18,16 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, Shards, join
-from ..ops import BLOCK_ELEMENTS, can_tie, operands, own_gradient, squares, sweep
+from ..ops import (
+    BLOCK_ELEMENTS,
+    can_tie,
+    operands,
+    own_gradient,
+    squares,
+    sum_rows,
+    sweep,
+    take_rows,
+)
 from ..types import Group, Loss, LossStats, Sweep, known, statistics_dtype
 from .algebra import count_equal_ids, softplus, unit
 from .base import ContrastiveLoss, loss
@@ -170,7 +179,7 @@ def sup_con_rows(
 
     if dot is None:
         dot = _class_products(
-            features, place, ref, ref_place, own, ordered, labels, normalize, batch
+            features, place, ref, ref_place, own, ordered, labels, normalize, batch, backend
         )
     pos = scale * dot
     gap = out.lse - pos / count.clamp(min=1)
@@ -188,6 +197,7 @@ def _class_products(
     labels: Tensor,
     normalize: bool,
     batch: Batch,
+    backend: str,
 ) -> Tensor:
     """<z_i, the sum of the positives of i> (N,): one dot product, with the sum of its class."""
     n = features.shape[0]
@@ -195,17 +205,16 @@ def _class_products(
     if ref is not None:
         z_ref = unit(ref, normalize)
     if not isinstance(batch, Shards):
-        class_sum = z.new_zeros(n + 1, z.shape[1]).index_add(0, ref_place, z_ref)
-        class_sum = class_sum.index_select(0, place)
+        class_sum = take_rows(sum_rows(z_ref, ref_place, n + 1, backend), place, backend)
     else:  # a table of the classes that there are, which every rank needs
         classes = ordered.unique()
         which = torch.searchsorted(classes, labels)
-        table = z.new_zeros(len(classes), z.shape[1]).index_add(0, which, z)
-        class_sum = batch.sum(table).index_select(0, which)
+        table = batch.sum(sum_rows(z, which, len(classes), backend))
+        class_sum = take_rows(table, which, backend)
     if ref is None:
         class_sum = class_sum - z
     elif own is not None:
-        class_sum = class_sum - z_ref.index_select(0, own)
+        class_sum = class_sum - take_rows(z_ref, own, backend)
     return (z * class_sum).sum(-1)
 
 
@@ -221,7 +230,8 @@ class _ClassProducts(torch.autograd.Function):
         dot = x.new_zeros(x.shape[0], dtype=statistics_dtype(x))
         for columns in _column_blocks(x):
             z = _unit_columns(x, norm, columns)
-            dot += (z * _others(z, place)).sum(1)
+            dot += (z * _others(z, place, backend)).sum(1)
+        ctx.backend = backend
         ctx.save_for_backward(x, place, norm)
         ctx.set_materialize_grads(False)
         return dot, x.view_as(x)
@@ -240,12 +250,12 @@ class _ClassProducts(torch.autograd.Function):
         along = torch.zeros_like(weight)
         for columns in blocks if norm is not None else ():
             z = _unit_columns(x, norm, columns)
-            made = _gradient(z, place, weight)
+            made = _gradient(z, place, weight, ctx.backend)
             along += (z * made).sum(1, keepdim=True)
         for columns in blocks:
             z = _unit_columns(x, norm, columns)
             if made is None or len(blocks) > 1:
-                made = _gradient(z, place, weight)
+                made = _gradient(z, place, weight, ctx.backend)
             if norm is not None:  # a norm that was raised to 1e-12 is a constant
                 made = torch.addcmul(made, z, along.masked_fill(norm <= TINY, 0.0), value=-1)
                 made /= norm.clamp(min=TINY)
@@ -266,12 +276,11 @@ def _unit_columns(x: Tensor, norm: Tensor | None, columns: slice) -> Tensor:
     return z if norm is None else z / norm.clamp(min=TINY)
 
 
-def _others(z: Tensor, place: Tensor) -> Tensor:
+def _others(z: Tensor, place: Tensor, backend: str) -> Tensor:
     """For each row the sum of the other rows of its class."""
-    sums = torch.zeros_like(z).index_add_(0, place, z)
-    return sums.index_select(0, place).sub_(z)
+    return take_rows(sum_rows(z, place, len(z), backend), place, backend).sub_(z)
 
 
-def _gradient(z: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+def _gradient(z: Tensor, place: Tensor, weight: Tensor, backend: str) -> Tensor:
     """Of sum_i weight_i <z_i, sum of the others>."""
-    return (weight * _others(z, place)).add_(_others(weight * z, place))
+    return (weight * _others(z, place, backend)).add_(_others(weight * z, place, backend))

@@ -17,9 +17,11 @@ from ..distributed import Batch, Shards, join
 from ..types import Group, Loss, LossStats, statistics_dtype
 from ..whitening.errors import check as check_info
 from ..whitening.operators import (
+    PermuteRows,
     approximate_root,
     dense_view_distance,
     permute_rows,
+    permute_rows_backward,
     view_distance,
 )
 from ..whitening.whiten import check_method, whiten, whiten_newton_schulz
@@ -84,10 +86,8 @@ def w_mse(
     views = views.to(statistics_dtype(views))
     distance: Callable[[Tensor, bool], Tensor] = view_distance
     if backend == "reference":
-        permuted = views.index_select(1, permutations.flatten())
         distance = dense_view_distance
-    else:
-        permuted = permute_rows(views, permutations)
+    permuted = _permute(views, permutations, backend)
     groups = permuted.reshape(-1, group_size, dim)
     if n == 0:  # a rank without samples
         z = groups.view(v, 0, dim)
@@ -103,8 +103,7 @@ def w_mse(
         group, n, views=views.transpose(0, 1), permutations=None, generator=None, iterations=drawn
     )
     if reduction == "none":
-        index = permutations.flatten()
-        value = torch.zeros_like(pairs[:n]).index_add(0, index, pairs) / drawn
+        value = _permute(pairs.view(1, -1, 1), permutations, backend, back=True).view(n) / drawn
     else:
         value = batch.times(drawn).reduce_rows(pairs, reduction)
         if reduction == "sum":
@@ -248,6 +247,12 @@ def _check_views(views: Tensor) -> None:
     check_features("views", views, (3,))
     if views.shape[0] < 2:
         raise ValueError(f"views must have shape (V, N, D) with V >= 2, got {tuple(views.shape)}")
+
+
+def _permute(x: Tensor, permutations: Tensor, backend: str, back: bool = False) -> Tensor:
+    if backend == "reference" and not torch.compiler.is_compiling():  # which takes no forward mode
+        return PermuteRows.apply(x, permutations, back)
+    return (permute_rows_backward if back else permute_rows)(x, permutations)
 
 
 def _draw(

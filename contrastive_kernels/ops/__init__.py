@@ -14,6 +14,7 @@ from .primitives import (
     sweep,
 )
 from .registration import NAMESPACE
+from .rows import sum_rows, take_rows
 from .rowwise import BLOCK_ELEMENTS, can_tie, own_gradient, tied
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "row_stats",
     "softplus_sweep",
     "squares",
+    "sum_rows",
     "sweep",
+    "take_rows",
     "tied",
 ]

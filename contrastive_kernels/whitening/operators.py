@@ -125,19 +125,48 @@ def view_distance_backward(grad: Tensor, z: Tensor, normalize: bool) -> Tensor:
 @torch.library.custom_op("contrastive_kernels::permute_rows", mutates_args=())
 def permute_rows(x: Tensor, permutations: Tensor) -> Tensor:
     """Rows of x (V, N, D) in the orders of permutations (I, N): (V, I N, D)."""
-    return x.index_select(1, permutations.flatten())
+    return _permuted(x, permutations, False)
 
 
 @torch.library.custom_op("contrastive_kernels::permute_rows_backward", mutates_args=())
 def permute_rows_backward(grad: Tensor, permutations: Tensor) -> Tensor:
-    """Gradient of the rows (V, N, D): rows are gathered, where index_add would scatter them."""
-    count, n = permutations.shape
-    inverse = torch.empty_like(permutations)
-    inverse.scatter_(1, permutations, torch.arange(n, device=grad.device).expand_as(inverse))
-    parts = grad.unflatten(1, (count, n)).unbind(1)
+    """Gradient of the rows (V, N, D): the sum over the I orders of rows put back into place."""
+    return _permuted(grad, permutations, True)
+
+
+class PermuteRows(torch.autograd.Function):
+    """`permute_rows`, or `back` its backward, with derivatives of every order and mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, permutations: Tensor, back: bool) -> Tensor:
+        return _permuted(x, permutations, back)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _x, permutations, ctx.back = inputs
+        ctx.save_for_backward(permutations)
+        ctx.save_for_forward(permutations)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return PermuteRows.apply(grad, *ctx.saved_tensors, not ctx.back), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: Any) -> Tensor:
+        return PermuteRows.apply(x, *ctx.saved_tensors, ctx.back)
+
+
+def _permuted(x: Tensor, permutations: Tensor, back: bool) -> Tensor:
+    """Rows are gathered both ways, where index_add would scatter them."""
+    if not back:
+        return x.index_select(1, permutations.flatten())
+    inverse = permutations.argsort(1)
+    parts = x.unflatten(1, permutations.shape).unbind(1)
     total = parts[0].index_select(1, inverse[0])
     for part, index in zip(parts[1:], inverse[1:], strict=True):
-        total += part.index_select(1, index)
+        total = total + part.index_select(1, index)
     return total
 
 
@@ -274,6 +303,10 @@ def _backward_permute(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return permute_rows_backward(grad, *ctx.saved_tensors), None
 
 
+def _backward_permute_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return permute_rows(grad, *ctx.saved_tensors), None
+
+
 def _fake_groups(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     info = x.new_empty(x.shape[0], dtype=torch.int32)
     return (torch.empty_like(x), *(x.new_empty(shape) for shape in shapes), info)
@@ -302,8 +335,8 @@ def _register() -> None:
     backwards = (whiten_cholesky_backward, whiten_zca_backward, view_distance_backward)
     for backward in backwards:
         backward.register_fake(lambda grad, z, *rest: torch.empty_like(z))
-    for backward in (*backwards, permute_rows_backward):
         backward.register_autograd(no_second_order)
+    permute_rows_backward.register_autograd(_backward_permute_back, setup_context=_setup_permute)
     for operator in (whiten_cholesky, whiten_zca, view_distance, *backwards):
         for device in ("cpu", "cuda"):
             operator.register_autocast(device, torch.float32)

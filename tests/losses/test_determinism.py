@@ -1,0 +1,103 @@
+"""No loss and no whitening runs an operator that adds in no fixed order on a GPU."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from loss_calls import FIRST, by_rows, inputs, ours, with_backends
+from oracles import randn, value_and_gradients
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import contrastive_kernels as ck
+from contrastive_kernels.ops import rows
+from contrastive_kernels.ops.registration import NAMESPACE
+
+# What features can meet of the lists in help(torch.use_deterministic_algorithms), torch 2.13, by
+# the operators that it comes to: index_add is the backward of index_select, scatter_add of gather.
+ANY = {
+    "index_add", "index_put", "_index_put_impl", "index_copy", "put", "scatter_add",
+    "scatter_reduce", "embedding_dense_backward", "histc", "nll_loss_forward",
+}  # fmt: skip
+OF_FLOATS = {"cumsum", "bincount", "scatter", "median"}
+# kernels that are interpreted are slow
+FEW = ("info_nce", "info_nce symmetric", "siglip_loss", "nt_xent", "sup_con", "cacr")
+
+
+class Recorded(TorchDispatchMode):
+    """The operators that run, those within custom operators of this package included."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operator.name().split(".")[0]
+        if operator.namespace == NAMESPACE:
+            inside = OPDEFS[name]._init_fn if name in OPDEFS else None
+            if name.endswith("_triton"):
+                made_of = import_module("contrastive_kernels.triton")
+                inside = getattr(made_of, name.split("::")[1].removesuffix("_triton"))
+            if inside is not None:
+                with self:
+                    return inside(*args, **kwargs)
+        base = name.split("::")[1].rstrip("_")
+        floats = any(isinstance(t, Tensor) and t.is_floating_point() for t in args)
+        if base in ANY or (base in OF_FLOATS and floats):
+            self.found.add(name)
+        return operator(*args, **kwargs)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Sums that CPUs make in another way are made as on a GPU."""
+    inside = OPDEFS[f"{NAMESPACE}::sum_rows"]
+    monkeypatch.setattr(inside, "_init_fn", rows.sum_segments)
+
+
+def assert_ordered(function, given: list[Tensor]) -> None:
+    with Recorded() as recorded:
+        value_and_gradients(function, given)
+    assert not recorded.found
+
+
+@with_backends(interpreted=FEW)
+def test_operators_of_a_loss(name, backend, as_on_a_gpu):
+    assert_ordered(ours(name, backend=backend, reduction=by_rows(name)), inputs(name))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("method", ["cholesky", "zca", "newton_schulz"])
+def test_operators_of_whitening(method, backend):
+    x = randn(2, 24, 5)
+    assert_ordered(lambda x: ck.whiten(x, method=method, backend=backend), [x])
+    assert_ordered(ck.Whitening(5, method=method), [x[0]])
+
+
+def test_what_is_recorded():
+    """An operator that is listed is found, also in a backward and within a custom operator."""
+    which = torch.tensor([0, 2, 0])
+    for function in (lambda x: x.index_select(0, which), lambda x: x[which]):
+        with Recorded() as recorded:
+            value_and_gradients(function, [randn(4, 3)])
+        assert recorded.found & {"aten::index_add_", "aten::index_add", "aten::index_put",
+                                 "aten::index_put_", "aten::_index_put_impl_"}  # fmt: skip
+    with Recorded() as recorded:  # of CPUs
+        rows.sum_rows(randn(3, 2), which, 3, "cpu")
+    assert recorded.found == {"aten::index_add_"}
+
+
+@with_backends(FIRST.values(), interpreted=())
+def test_deterministic_algorithms_run_every_loss(name, backend):
+    wanted = value_and_gradients(ours(name, backend=backend), inputs(name))
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = value_and_gradients(ours(name, backend=backend), inputs(name))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
