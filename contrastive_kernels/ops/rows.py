@@ -17,6 +17,8 @@ from .registration import NAMESPACE
 
 def take_rows(x: Tensor, which: Tensor, backend: str) -> Tensor:
     """x[which] (N, D), for x (M, D) and indices (N,)."""
+    if _adds_in_order(x):
+        return x.index_select(0, which)
     if backend == "reference":
         return precise(reference.take_rows)(x, which)
     return _take_rows(x, which)
@@ -24,9 +26,16 @@ def take_rows(x: Tensor, which: Tensor, backend: str) -> Tensor:
 
 def sum_rows(x: Tensor, which: Tensor, count: int, backend: str) -> Tensor:
     """(count, D): for every index the sum of the rows of x (M, D) that `which` (M,) gives it."""
+    if _adds_in_order(x):
+        return x.new_zeros(count, x.shape[1]).index_add(0, which, x)
     if backend == "reference":
         return precise(reference.sum_rows)(x, which, count)
     return _sum_rows(x, which, count)
+
+
+def _adds_in_order(x: Tensor) -> bool:
+    """Whether index_add goes from row to row, as it does on CPUs."""
+    return x.device.type == "cpu"
 
 
 @torch.library.custom_op(f"{NAMESPACE}::take_rows", mutates_args=())
@@ -36,13 +45,7 @@ def _take_rows(x: Tensor, which: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::sum_rows", mutates_args=())
 def _sum_rows(x: Tensor, which: Tensor, count: int) -> Tensor:
-    if x.device.type == "cpu":  # there index_add goes from row to row
-        return x.new_zeros(count, x.shape[1]).index_add_(0, which, x)
-    return sum_segments(x, which, count)
-
-
-def sum_segments(x: Tensor, which: Tensor, count: int) -> Tensor:
-    """The same by sums of neighbours, once rows are in the order of their indices."""
+    """Sums of neighbours, once rows are in the order of their indices."""
     ordered, order = which.sort(stable=True)
     ends = torch.arange(count + 1, device=x.device, dtype=which.dtype)
     offsets = torch.searchsorted(ordered, ends)
