@@ -133,12 +133,13 @@ def row_dot_keys_kernel(
     for `row_dot_queries_kernel`."""
     at, inside = program_pairs(pairs, BLOCK)
     i, key = row_and_key(at, owners, keys)
-    g = tl.load(grad + at)
-    used = g != 0
     dots, x_inverse, y_inverse = pair_dots(
         x, y, i, key, x_stride, x_inner, y_stride, y_key_stride, y_inner, DIM, NORMALIZE, ACC,
-        BLOCK_K, used,
+        BLOCK_K,
     )  # fmt: skip
+    g = tl.load(grad + at)
+    # of a key that is not used; masks of its loads would take more registers than there are
+    dots, y_inverse = tl.where(g == 0, 0.0, dots), tl.where(g == 0, 0.0, y_inverse)
     if weights is not None:
         projected = tl.where(x_inverse < 1e12, x_inverse * dots, 0.0)
         tl.store(weights + at, g * y_inverse, mask=inside)
@@ -147,7 +148,7 @@ def row_dot_keys_kernel(
         y += (key * y_key_stride)[:, None]
         for k0 in range(0, DIM, BLOCK_K):
             a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
-            b = load_rows(y, i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC, used)
+            b = load_rows(y, i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC, y_inverse != 0)
             across = g * x_inverse * y_inverse
             store_side(gradient, b, a, y_inverse, across, g * dots, at, inside, k0, DIM, NORMALIZE)
 

@@ -15,6 +15,7 @@ from .engine import cdiv, next_power_of_2
 
 # Pairs (x_i, y_ik) of a program.
 PROGRAM_PAIRS = 1024 if INTERPRETED else 64
+SHORTEST_RUN = 8  # that a tile is made for: more rows at once take too many registers
 
 
 class Pairing(NamedTuple):
@@ -42,8 +43,10 @@ def pairing(x: Tensor, y: Tensor, ends: Tensor | None) -> Pairing:
         return Pairing(n, keys, n * keys, strides, None, None, constants)
     total = y.shape[0]
     owners = torch.searchsorted(ends, torch.arange(total, device=x.device), right=True)
-    strides = (*x.stride(), 0, *y.stride())
-    return Pairing(n, cdiv(total, n), total, strides, ends, owners.clamp_(max=n - 1), constants)
+    owners.clamp_(max=n - 1)
+    strides, keys = (*x.stride(), 0, *y.stride()), max(SHORTEST_RUN, cdiv(total, n))
+    constants["BLOCK_K"] = min(64, constants["BLOCK_K"])
+    return Pairing(n, keys, total, strides, ends, owners, constants)
 
 
 def products(x: Tensor, y: Tensor, normalize: bool, ends: Tensor | None = None) -> Tensor:

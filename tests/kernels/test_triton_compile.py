@@ -68,6 +68,17 @@ def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=F
     operators.row_stats_backward(*tensors, *4 * [some], none, none, *grads, unit, needs, False)
 
 
+def products(dim: int, keys: int | None = None, half=False):
+    """Of keys of each row, as many for each or, without `keys`, in runs; and their gradients."""
+    rows, dtype = resources.N, torch.float16 if half else torch.float32
+    of = {"dtype": dtype, "device": resources.META}
+    shape = (rows,) if keys is None else (rows, keys)
+    x, y, grad = (torch.empty(*s, **of) for s in ((rows, dim), (*shape, dim), shape))
+    ends = torch.empty(rows, dtype=torch.long, device=resources.META) if keys is None else None
+    operators.row_dot(x, y, ends, True)
+    operators.row_dot_backward(x, y, ends, grad.float(), True, [True, True])
+
+
 # What the losses launch beside the commonest case.
 VARIANTS: dict[str, Callable[[int], None]] = {
     "plain": lambda d: forward(d, unit=False),
@@ -90,6 +101,10 @@ VARIANTS: dict[str, Callable[[int], None]] = {
     "rows and columns with mean backward": lambda d: backward(d, columns=True, mean=True),
     "symmetric backward": lambda d: backward(d, symmetric=True, drop=True),
     "float16 backward": lambda d: backward(d, drop=True, half=True),
+    "pairs": lambda d: products(d, 1),
+    "keys of each row": lambda d: products(d, 7),
+    "runs of keys": lambda d: products(d),
+    "runs of keys, float16": lambda d: products(d, half=True),
 }
 
 
