@@ -166,7 +166,6 @@ def can_join(backend: str) -> bool:
     return backend == "cpu"
 
 
-@torch.compiler.assume_constant_result
 def float32_products(device: str) -> str:
     """What torch makes of products of float32 matrices there: "tf32", "bf16" or, exact, another."""
     # the one setting that the older ones also write, and that can be read after any of them
@@ -176,6 +175,10 @@ def float32_products(device: str) -> str:
     except AttributeError:  # torch < 2.9
         exact = device != "cuda" or torch.get_float32_matmul_precision() == "highest"
         return "ieee" if exact else "tf32"
+
+
+# what torch.compiler.assume_constant_result does, which imports all of the compiler
+float32_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def product_rounding(backend: str, x: Tensor, y: Tensor) -> float:
