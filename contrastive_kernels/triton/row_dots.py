@@ -37,7 +37,8 @@ class Pairing(NamedTuple):
 def pairing(x: Tensor, y: Tensor, ends: Tensor | None) -> Pairing:
     n, dim = x.shape
     acc = arithmetic(x, y).sum
-    constants = {"DIM": dim, "ACC": acc, "BLOCK_K": min(128, next_power_of_2(dim))}
+    # of twice the features at once long vectors would spill
+    constants = {"DIM": dim, "ACC": acc, "BLOCK_K": min(64, next_power_of_2(dim))}
     if ends is None:
         keys, strides = y.shape[1], (*x.stride(), *y.stride())
         return Pairing(n, keys, n * keys, strides, None, None, constants)
@@ -45,7 +46,6 @@ def pairing(x: Tensor, y: Tensor, ends: Tensor | None) -> Pairing:
     owners = torch.searchsorted(ends, torch.arange(total, device=x.device), right=True)
     owners.clamp_(max=n - 1)
     strides, keys = (*x.stride(), 0, *y.stride()), max(SHORTEST_RUN, cdiv(total, n))
-    constants["BLOCK_K"] = min(64, constants["BLOCK_K"])
     return Pairing(n, keys, total, strides, ends, owners, constants)
 
 
