@@ -282,7 +282,7 @@ def _distances(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(|query_i - positive_ik|^2 (N, K), query, positives), the features for sweeps and nothing
     else; by difference: 2 - 2 cos would lose all of a small one."""
-    if can_tie(backend, query):
+    if can_tie(backend, query, smallest=0):
         distance, tied_query, tied_positives = tied(_Distances(normalize), query, positives)
         return distance, tied_query, known(tied_positives)
     own = positives.unsqueeze(1) if positives.dim() == 2 else positives

@@ -34,14 +34,14 @@ def by_rows(x: Tensor, y: Tensor) -> Tensor:
     return y if y.dim() == 3 else y.unflatten(0, (-1, x.shape[0])).transpose(0, 1)
 
 
-def can_tie(backend: str, *features: Tensor) -> bool:
-    """Whether `tied` may be used: not where autograd has to see through it, nor without rows."""
-    return not (
-        backend == "reference"
-        or features[0].shape[0] == 0
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    )
+def can_tie(backend: str, features: Tensor, smallest: int | None = None) -> bool:
+    """Whether `tied` may be used: not where autograd has to see through it, nor without rows, nor
+    for fewer elements than `smallest`, by default those of a block: a node costs time, too."""
+    if backend == "reference" or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return features.numel() > (BLOCK_ELEMENTS if smallest is None else smallest)
 
 
 def tied(local: Local, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -25,8 +25,7 @@ BATCH = [row.name for row in LOSSES if row.name not in MORE]
 KEYS = [
     name
     for name in ("info_nce shared", "info_nce frozen", "info_nce shared bias", "rince shared",
-                 "eqco shared", "nce", "nce learned", "cacr negatives", "cacr on the plane",
-                 "cacr rbf negatives")
+                 "eqco shared", "nce", "nce learned", "cacr negatives", "cacr on the plane")
     if "M" in letters(CASES[name][1])
 ]  # fmt: skip
 
