@@ -191,8 +191,8 @@ class _Dots(NamedTuple):
         self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         made = registration.call(
-            "row_dot_backward", self.backend, x=x, y=y, grad=grad, normalize=self.normalize,
-            needs=list(needs),
+            "row_dot_backward", self.backend, x=x, y=y, ends=None, grad=grad,
+            normalize=self.normalize, needs=list(needs),
         )  # fmt: skip
         return made.dx if needs[0] else None, made.dy if needs[1] else None
 
