@@ -1,18 +1,35 @@
-"""The one way in which a derivative that is not there is refused, and derivatives by autograd in
-full precision."""
+"""The derivatives of registered operators, in reverse mode and in the transforms of torch.func, and
+the one way in which a derivative that is not there is refused; derivatives by autograd in full
+precision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def in_transform() -> bool:
+    """Whether this runs within a transform of torch.func (grad, vmap, jvp ...), where a tensor
+    shows only what the innermost one knows of it."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives may be taken in forward mode here: by torch.func.jvp, jacfwd, hessian, or
+    in a dual level of torch.autograd.forward_ad."""
+    # torch.compile cannot trace this; operators look again when its graph runs
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def no_second_order(ctx: Any = None, *_: Any) -> Any:
@@ -21,6 +38,31 @@ def no_second_order(ctx: Any = None, *_: Any) -> Any:
         'second-order gradients need backend="reference", without group and chunks: this backward '
         "has no derivative"
     )
+
+
+def no_forward_mode(ctx: Any = None, *_: Any) -> Any:
+    """The jvp of what has no derivative in forward mode."""
+    raise NotImplementedError(
+        'forward-mode derivatives need backend="auto" or "reference", without group and chunks, in '
+        "a loss that is itself called in forward mode: a kernel has none"
+    )
+
+
+def no_transform(what: str) -> None:
+    """Raise within a transform of torch.func, and in forward mode."""
+    if in_transform() or in_forward_mode():
+        raise NotImplementedError(
+            f"{what} cannot be differentiated by torch.func or in forward mode: use backward() or "
+            "torch.autograd.grad"
+        )
+
+
+def refuse_tangents(values: Iterable[Any]) -> None:
+    """`no_forward_mode` if a tensor has a tangent."""
+    if forward_ad._current_level >= 0 and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in values
+    ):
+        no_forward_mode()
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,6 +75,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def call(ctx: Any, *grads: Tensor | None) -> Any:
+        refuse_tangents((*grads, *ctx.saved_tensors))
         with torch.no_grad():
             made = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -53,6 +96,87 @@ class _Refuse(torch.autograd.Function):
         return made.view_as(made)
 
     backward = staticmethod(no_second_order)
+
+
+def define(library: torch.library.Library) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Decorates a function: it becomes an operator of its name in `library`."""
+
+    def decorate(function: Callable[..., Any]) -> OpOverload:
+        name = function.__name__.lstrip("_")
+        library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(getattr(torch.ops, library.ns), name).default
+
+    return decorate
+
+
+def register_rules(
+    library: torch.library.Library,
+    op: OpOverload,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
+) -> None:
+    """Registers how an operator is traced and differentiated.
+
+    Backward and context are as torch.library.register_autograd takes them, whose derivatives do not
+    work within transforms of torch.func, as these do. vmap takes one problem after another.
+    """
+    torch.library.register_fake(op.name(), fake, lib=library)
+    library.impl(op, _derivative(op, backward, setup_context), "Autograd")
+    torch.library.register_vmap(op.name(), partial(_one_by_one, op), lib=library)
+
+
+def _derivative(op: OpOverload, backward_rule: Callable, setup_context: Callable) -> Callable:
+    """Without the walk through the schema of register_autograd, which takes longer than a small
+    loss does."""
+
+    class Rule(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(backward_rule)
+
+    class RuleOfTransform(Rule):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            # a Function turns these off; the transforms around this one need them
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return Rule.forward(ctx, *args)
+
+    def call(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(args)
+        if not torch.is_grad_enabled() or not any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        if not in_transform():
+            return Rule.apply(*args)
+        # Function.apply would start the transforms anew; here, below the dispatcher, the innermost
+        # one is at work, and `op` goes to the next
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, RuleOfTransform).apply(*args)
+
+    return call
+
+
+def _one_by_one(op: OpOverload, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+    """The vmap rule of an operator: its results for each problem, stacked."""
+    given = list(zip(args, in_dims, strict=True))
+    made = [
+        op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in given))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(made[0], Tensor):
+        return torch.stack(made), 0
+    results = tuple(torch.stack(each) for each in zip(*made, strict=True))
+    return results, (0,) * len(results)
 
 
 def precise(function: Callable[P, T]) -> Callable[P, T]:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .autograd import in_forward_mode, in_transform
+
 _REBUILD = "pip install --no-build-isolation -e ."
 TRITON_AT_LEAST = (3, 6)
 _REPORT = Path(__file__).with_name("_build_report.json")
@@ -102,10 +104,17 @@ def unusable_reason(name: str, device: str) -> str | None:
     return "; ".join(reason for reason in (error, wrong_device) if reason) or None
 
 
+def runs_dense(backend: str) -> bool:
+    """Whether a named backend means the dense reference: "auto" does in forward mode, which no
+    kernel has."""
+    return backend == "reference" or (backend == "auto" and in_forward_mode())
+
+
 def resolve_backend(
     backend: str, device: torch.device, kernels: tuple[str, ...] = ("cpu", "triton")
 ) -> str:
-    """The backend that runs on `device`: the fastest usable one for "auto", else the one named.
+    """The backend that runs on `device`: the fastest usable one for "auto", in forward mode the
+    reference; else the one named.
 
     An explicit name never falls back. `kernels`: the backends that the operation has kernels of.
 
@@ -115,8 +124,8 @@ def resolve_backend(
     """
     if device.type == "meta":
         raise ValueError("tensors must have numbers, got tensors on the meta device")
-    if backend == "reference":
-        return backend
+    if runs_dense(backend):
+        return "reference"
     if backend == "auto":
         preferred = "cpu" if device.type == "cpu" else "triton"
         if unusable_reason(preferred, device.type) is None:
@@ -155,8 +164,8 @@ def resident_dim(x_dtype: torch.dtype, y_dtype: torch.dtype) -> int:
 
 def can_attend(backend: str, x: Tensor, keys_dtype: torch.dtype, frozen: bool) -> bool:
     """Whether the forward sweep may bring the gradient of the queries x too, where the keys are
-    frozen or not."""
-    if backend == "reference":
+    frozen or not. Within a transform it is not to be seen what is frozen."""
+    if backend == "reference" or in_transform():
         return False
     return frozen if backend == "cpu" else x.shape[1] <= resident_dim(x.dtype, keys_dtype)
 
@@ -192,7 +201,7 @@ def product_rounding(backend: str, x: Tensor, y: Tensor) -> float:
 
 def can_sum(backend: str) -> bool:
     """Whether a softplus sweep can sum over the rows, which brings every gradient forward."""
-    return backend == "triton"
+    return backend == "triton" and not in_transform()
 
 
 def _no_gpu() -> str | None:

@@ -102,6 +102,7 @@ class FeatureQueue(Rows):
         """
         if self.group is None:
             self._check(features)
+            features = features.detach()  # no_grad lets tangents of forward mode through
         else:
             features = self._gather(self.group, features)
         _convert(self.features, features.dtype, features.device)
@@ -124,13 +125,14 @@ class FeatureQueue(Rows):
         """The features of all ranks."""
         with GroupCall(group, "enqueue", [features]) as call:
             self._check(features, whole=False)
+            features = features.detach()
             state = None
             if self.sharded:
                 self._check_place(group)
                 state = f"position {int(self.position)}, seen {int(self.seen)}"
-            batch, _ = join(call, features.shape[0], features=features.detach(), state=state)
+            batch, _ = join(call, features.shape[0], features=features, state=state)
             assert isinstance(batch, Shards)
-            return batch.gather(features.detach())
+            return batch.gather(features)
 
     def _check(self, features: Tensor, whole: bool = True) -> None:
         check_features("features", features, (2,), whole=whole)
@@ -213,7 +215,7 @@ class MemoryBank(nn.Module):
             )
         # a moving average in half precision would stand still
         _convert(self.features, statistics_dtype(features), features.device)
-        fresh = F.normalize(features.to(self.features.dtype), dim=-1)
+        fresh = F.normalize(features.detach().to(self.features.dtype), dim=-1)
         mixed = torch.lerp(fresh, self.features[indices], self.momentum)
         self.features[indices] = F.normalize(mixed, dim=-1)
 

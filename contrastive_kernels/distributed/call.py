@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from ..autograd import no_transform
 from ..sources import is_source
 from ..types import Group
 from .collectives import all_gather, all_gather_objects
@@ -79,6 +80,7 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
 
     @torch._disable_dynamo  # collectives and what is read from them break a graph, here at once
     def on_ranks(group: Group, args: tuple, options: dict[str, Any]) -> R:
+        no_transform("a group")  # within one, nothing can be told to the other ranks
         with GroupCall(group, function.__name__, (*args, *options.values())) as together:
             options = {**options, "group": together}
             try:

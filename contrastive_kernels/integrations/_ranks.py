@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..autograd import no_transform
 from ..backends import resolve_backend
 from ..checks import check_views, scalar
 from ..distributed import GroupLike, all_gather, collective, join, world_size
@@ -24,7 +25,10 @@ from ..types import known
 
 def group_if(gathers: bool) -> dist.ProcessGroup | None:
     """The default group for a loss that gathers, if it has several processes."""
-    return dist.group.WORLD if gathers and world_size() > 1 else None
+    if not gathers or world_size() == 1:
+        return None
+    no_transform("a loss over processes")
+    return dist.group.WORLD
 
 
 def own_mean(rows: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..backends import runs_dense
 from ..distributed import world_size
 from ..losses.algebra import softplus
 from ..losses.info_nce import info_nce
 from ..ops import checked_operands, sweep
 from ..whitening import whiten
-from ..whitening.operators import view_distance
+from ..whitening.operators import dense_view_distance, view_distance
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
@@ -65,7 +66,8 @@ def wmse_loss_func(z1: Tensor, z2: Tensor, simplified: bool = True) -> Tensor:
 
     `contrastive_kernels.w_mse` is the whole method, with its permutations and groups.
     """
-    return view_distance(torch.stack((z1, z2.detach() if simplified else z2)), True).mean()
+    distance = dense_view_distance if runs_dense("auto") else view_distance
+    return distance(torch.stack((z1, z2.detach() if simplified else z2)), True).mean()
 
 
 class Whitening2d(nn.Module):

@@ -38,7 +38,10 @@ RAISES = """
 Raises:
     TypeError, ValueError: an argument that does not fit; the message names it.
     RuntimeError: a backend that cannot run here, with the reason.
-    NotImplementedError: a second derivative, unless backend="reference" has no group or chunks."""
+    NotImplementedError: a second derivative, unless backend="reference" has no group or chunks. A
+        derivative in forward mode (torch.func.jvp, jacfwd, hessian; torch.autograd.forward_ad) with
+        another backend than "reference" or "auto", which is dense there; with a group or chunks
+        that and every transform of torch.func."""
 
 
 class LossFunction(Protocol[P]):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import no_second_order, precise
-from ..backends import resolve_backend
+from ..autograd import in_transform, no_second_order, precise, refuse_tangents
+from ..backends import resolve_backend, runs_dense
 from ..checks import check_other_rows, check_reduction, check_views, scalar
 from ..distributed import join
 from ..ops import full_precision
@@ -88,7 +88,7 @@ def clip_distill(
     image, text = scale * unit(image_features, normalize), unit(text_features, normalize)
     teacher_image = teacher_scale * unit(teacher_image_features, normalize, image.dtype)
     teacher_text = unit(teacher_text_features, normalize, image.dtype)
-    if backend == "reference":
+    if runs_dense(backend) or in_transform():
         cross_entropy = functools.partial(_dense, summed)
     else:
         cross_entropy = functools.partial(_SoftCrossEntropy.apply, summed, torch.is_grad_enabled())
@@ -140,6 +140,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_tangents((grad, *ctx.saved_tensors))
         if torch.is_grad_enabled():  # create_graph=True: a summed loss has its gradient, ready made
             no_second_order()
         if ctx.summed:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import no_second_order, precise
+from ..autograd import define, no_second_order, precise, register_rules
 from ..backends import resolve_backend
 from ..checks import (
     check_choice,
@@ -27,6 +27,8 @@ from .base import ContrastiveLoss, loss
 from .stats import tie_limit
 
 MARGINS = ("absolute", "relative")
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 @loss
@@ -156,7 +158,7 @@ def _check_guide(name: str, features: Tensor, guide: Tensor) -> None:
         )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::guided_lse", mutates_args=())
+@define(_library)
 def _guided_lse(
     x: Tensor, x_guide: Tensor, y: Tensor, y_guide: Tensor, limit: Tensor, first: int | None
 ) -> Tensor:
@@ -169,7 +171,7 @@ def _guided_lse(
     return lse
 
 
-@torch.library.custom_op(f"{NAMESPACE}::guided_lse_backward", mutates_args=())
+@define(_library)
 def _guided_lse_backward(
     x: Tensor,
     x_guide: Tensor,
@@ -233,9 +235,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, dy, None, None, None
 
 
-_guided_lse.register_fake(lambda x, x_guide, y, y_guide, limit, first: x.new_empty(x.shape[0]))
-_guided_lse_backward.register_fake(
-    lambda x, x_guide, y, *_: (torch.empty_like(x), torch.empty_like(y))
-)
-_guided_lse.register_autograd(_backward, setup_context=_setup)
-_guided_lse_backward.register_autograd(no_second_order)
+register_rules(
+    _library, _guided_lse, lambda x, x_guide, y, y_guide, limit, first: x.new_empty(x.shape[0]),
+    _backward, _setup,
+)  # fmt: skip
+register_rules(
+    _library, _guided_lse_backward,
+    lambda x, x_guide, y, *_: (torch.empty_like(x), torch.empty_like(y)), no_second_order,
+)  # fmt: skip

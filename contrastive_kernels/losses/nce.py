@@ -200,4 +200,5 @@ def _estimate(
     total = batch.logsumexp(torch.cat((lse, pos)))
     every = batch.total_of(count.sum()) if isinstance(count, Tensor) else batch.total * count
     pairs = batch.total + every
-    return total - log_count(pairs, pos.dtype) + math.log(num_data)
+    estimate = total - log_count(pairs, pos.dtype) + math.log(num_data)
+    return estimate.detach()  # no_grad lets tangents of forward mode through

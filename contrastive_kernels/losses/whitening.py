@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..autograd import precise
-from ..backends import resolve_backend
+from ..backends import resolve_backend, runs_dense
 from ..checks import check_features, check_ids, check_range, check_reduction
 from ..distributed import Batch, Shards, join
 from ..types import Group, Loss, LossStats, statistics_dtype
@@ -85,9 +85,10 @@ def w_mse(
     permutations = permutations.long()
     views = views.to(statistics_dtype(views))
     distance: Callable[[Tensor, bool], Tensor] = view_distance
-    if backend == "reference":
+    dense = runs_dense(backend)
+    if dense:
         distance = dense_view_distance
-    permuted = _permute(views, permutations, backend)
+    permuted = _permute(views, permutations, dense)
     groups = permuted.reshape(-1, group_size, dim)
     if n == 0:  # a rank without samples
         z = groups.view(v, 0, dim)
@@ -103,7 +104,7 @@ def w_mse(
         group, n, views=views.transpose(0, 1), permutations=None, generator=None, iterations=drawn
     )
     if reduction == "none":
-        value = _permute(pairs.view(1, -1, 1), permutations, backend, back=True).view(n) / drawn
+        value = _permute(pairs.view(1, -1, 1), permutations, dense, back=True).view(n) / drawn
     else:
         value = batch.times(drawn).reduce_rows(pairs, reduction)
         if reduction == "sum":
@@ -249,8 +250,8 @@ def _check_views(views: Tensor) -> None:
         raise ValueError(f"views must have shape (V, N, D) with V >= 2, got {tuple(views.shape)}")
 
 
-def _permute(x: Tensor, permutations: Tensor, backend: str, back: bool = False) -> Tensor:
-    if backend == "reference" and not torch.compiler.is_compiling():  # which takes no forward mode
+def _permute(x: Tensor, permutations: Tensor, dense: bool, back: bool = False) -> Tensor:
+    if dense and not torch.compiler.is_compiling():  # which takes no forward mode
         return PermuteRows.apply(x, permutations, back)
     return (permute_rows_backward if back else permute_rows)(x, permutations)
 

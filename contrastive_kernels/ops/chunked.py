@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable
+from ..autograd import in_transform, no_forward_mode, no_transform, once_differentiable
 from ..backends import can_attend
 from ..sources import NegativeSource
 from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
@@ -122,6 +122,8 @@ def _apply(
     chunks: Chunks,
 ) -> tuple[Any, ...]:
     apply = function.apply
+    if in_transform():
+        no_transform("negatives in chunks")
     if torch.compiler.is_compiling():  # a graph cannot hold passes over a file
         apply = torch.compiler.disable(apply)
     with torch.autocast(x.device.type, enabled=False):
@@ -163,6 +165,8 @@ class _Softmax(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*counts)
         return lse, mean, *(counts or 3 * (None,))
+
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     @once_differentiable
@@ -212,6 +216,8 @@ class _Softplus(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*counts)
         return value, *(counts or 3 * (None,))
+
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     @once_differentiable

@@ -290,7 +290,7 @@ def row_stats(
     z_ij = scale <x_i, y_j> + bias_j,   lse_i = log sum_j exp(z_ij),
     mean_i = sum_j exp(z_ij - lse_i) z_ij, over the pairs that are kept. The matrix is never
     stored: memory grows with N + M. Differentiable once in x, y, scale and bias; with
-    `backend="reference"` any number of times.
+    `backend="reference"` any number of times, and in forward mode, where "auto" is the reference.
 
     Args:
         x: queries (N, D); float32, float64, bfloat16 or float16, any strides.
@@ -313,6 +313,8 @@ def row_stats(
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: a `backend` that cannot run here.
+        NotImplementedError: a derivative that is not there: of kernels a second one, and one in
+            forward mode; with y in chunks also one in a transform of torch.func.
     """
     if bias is not None and not (isinstance(bias, Tensor) and bias.dim() > 0):
         got = "()" if isinstance(bias, Tensor) else type(bias).__name__

@@ -1,4 +1,4 @@
-"""Registered operators: one schema, one fake and one autograd rule for each primitive,
+"""Registered operators: one schema, one fake and one derivative for each primitive,
 bound to every backend that has kernels. Those of "cpu" register themselves, in C++; those of
 "triton" are imported when they are first called.
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import no_second_order
+from ..autograd import no_second_order, register_rules
 from ..backends import INTERPRETED
 from ..types import statistics_dtype
 
@@ -248,9 +248,7 @@ def _register(backend: str) -> None:
         rules[name] = (partial(_fake_pairs_backward, name), no_second_order, _setup_nothing)
     for name, (fake, backward, setup_context) in rules.items():
         op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_{backend}").default
-        torch.library.register_fake(f"{NAMESPACE}::{name}_{backend}", fake, lib=_library)
-        rule = _autograd_rule(op, backward, setup_context)
-        _library.impl(f"{name}_{backend}", rule, "Autograd")
+        register_rules(_library, op, fake, backward, setup_context)
         OPERATORS[name, backend] = op
 
 
@@ -261,31 +259,6 @@ def _replace_needed(gradients: Any, needs: Any, made: Any) -> Any:
         scale=made.dscale if needs.scale else None,
         bias=made.dbias if needs.bias else None,
     )
-
-
-def _autograd_rule(op: Callable, backward_rule: Callable, setup_context: Callable) -> Callable:
-    """What torch.library.register_autograd makes of them, less its walk through the schema, which
-    takes longer than a small loss does."""
-
-    class Rule(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*args)
-            setup_context(ctx, args, output)
-            return output
-
-        backward = staticmethod(backward_rule)
-
-    def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in args
-        ):
-            return Rule.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return call
 
 
 def _register_triton() -> None:

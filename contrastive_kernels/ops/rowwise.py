@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable
+from ..autograd import in_forward_mode, in_transform, once_differentiable
 
 BLOCK_ELEMENTS = 2**20  # of the features of a block of rows
 
@@ -39,7 +39,7 @@ def can_tie(backend: str, features: Tensor, smallest: int | None = None) -> bool
     for fewer elements than `smallest`, by default those of a block: a node costs time, too."""
     if backend == "reference" or torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active():
+    if in_transform() or in_forward_mode():
         return False
     return features.numel() > (BLOCK_ELEMENTS if smallest is None else smallest)
 

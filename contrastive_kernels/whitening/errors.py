@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..autograd import in_transform
 from .operators import FINE, NOT_FINITE
 
 _CURE = "its features must be linearly independent; use eps > 0, larger groups or fewer features"
@@ -35,6 +36,8 @@ _calls: deque[_Call] = deque()
 
 def check(info: Tensor) -> None:
     """Raise for the flags of this call on a CPU, for those of earlier calls on a GPU."""
+    if in_transform() and not torch.compiler.is_compiling():
+        info = torch.func.debug_unwrap(info).flatten()  # of all problems of a vmap
     if info.device.type == "cpu":
         if torch.compiler.is_compiling():
             torch._assert_async((info == FINE).all(), f"a group cannot be whitened: {_CURE}")

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import no_second_order
+from ..autograd import define, no_second_order, register_rules
 from ..backends import CPU_ERROR
+from ..ops import NAMESPACE
 
 try:
     from . import cuda
@@ -35,13 +36,15 @@ TOLERANCE = 0.1  # of a variance of the result
 # Multiply-adds of a group from which it is shared among threads where there are fewer groups.
 _LARGE_GROUP = 2**22
 
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
 
 def has_cuda_kernel(x: Tensor) -> bool:
     """Whether the CUDA kernels whiten groups like x."""
     return cuda is not None and cuda.supports(x)
 
 
-@torch.library.custom_op("contrastive_kernels::whiten_cholesky", mutates_args=())
+@define(_library)
 def whiten_cholesky(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
     """(Z, L^-1, info) of the groups x (G, n, D); `kernel` is "cpu", "cuda" or "auto", which may
     also be batched torch."""
@@ -60,7 +63,7 @@ def whiten_cholesky(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor,
     return z.masked_fill_(failed, torch.nan), inverse.masked_fill_(failed, torch.nan), info
 
 
-@torch.library.custom_op("contrastive_kernels::whiten_cholesky_backward", mutates_args=())
+@define(_library)
 def whiten_cholesky_backward(
     grad: Tensor, z: Tensor, inverse: Tensor, eps: float, kernel: str
 ) -> Tensor:
@@ -75,7 +78,7 @@ def whiten_cholesky_backward(
     return _less_mean(shrunk @ inverse, failed=inverse[:, 0, 0].isnan())
 
 
-@torch.library.custom_op("contrastive_kernels::whiten_zca", mutates_args=())
+@define(_library)
 def whiten_zca(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(Z, U, square roots of the eigenvalues, info) of the groups x (G, n, D)."""
     centered, covariance, _mean = center(x, eps)
@@ -83,7 +86,7 @@ def whiten_zca(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ((centered @ vectors) / roots[:, None]) @ vectors.mT, vectors, roots, info
 
 
-@torch.library.custom_op("contrastive_kernels::whiten_zca_backward", mutates_args=())
+@define(_library)
 def whiten_zca_backward(
     grad: Tensor, z: Tensor, vectors: Tensor, roots: Tensor, eps: float
 ) -> Tensor:
@@ -95,7 +98,7 @@ def whiten_zca_backward(
     return _less_mean((shrunk / roots[:, None]) @ vectors.mT, failed=roots[:, 0].isnan())
 
 
-@torch.library.custom_op("contrastive_kernels::view_distance", mutates_args=())
+@define(_library)
 def view_distance(z: Tensor, normalize: bool) -> Tensor:
     """Mean over the pairs of the V views z (V, M, D) of |u_v - u_w|^2: (M,), in O(V).
 
@@ -106,7 +109,7 @@ def view_distance(z: Tensor, normalize: bool) -> Tensor:
     return dense_view_distance(z, normalize)
 
 
-@torch.library.custom_op("contrastive_kernels::view_distance_backward", mutates_args=())
+@define(_library)
 def view_distance_backward(grad: Tensor, z: Tensor, normalize: bool) -> Tensor:
     """Gradient of the views (V, M, D)."""
     if _use_cpu_kernel(z):
@@ -122,13 +125,13 @@ def view_distance_backward(grad: Tensor, z: Tensor, normalize: bool) -> Tensor:
     return (along_unit - radial * unit) / norm.clamp(min=1e-12)
 
 
-@torch.library.custom_op("contrastive_kernels::permute_rows", mutates_args=())
+@define(_library)
 def permute_rows(x: Tensor, permutations: Tensor) -> Tensor:
     """Rows of x (V, N, D) in the orders of permutations (I, N): (V, I N, D)."""
     return _permuted(x, permutations, False)
 
 
-@torch.library.custom_op("contrastive_kernels::permute_rows_backward", mutates_args=())
+@define(_library)
 def permute_rows_backward(grad: Tensor, permutations: Tensor) -> Tensor:
     """Gradient of the rows (V, N, D): the sum over the I orders of rows put back into place."""
     return _permuted(grad, permutations, True)
@@ -312,34 +315,46 @@ def _fake_groups(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return (torch.empty_like(x), *(x.new_empty(shape) for shape in shapes), info)
 
 
+def _fake_gradient(_grad: Tensor, z: Tensor, *_rest: Any) -> Tensor:
+    return torch.empty_like(z)
+
+
 def _square(x: Tensor) -> tuple[int, ...]:
     return (x.shape[0], x.shape[2], x.shape[2])
 
 
 def _register() -> None:
-    whiten_cholesky.register_autograd(_backward_cholesky, setup_context=_setup_whiten)
-    whiten_zca.register_autograd(_backward_zca, setup_context=_setup_whiten)
-    view_distance.register_autograd(_backward_view_distance, setup_context=_setup_view_distance)
-    permute_rows.register_autograd(_backward_permute, setup_context=_setup_permute)
-    whiten_cholesky.register_fake(lambda x, eps, kernel: _fake_groups(x, _square(x)))
-    whiten_zca.register_fake(lambda x, eps: _fake_groups(x, _square(x), (x.shape[0], x.shape[2])))
-    view_distance.register_fake(lambda z, normalize: z.new_empty(z.shape[1]))
-    permute_rows.register_fake(
-        lambda x, permutations: x.new_empty(x.shape[0], permutations.numel(), x.shape[2])
-    )
-    permute_rows_backward.register_fake(
+    register_rules(
+        _library, whiten_cholesky, lambda x, eps, kernel: _fake_groups(x, _square(x)),
+        _backward_cholesky, _setup_whiten,
+    )  # fmt: skip
+    register_rules(
+        _library, whiten_zca,
+        lambda x, eps: _fake_groups(x, _square(x), (x.shape[0], x.shape[2])),
+        _backward_zca, _setup_whiten,
+    )  # fmt: skip
+    register_rules(
+        _library, view_distance, lambda z, normalize: z.new_empty(z.shape[1]),
+        _backward_view_distance, _setup_view_distance,
+    )  # fmt: skip
+    register_rules(
+        _library, permute_rows,
+        lambda x, permutations: x.new_empty(x.shape[0], permutations.numel(), x.shape[2]),
+        _backward_permute, _setup_permute,
+    )  # fmt: skip
+    register_rules(
+        _library, permute_rows_backward,
         lambda grad, permutations: grad.new_empty(
             grad.shape[0], permutations.shape[1], grad.shape[2]
-        )
-    )
+        ),
+        _backward_permute_back, _setup_permute,
+    )  # fmt: skip
     backwards = (whiten_cholesky_backward, whiten_zca_backward, view_distance_backward)
-    for backward in backwards:
-        backward.register_fake(lambda grad, z, *rest: torch.empty_like(z))
-        backward.register_autograd(no_second_order)
-    permute_rows_backward.register_autograd(_backward_permute_back, setup_context=_setup_permute)
-    for operator in (whiten_cholesky, whiten_zca, view_distance, *backwards):
+    for op in backwards:
+        register_rules(_library, op, _fake_gradient, no_second_order)
+    for op in (whiten_cholesky, whiten_zca, view_distance, *backwards):
         for device in ("cpu", "cuda"):
-            operator.register_autocast(device, torch.float32)
+            torch.library.register_autocast(op.name(), device, torch.float32, lib=_library)
 
 
 _register()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..autograd import precise
-from ..backends import resolve_backend
+from ..backends import resolve_backend, runs_dense
 from ..checks import check_choice, check_features, check_range
 from ..types import statistics_dtype
 from . import errors
@@ -85,8 +85,8 @@ def whiten(
         x: (..., n, D) with n > D, or n > 1 if eps > 0; float32, float64, bfloat16 or float16.
         eps: shrinkage towards I, in [0, 1).
         iterations: steps of "newton_schulz", >= 1; others ignore it.
-        backend: "reference" differentiates through the factorisation, and so any number of times;
-            all others use the closed-form backward, once.
+        backend: "reference" differentiates through the factorisation, and so any number of times,
+            and "auto" does in forward mode; else the closed-form backward is used, once.
         return_info: return which groups could be whitened, and raise for none that could not.
 
     Returns:
@@ -103,6 +103,7 @@ def whiten(
             RuntimeError without the number of the group.
         RuntimeError: a backend that cannot run here: "cpu" and "cuda" have kernels of "cholesky"
             alone.
+        NotImplementedError: a second derivative, or one in forward mode, of a closed form.
     """
     _check_groups(x)
     n, dim = x.shape[-2:]
@@ -110,9 +111,9 @@ def whiten(
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     resolve_backend(backend, x.device, kernels=KERNELS[method])
-    if backend == "reference":
-        if return_info:
-            raise ValueError('return_info needs another backend than "reference"')
+    if backend == "reference" and return_info:
+        raise ValueError('return_info needs another backend than "reference"')
+    if runs_dense(backend) and not return_info:
         return precise(reference.whiten)(x, method=method, eps=eps, iterations=iterations)
     groups = x.to(statistics_dtype(x)).reshape(-1, n, dim)
     if backend == "cuda" and not has_cuda_kernel(groups):

@@ -36,6 +36,8 @@ def differences() -> dict[str, str]:
         "loss": lambda: (ck.dcl if odd else ck.nt_xent)(x, y, group=group),
         "exchange": lambda: ck.nt_xent(x, y, group=group, exchange="ring" if odd else "gather"),
         "documents": lambda: ck.mnrl(x, x.repeat(2 if odd else 1, 1), group=group),
+        "transform": lambda: torch.func.grad(lambda x: ck.nt_xent(x, y, group=group))(x),
+        "tangent": lambda: torch.func.jvp(lambda x: ck.nt_xent(x, y, group=group), (x,), (y,)),
         "no rows": lambda: ck.mnrl(x[:0], x[:0], group=group),
         "after all": lambda: ck.nt_xent(x, y, group=group),
     }

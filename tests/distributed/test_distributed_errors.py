@@ -51,6 +51,12 @@ def test_what_differs_is_named_on_every_rank(what, text):
         assert seen["after all"] == "no error"
 
 
+def test_a_group_refuses_transforms():
+    reports = [report["differences"] for report in results()]
+    for seen in (report[how] for report in reports for how in ("transform", "tangent")):
+        assert seen.startswith("NotImplementedError: a group cannot be differentiated"), seen
+
+
 @pytest.mark.parametrize(
     ("what", "error"),
     [

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
+from contrastive_kernels.backends import unusable_reason
 from contrastive_kernels.whitening import operators
 
 METHODS = ["cholesky", "zca", "newton_schulz"]
@@ -346,3 +347,36 @@ def test_permuted_rows():
         lambda x: torch.cat([x[:, p] for p in permutations], 1),
         [randn(2, 7, 3)],
     )
+
+
+TRANSFORMED = [(method, "auto") for method in ("cholesky", "zca", "newton_schulz")]
+if unusable_reason("cpu", DEVICE) is None:
+    TRANSFORMED.append(("cholesky", "cpu"))
+
+
+@pytest.mark.parametrize(("method", "backend"), TRANSFORMED)
+def test_transforms_of_torch_func(method, backend):
+    x, weight, along = randn(3, 2, 9, 4), randn(2, 9, 4, seed=1), randn(2, 9, 4, seed=2)
+
+    def total(x):
+        return (ck.whiten(x, method=method, backend=backend) * weight).sum()
+
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(sum(map(total, leaf)), leaf)[0]
+    close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    close(torch.func.grad(total)(x[0]), expected[0])
+    close(torch.vmap(torch.func.grad(total))(x), expected)
+    close(torch.func.grad(lambda x: torch.vmap(total)(x).sum())(x), expected)
+    if backend == "auto":
+        close(torch.func.jvp(total, (x[0],), (along,))[1], (expected[0] * along).sum())
+    else:
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(total, (x[0],), (along,))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="errors of a GPU come late")
+def test_a_group_that_fails_is_named_within_vmap():
+    x = randn(3, 2, 9, 4)
+    x[1, 1, :, 0] = 1.0
+    with pytest.raises(ValueError, match="group 3 of 6"):
+        torch.vmap(ck.whiten)(x)
