@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from .autograd import in_transform
 from .sources import NegativeSource, as_source, is_source
 from .types import FLOATS, IdPair, OwnKeys, statistics_dtype
 
@@ -155,6 +156,8 @@ def check_numbers(name: str, numbers: Any, query: Tensor, total: int) -> Tensor:
         raise TypeError(f"{name} must be an integer tensor, got {got}")
     numbers = check_ids(name, numbers, query.shape[:1]).long()
     check_device(name, numbers, query.device)
+    if in_transform() and torch._C._functorch.is_batchedtensor(numbers):
+        raise NotImplementedError(f"{name} must be the same for all problems of a vmap")
     fits = (numbers >= 0).all() & (numbers.sum() == total)
     if numbers.is_cpu and not torch.compiler.is_compiling():
         if not fits:

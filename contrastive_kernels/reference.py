@@ -53,7 +53,8 @@ def padded(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     width = max([1, *counts.tolist()])
     mask = torch.arange(width, device=counts.device) < counts[:, None]
     out = values.new_zeros(*mask.shape, *values.shape[1:])
-    return out.index_put((mask,), values), mask
+    where = mask.view(*mask.shape, *(1,) * (values.dim() - 1))
+    return out.masked_scatter(where, values), mask
 
 
 def own_negatives(

@@ -154,9 +154,11 @@ def test_gradients(name, backend):
 @on_kernels
 def test_batches_of_problems(name, backend):
     problems = [Problem(name, backend, seed) for seed in range(3)]
+    shared = ["per_query" in argument for argument in CASES[name][1].inputs]
+    dims = tuple(None if one else 0 for one in shared)
     given = [
-        torch.stack([t.detach() for t in each])
-        for each in zip(*(p.given for p in problems), strict=True)
+        each[0] if one else torch.stack([t.detach() for t in each])
+        for one, each in zip(shared, zip(*(p.given for p in problems), strict=True), strict=True)
     ]
     loss, places = problems[0].loss, tuple(problems[0].places)
     values = torch.stack([p.loss(*p.given).detach() for p in problems])
@@ -165,13 +167,21 @@ def test_batches_of_problems(name, backend):
     def total(*inputs: Tensor) -> Tensor:
         return weighted(loss(*inputs))
 
-    assert_near(vmap(loss)(*given), values)
-    assert_near(vmap(grad(total, places))(*given), gradients)
-    of_all = grad(lambda *inputs: vmap(total)(*inputs).sum(), places)
+    assert_near(vmap(loss, dims)(*given), values)
+    assert_near(vmap(grad(total, places), dims)(*given), gradients)
+    of_all = grad(lambda *inputs: vmap(total, dims)(*inputs).sum(), places)
     assert_near(of_all(*given), gradients)
     recorded = [t.requires_grad_(i in places) for i, t in enumerate(given)]
     leaves = [recorded[i] for i in places]
-    assert_near(torch.autograd.grad(vmap(total)(*recorded).sum(), leaves), gradients)
+    assert_near(torch.autograd.grad(vmap(total, dims)(*recorded).sum(), leaves), gradients)
+
+
+def test_numbers_that_differ_between_problems():
+    keys, numbers = randn(2, 3, 4, 5).view(2, 12, 5), torch.tensor([[5, 7], [6, 6]])
+    with pytest.raises(NotImplementedError, match="negatives_per_query must be the same for all"):
+        vmap(lambda x, k, n: ck.info_nce(x, x, negatives=k, negatives_per_query=n))(
+            randn(2, 2, 5), keys, numbers
+        )
 
 
 @pytest.mark.parametrize("name", CHUNKS)
@@ -336,8 +346,10 @@ def test_operators_refuse_tangents(backend):
         dual = forward_ad.make_dual(x, x)
         row_stats = getattr(torch.ops.contrastive_kernels, f"row_stats_{backend}")
         with pytest.raises(NotImplementedError, match="forward-mode"):
-            row_stats(dual, x, scale, *5 * (None,), None, True, False, False, False)
-        row_stats(x, x, scale, *5 * (None,), None, True, False, False, False)  # there is none
+            row_stats(dual, x, scale, *5 * (None,), None, True, False, False, False, False)
+        row_stats(
+            x, x, scale, *5 * (None,), None, True, False, False, False, False
+        )  # there is none
 
 
 def test_stores_keep_no_tangent():
