@@ -115,7 +115,11 @@ def outcome(case: Case, home: Any) -> tuple[list[torch.Tensor], set[str], int]:
     return result, {r for r, n in after.items() if n > before.get(r, 0)}, now - fused
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}: {c.reason}")
+def named(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=lambda c: f"{c.name}: {c.reason}")
+
+
+@named(CASES)
 def test_an_override_counts(case):
     pytest.importorskip(case.peer)
     home = importlib.import_module(HOME[case.peer])
@@ -129,9 +133,7 @@ def test_an_override_counts(case):
         torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.change and c.reason and "zero" not in c.reason], ids=str
-)
+@named([c for c in CASES if c.change and c.reason and "zero" not in c.reason])
 def test_an_override_changes_something(case):
     """Else the comparison would say nothing."""
     pytest.importorskip(case.peer)
