@@ -17,10 +17,10 @@ from contrastive_kernels.ops import rowwise
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built here")
 
-FEATURES = {"D": 16384, "G": 16384}
+FEATURES = {"D": 16384, "G": 16384, "K": 1}
 COPY = torch.float32.itemsize * FEATURES["D"]  # a vector in the type of the statistics
-# Losses that hold more, as their docstrings or docs/design.md say; whitened features are a result.
-MORE = ("w_mse", "intl", "gist", "clip_distill", "cpc", "mnrl", "cacr_views")
+# Losses that hold more: docs/design.md says what.
+MORE = ("w_mse", "intl", "gist", "clip_distill", "cpc", "hcl", "mnrl", "cacr_views")
 BATCH = [row.name for row in LOSSES if row.name not in MORE]
 KEYS = [
     name
@@ -58,7 +58,7 @@ def copies(name: str, letter: str, sizes: tuple[int, int], dtype: torch.dtype) -
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", BATCH)
 def test_no_copy_of_the_batch(name):
-    assert copies(name, "N", (150, 214), torch.float32) < 0.02
+    assert copies(name, "N", (130, 180), torch.float32) < 0.02
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -69,7 +69,7 @@ def test_no_copy_of_the_keys(name, dtype):
     assert copies(name, "M", (300, 600), dtype) < 0.02
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n][0].name not in ("w_mse", "intl")])
+@pytest.mark.parametrize("name", [*loss_calls.FIRST.values(), "cacr on the plane", "mnrl defaults"])
 def test_blocks_change_nothing(name, monkeypatch):
     if "cpu" not in loss_calls.backends(name):
         pytest.skip("not of this backend")
@@ -90,7 +90,7 @@ def test_blocks_change_nothing(name, monkeypatch):
 @pytest.mark.parametrize("scale", [3.0, -50.0, 400.0])  # 400: rows are done again
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1), (7, 5), (300, 129), (129, 300), (257, 1)])
+@pytest.mark.parametrize("sizes", [(1, 1), (7, 5), (300, 129), (257, 1)])
 def test_two_tensors_are_one_matrix(sizes, dtype, normalize, scale):
     size, dim = 0.2 if not normalize else 1.0, 38
     x, y = (size * randn(n, 2 * dim, seed=i) for i, n in enumerate(sizes))
