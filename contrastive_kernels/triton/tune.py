@@ -117,6 +117,7 @@ def workload(entry: Entry, device: torch.device, n: int) -> Workload:
         "keep_rows": None,
         "keep_cols": None,
         "normalize": True,
+        "together": False,
     }
     if entry.schedule in ("gradient", "coefficient"):
         none = torch.zeros(0, **statistics)
