@@ -119,7 +119,7 @@ def cacr(
     if return_stats:
         limit = distance.new_zeros(n)  # of several positives none has a rank
         if k == 1:
-            limit = _tie_limit(query, positives.view(n, -1), distance[:, 0], options)
+            limit = _tie_limit(query, positives.flatten(1), distance[:, 0], options)
     repulsion, out = _repulsion(query, candidates, ids, options, limit, batch, key_batch)
     losses = alpha * _attraction(distance, t_pos, detach_weights) + beta * repulsion
     value = batch.reduce_rows(losses, reduction)
