@@ -78,9 +78,7 @@ class FeatureQueue(Rows):
             return
         drawn = _random_unit(self.size, part.shape[1], part.dtype, part.device, generator)
         if self.group is not None and generator is None:
-            from torch.distributed import broadcast
-
-            broadcast(drawn, group=self.group.find(), group_src=0)
+            _from_rank_0(drawn, self.group)
         part.copy_(drawn[self.start :][: len(part)])
 
     @property
@@ -157,14 +155,17 @@ class MemoryBank(nn.Module):
     """One feature for each sample of a data set (InstDis, Wu et al. 2018, sec. 3.1).
 
     It starts with random unit vectors. `update` writes in place: call it after `loss.backward()`.
-    It is a buffer: DistributedDataParallel copies that of rank 0 to all ranks. In a model that DDP
-    wraps, `update` by the indices and features of all ranks.
+    With a `group` every rank calls `update` with its own samples, of any number, and the bank stays
+    equal on every rank. Without one DistributedDataParallel, which copies buffers of rank 0, loses
+    what other ranks have seen.
 
     Args:
         num_data, dim: shape of the bank.
         momentum: m in bank[i] <- normalize(m bank[i] + (1 - m) feature), in [0, 1].
         dtype, device, generator: of the random start. The bank is float32 for features of half
             precision, in which an average over time would stand still, and follows others.
+        group: a torch.distributed process group, a DeviceMesh of one dimension, or "world"; it must
+            be there by now.
     """
 
     features: Tensor
@@ -178,13 +179,18 @@ class MemoryBank(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
+        group: Group | None = None,
     ) -> None:
         super().__init__()
+        self.group = None if group is None else KeptGroup(group)
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
         self.momentum = momentum
         features = _random_unit(num_data, dim, dtype, device, generator)
-        self.register_buffer("features", features.to(statistics_dtype(features)))
+        features = features.to(statistics_dtype(features))
+        if self.group is not None and generator is None:
+            _from_rank_0(features, self.group)
+        self.register_buffer("features", features)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Features of the samples `indices` (any shape): (..., dim), a copy without gradient."""
@@ -204,20 +210,41 @@ class MemoryBank(nn.Module):
     def update(self, indices: Tensor, features: Tensor) -> None:
         """Mix `features` (N, dim), first normalised, into the rows `indices` (N,).
 
-        Of an index that occurs twice, one of its features is used, which one is not defined.
+        Of an index that occurs twice, the last feature is used. With a group: the samples of all
+        ranks, in the order of the ranks, of which some may have none.
         """
-        check_features("features", features, (2,))
+        if self.group is None:
+            self._check(indices, features)
+        else:
+            indices, features = self._gather(self.group, indices, features)
+        indices = indices.long()
+        # a moving average in half precision would stand still
+        _convert(self.features, statistics_dtype(features), features.device)
+        fresh = F.normalize(features.detach().to(self.features.dtype), dim=-1)
+        mixed = torch.lerp(fresh, self.features[indices], self.momentum)
+        # rows that are written twice are written alike, in whatever order
+        ordered, order = indices.sort(stable=True)
+        last = order[torch.searchsorted(ordered, indices, right=True) - 1]
+        self.features[indices] = F.normalize(mixed, dim=-1)[last]
+
+    @torch._disable_dynamo  # collectives break a graph, here at once
+    def _gather(self, group: KeptGroup, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples of all ranks."""
+        with GroupCall(group, "update", [features]) as call:
+            self._check(indices, features, whole=False)
+            features = features.detach()
+            batch, _ = join(call, features.shape[0], features=features)
+            assert isinstance(batch, Shards)
+            return batch.gather(indices.long()), batch.gather(features)
+
+    def _check(self, indices: Tensor, features: Tensor, whole: bool = True) -> None:
+        check_features("features", features, (2,), whole=whole)
         check_ids("indices", indices, features.shape[:1])
         if features.shape[1] != self.features.shape[1]:
             raise ValueError(
                 f"features must have shape (N, {self.features.shape[1]}), "
                 f"got {tuple(features.shape)}"
             )
-        # a moving average in half precision would stand still
-        _convert(self.features, statistics_dtype(features), features.device)
-        fresh = F.normalize(features.detach().to(self.features.dtype), dim=-1)
-        mixed = torch.lerp(fresh, self.features[indices], self.momentum)
-        self.features[indices] = F.normalize(mixed, dim=-1)
 
     def extra_repr(self) -> str:
         num_data, dim = self.features.shape
@@ -255,3 +282,10 @@ def _place(group: KeptGroup) -> tuple[int, int]:
     """(this rank, how many there are)"""
     ranks = group.find()
     return ranks.rank(), ranks.size()
+
+
+def _from_rank_0(t: Tensor, group: KeptGroup) -> None:
+    """Fills a tensor of every rank with that of the first one."""
+    from torch.distributed import broadcast
+
+    broadcast(t, group=group.find(), group_src=0)

@@ -47,6 +47,10 @@ def test_queues_over_ranks_are_one_queue():
     assert [report["queues"] for report in results()] == [expected, expected]
 
 
+def test_a_bank_over_ranks_is_one_bank():
+    assert [report["bank"] for report in results()] == 2 * [{"equal": True, "start": True}]
+
+
 def test_modules_with_a_group_are_copied_and_saved():
     for report in results():
         assert len(report["kept groups"]) == 4 * (1 + 2 * 5)

@@ -150,6 +150,33 @@ def queues() -> dict[str, bool]:
     return report
 
 
+def bank() -> dict[str, bool]:
+    """A bank over the ranks, in a model of DDP, beside one bank that sees all samples."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    seed = torch.Generator().manual_seed
+
+    class Model(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(5, 5, dtype=torch.float64)
+            self.bank = ck.MemoryBank(9, 5, dtype=torch.float64, generator=seed(0), group=group)
+
+    one = ck.MemoryBank(9, 5, dtype=torch.float64, generator=seed(0))
+    model = torch.nn.parallel.DistributedDataParallel(Model())
+    report = {"equal": True}
+    for step, sizes in enumerate(((3, 2), (0, 4), (6, 6))):
+        rows, indices = randn(sum(sizes), 5, seed=step), torch.arange(sum(sizes)) * 2 % 9
+        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        model(randn(2, 5, seed=step)).sum().backward()  # copies the buffers of rank 0
+        one.update(indices, rows)
+        model.module.bank.update(indices[own], rows[own])
+        report["equal"] &= torch.equal(model.module.bank.features, one.features)
+    drawn = ck.MemoryBank(9, 5, group=group).features
+    everywhere = [torch.empty_like(drawn) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, drawn)
+    report["start"] = all(torch.equal(t, drawn) for t in everywhere)
+    return report
+
+
 def compiled() -> float:
     """Error of the gradient of a compiled step, whose graph breaks at the loss."""
 
@@ -251,6 +278,7 @@ def everything() -> dict[str, dict | float]:
     return {
         "trainings": trainings,
         "queues": queues(),
+        "bank": bank(),
         "modules": modules(),
         "compiled": compiled(),
         "kept groups": kept_groups(),

@@ -164,6 +164,15 @@ def test_bank_mixes_and_normalises():
     assert repr(bank) == "MemoryBank(num_data=6, dim=3, momentum=0.25)"
 
 
+def test_bank_takes_the_last_of_a_sample_that_comes_twice():
+    bank = ck.MemoryBank(6, 3, generator=generator())
+    other = copy.deepcopy(bank)
+    features = randn(5, 3, dtype=torch.float32)
+    bank.update(torch.tensor([4, 1, 4, 0, 4]), features)
+    other.update(torch.tensor([1, 0, 4]), features[[1, 3, 4]])
+    assert torch.equal(bank.features, other.features)
+
+
 def test_bank_has_no_graph():
     bank = ck.MemoryBank(6, 3)
     bank.update(torch.tensor([1]), torch.ones(1, 3, requires_grad=True))
