@@ -78,7 +78,7 @@ class Sweep(NamedTuple):
     """What one sweep over a similarity matrix gives; what was not asked for is None.
 
     lse, mean and counts have one entry per row, col_lse and col_mean one per column. attended
-    (N, D) and slope (N,) are what a forward sweep leaves to its backward: see
+    (N, D), slope (N,), lse_low and col_lse_low are what a forward sweep leaves to its backward: see
     `ops/registration.py`.
     """
 
@@ -89,6 +89,8 @@ class Sweep(NamedTuple):
     counts: Counts | None = None
     attended: Tensor | None = None
     slope: Tensor | None = None
+    lse_low: Tensor | None = None
+    col_lse_low: Tensor | None = None
 
 
 class SoftplusSweep(NamedTuple):

@@ -20,7 +20,7 @@ from ..backends import can_attend
 from ..sources import NegativeSource
 from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
 from . import pairs
-from .pairs import Gradients, Needs, Pairs, merge, operand_dtype
+from .pairs import Gradients, Needs, Pairs, exact, merge, operand_dtype, rounded
 
 Columns = slice  # the place of a chunk among the keys
 
@@ -146,14 +146,14 @@ class _Softmax(torch.autograd.Function):
             out = pairs.softmax(block, mean=chunks.mean, threshold=threshold, attend=chunks.attend)
             for sums, t in zip(counts, out.counts or (), strict=True):
                 sums += t
-            found = (out.lse, out.mean, out.attended, out.slope)
-            made = [t.view(len(x), -1) for t in found if t is not None and len(t)]
-            part = torch.cat(made, 1).double()
+            found = (exact(out.lse, out.lse_low), out.mean, out.attended, out.slope)
+            made = [t.double().view(len(x), -1) for t in found if t is not None and len(t)]
+            part = torch.cat(made, 1)
             stats = part if stats is None else merge(stats, part)
         if stats is None:  # there are no rows
             stats = _zeros(x, 0, 1 + chunks.mean)
-        stats = stats.to(statistics_dtype(x))
-        lse, rest = stats[:, 0].clone(), stats[:, 1:]
+        lse, low = rounded(stats[:, 0], statistics_dtype(x))
+        rest = stats[:, 1:].to(lse.dtype)
         mean = rest[:, 0].clone() if chunks.mean else None
         attended = slope = None
         if chunks.attend:
@@ -161,7 +161,7 @@ class _Softmax(torch.autograd.Function):
             attended, slope = attended.contiguous(), slope.flatten().contiguous()
         counts = [t.to(lse.dtype) for t in counts]
         ctx.chunks = chunks
-        _save(ctx, x, scale, bias, ids, lse, mean, attended, slope)
+        _save(ctx, x, scale, bias, ids, lse, low, mean, attended, slope)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*counts)
         return lse, mean, *(counts or 3 * (None,))
@@ -173,10 +173,10 @@ class _Softmax(torch.autograd.Function):
     def backward(
         ctx: Any, grad_lse: Tensor | None, grad_mean: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        x, scale, bias, ids, (lse, mean, attended, slope) = _saved(ctx)
+        x, scale, bias, ids, (lse, low, mean, attended, slope) = _saved(ctx)
         if grad_lse is None and grad_mean is None:
             return 6 * (None,)
-        stats = Sweep(known(lse), mean, attended=attended, slope=slope)
+        stats = Sweep(known(lse), mean, attended=attended, slope=slope, lse_low=low)
         grad_lse = torch.zeros_like(stats.lse) if grad_lse is None else grad_lse
         if mean is not None and grad_mean is None:
             grad_mean = torch.zeros_like(mean)

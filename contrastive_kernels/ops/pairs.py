@@ -114,6 +114,8 @@ def softmax(
         counts=None if threshold is None else Counts(out.rank, out.total, out.count),
         attended=out.attended if attend else None,
         slope=out.slope if attend else None,
+        lse_low=out.lse_low,
+        col_lse_low=out.col_lse_low if columns else None,
     )
 
 
@@ -162,8 +164,10 @@ def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> 
     empty = pairs.x.new_empty(0, dtype=statistics_dtype(pairs.x))
     given = {
         name: empty if (t := getattr(stats, name)) is None else t
-        for name in ("lse", "mean", "col_lse", "col_mean", "attended", "slope")
-    }
+        for name in (
+            "lse", "mean", "col_lse", "col_mean", "attended", "slope", "lse_low", "col_lse_low"
+        )
+    }  # fmt: skip
     out = registration.call(
         "row_stats_backward", pairs.backend, **_operands(pairs), **given, grad_lse=grads.lse,
         grad_mean=grads.mean, grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean,
@@ -181,6 +185,17 @@ def softplus_backward(pairs: Pairs, grad: Tensor, needs: Needs) -> Gradients:
         normalize=pairs.normalize, needs=list(needs),
     )  # fmt: skip
     return Gradients(*out)
+
+
+def exact(lse: Tensor, low: Tensor | None) -> Tensor:
+    """A log-sum-exp in float64, with what its rounding took."""
+    return lse.double() if low is None else lse.double() + low
+
+
+def rounded(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(lse in `dtype`, what rounding takes from it)."""
+    high = lse.clone(memory_format=torch.contiguous_format).to(dtype)
+    return high, (lse - high).nan_to_num(0.0).to(dtype)  # -inf - -inf of a row without a pair
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def sweep(
             and can_attend(given.backend, given.x, y.dtype, frozen)
         )
     out = pairs.softmax(given, mean=mean, columns=columns, threshold=threshold, attend=attend)
-    return out._replace(attended=None, slope=None) if attend else out
+    return out._replace(attended=None, slope=None, lse_low=None, col_lse_low=None)
 
 
 def softplus_sweep(

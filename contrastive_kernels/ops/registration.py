@@ -11,6 +11,9 @@ d lse_i / d x_i itself, and there slope (N,), d lse_i / d scale.
 
 `together` makes the rows of x and then those of y one matrix with itself, of N + M rows with their
 ids, as if they were concatenated.
+
+lse_low, col_lse_low: what rounding took from lse and col_lse. It may be more than 1 where logits
+are 1e7, and the backward, whose exp(z - lse) have to add up to 1, gets it back.
 """
 
 from __future__ import annotations
@@ -40,12 +43,14 @@ _SCHEMAS = {
     "row_stats": (
         f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend, "
         "bool together) -> (Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, "
-        "Tensor rank, Tensor total, Tensor count, Tensor attended, Tensor slope)"
+        "Tensor rank, Tensor total, Tensor count, Tensor attended, Tensor slope, Tensor lse_low, "
+        "Tensor col_lse_low)"
     ),
     "row_stats_backward": (
         f"({_PAIRS}, Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor attended, "
-        "Tensor slope, Tensor? grad_lse, Tensor? grad_mean, Tensor? grad_col_lse, "
-        f"Tensor? grad_col_mean, bool normalize, bool[4] needs, bool together) -> {_GRADIENTS}"
+        "Tensor slope, Tensor lse_low, Tensor col_lse_low, Tensor? grad_lse, Tensor? grad_mean, "
+        "Tensor? grad_col_lse, Tensor? grad_col_mean, bool normalize, bool[4] needs, "
+        f"bool together) -> {_GRADIENTS}"
     ),
     "row_softplus": (
         f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend) -> "
@@ -121,6 +126,8 @@ def _fake_row_stats(backend: str, *inputs: Any) -> Any:
         count=torch.empty_like(counts),
         attended=attended,
         slope=slope,
+        lse_low=_stats(x, rows),
+        col_lse_low=_stats(x, keys * given.columns),
     )
 
 
@@ -157,9 +164,11 @@ def _setup_row_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.normalize, ctx.together = given.normalize, given.together
     _save(
         ctx, **pairs, lse=out.lse, mean=out.mean, col_lse=out.col_lse, col_mean=out.col_mean,
-        attended=out.attended, slope=out.slope,
+        attended=out.attended, slope=out.slope, lse_low=out.lse_low, col_lse_low=out.col_lse_low,
     )  # fmt: skip
-    absent = [out.rank, out.total, out.count, out.attended, out.slope]
+    absent = [
+        out.rank, out.total, out.count, out.attended, out.slope, out.lse_low, out.col_lse_low
+    ]  # fmt: skip
     if not given.mean:
         absent.append(out.mean)
     if not given.columns:

@@ -21,7 +21,7 @@ from ..distributed.exchange import Exchange, KeyShard, choose
 from ..distributed.shards import Shards
 from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
 from . import pairs
-from .pairs import Gradients, Needs, Pairs, merge, operand_dtype
+from .pairs import Gradients, Needs, Pairs, exact, merge, operand_dtype, rounded
 
 
 class Options(NamedTuple):
@@ -85,9 +85,10 @@ class _Softmax(torch.autograd.Function):
         threshold: Tensor | None, row_ids: RowIds, shard: KeyShard, options: Options,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         exchange, mean = options.exchange, options.mean
-        lse = x.new_full(x.shape[:1], -torch.inf, dtype=statistics_dtype(x))
+        dtype = statistics_dtype(x)
+        lse = x.new_full(x.shape[:1], -torch.inf, dtype=torch.float64)  # as exact as its parts
         stats = torch.stack((lse, torch.zeros_like(lse)) if mean else (lse,), 1)
-        counts = [] if threshold is None else [torch.zeros_like(lse) for _ in range(3)]
+        counts = [] if threshold is None else [torch.zeros_like(lse, dtype=dtype) for _ in range(3)]
 
         def visit(rows: slice, own: bool, keys: KeyShard) -> Tensor | None:
             block = _block(options, x, scale, bias, row_ids, rows, own, keys)
@@ -96,10 +97,13 @@ class _Softmax(torch.autograd.Function):
             columns = options.columns or (options.symmetric and not own)
             level = None if threshold is None else threshold[rows]
             out = pairs.softmax(block, mean=mean, columns=columns, threshold=level)
-            stats[rows] = merge(stats[rows], _stacked(out.lse, out.mean))
+            found = _stacked(exact(out.lse, out.lse_low), out.mean)
+            stats[rows] = merge(stats[rows], found)
             for total, t in zip(counts, out.counts or (), strict=True):
                 total[rows] += t
-            return _stacked(known(out.col_lse), out.col_mean) if columns else None
+            if not columns:
+                return None
+            return _stacked(exact(known(out.col_lse), out.col_lse_low), out.col_mean)
 
         loaded = exchange.load(shard._replace(keys=y))
         neutral = None
@@ -114,14 +118,15 @@ class _Softmax(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*counts)
-        of_columns = (None, None) if column_stats is None else _columns(column_stats, mean)
-        return *_columns(stats, mean), *of_columns, *(counts or 3 * (None,))
+        of_columns = (None, None) if column_stats is None else _columns(column_stats, mean, dtype)
+        return *_columns(stats, mean, dtype), *of_columns, *(counts or 3 * (None,))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         options, mean = ctx.options, ctx.options.mean
         x, scale, bias, stats, column_stats, *ids = ctx.saved_tensors
+        dtype = statistics_dtype(x)
         row_ids, loaded = RowIds(*ids[:2]), KeyShard(ids[2], exclude=ids[3], keep=ids[4])
         lse, row_mean, col_lse, col_mean, *_ = grads
         row_grads = _gradients_like(stats, lse, row_mean)
@@ -135,12 +140,14 @@ class _Softmax(torch.autograd.Function):
         def gradients(
             block: Pairs, rows: slice, key_stats: Tensor | None, needs: Needs
         ) -> Gradients:
-            whole = Sweep(*_columns(stats[rows], mean))
-            upstream = Sweep(*_columns(row_grads[rows], mean))
+            whole = _whole(stats[rows], mean, dtype)
+            upstream = Sweep(*_columns(row_grads[rows], mean, dtype))
             if key_stats is not None and block.y is not None:
-                columns = _columns(key_stats[:, : 1 + mean], mean)
-                whole = whole._replace(col_lse=columns[0], col_mean=columns[1])
-                columns = _columns(key_stats[:, 1 + mean :], mean)
+                found = _whole(key_stats[:, : 1 + mean], mean, dtype)
+                whole = whole._replace(
+                    col_lse=found.lse, col_mean=found.mean, col_lse_low=found.lse_low
+                )
+                columns = _columns(key_stats[:, 1 + mean :], mean, dtype)
                 upstream = upstream._replace(col_lse=columns[0], col_mean=columns[1])
             return pairs.softmax_backward(block, whole, upstream, needs)
 
@@ -278,14 +285,21 @@ def _block(
     )  # fmt: skip
 
 
-def _columns(stats: Tensor, mean: bool) -> tuple[Tensor, Tensor | None]:
+def _columns(stats: Tensor, mean: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(lse, mean) of merged statistics, None for a mean that is not there."""
-    return stats[:, 0].clone(), stats[:, 1].clone() if mean else None
+    lse, *means = (column.clone().to(dtype) for column in stats.unbind(1))
+    return lse, means[0] if mean else None
+
+
+def _whole(stats: Tensor, mean: bool, dtype: torch.dtype) -> Sweep:
+    """Merged statistics as those of rows."""
+    lse, low = rounded(stats[:, 0], dtype)
+    return Sweep(lse, _columns(stats, mean, dtype)[1], lse_low=low)
 
 
 def _stacked(lse: Tensor, mean: Tensor | None) -> Tensor:
-    """Statistics (K, 1 or 2), as `merge` takes them."""
-    return torch.stack((lse,) if mean is None else (lse, mean), 1)
+    """Statistics (K, 1 or 2) in float64, as `merge` takes them."""
+    return torch.stack((lse,) if mean is None else (lse, mean.double()), 1)
 
 
 def _gradients_like(stats: Tensor, lse: Tensor | None, mean: Tensor | None) -> Tensor:

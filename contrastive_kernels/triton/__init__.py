@@ -34,20 +34,20 @@ def row_stats(
     attend: bool,
     together: bool,
 ) -> tuple[Tensor, ...]:
-    """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope)."""
+    """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low)."""
     assert not together  # backends.can_join
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
         if problem.unit and not mean and threshold is None and (columns or problem.symmetric):
-            lse, col_lse = forward.two_way(problem)
-            row, col = Outputs(lse), Outputs(col_lse if columns else None)
+            row, col = forward.two_way(problem)
+            col = col if columns else Outputs()
         else:
             row = forward.stats(problem, ROWS, mean=mean, threshold=threshold, attend=attend)
             col = forward.stats(problem, COLUMNS, mean=mean) if columns else Outputs()
         statistics = (row.first, row.second, col.first, col.second)
         counts = (row.rank, row.total, row.pairs)
-        return _or_empty(problem, *statistics, *counts, row.gradient, row.slope)
+        return _or_empty(problem, *statistics, *counts, row.gradient, row.slope, row.low, col.low)
 
 
 def row_stats_backward(
@@ -65,6 +65,8 @@ def row_stats_backward(
     col_mean: Tensor,
     attended: Tensor,
     slope: Tensor,
+    lse_low: Tensor,
+    col_lse_low: Tensor,
     grad_lse: Tensor | None,
     grad_mean: Tensor | None,
     grad_col_lse: Tensor | None,
@@ -84,8 +86,8 @@ def row_stats_backward(
             problem = _problem(x, y, scale, bias, exclude, keep, normalize)
             upstream = Upstream()
             half = x.dtype == torch.float16
-            upstream.add(ROWS, lse, mean, grad_lse, grad_mean, half)
-            upstream.add(COLUMNS, col_lse, col_mean, grad_col_lse, grad_col_mean, half)
+            upstream.add(ROWS, lse, mean, grad_lse, grad_mean, half, lse_low)
+            upstream.add(COLUMNS, col_lse, col_mean, grad_col_lse, grad_col_mean, half, col_lse_low)
             out = backward.gradients(problem, upstream, missing)
         else:
             out = backward.no_gradients(x, x if y is None else y, lse.dtype)

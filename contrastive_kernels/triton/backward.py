@@ -36,7 +36,7 @@ class Upstream:
 
     def add(
         self, which: int, lse: Tensor | None, mean: Tensor | None, grad_lse: Tensor | None,
-        grad_mean: Tensor | None, half: bool,
+        grad_mean: Tensor | None, half: bool, low: Tensor | None = None,
     ) -> None:  # fmt: skip
         if grad_lse is None and grad_mean is None:
             return
@@ -45,6 +45,8 @@ class Upstream:
         side = {"grad_lse": grad_lse.contiguous()}
         if lse is not None:
             side["lse"] = lse
+            if low is not None and len(low):
+                side["low"] = low
         if grad_mean is not None:
             side |= {"mean": known(mean), "grad_mean": grad_mean.contiguous()}
         self.sides[which] = side

@@ -135,7 +135,8 @@ class Problem:
                 t, t.stride(0), t.stride(1), size, bias=self.bias if which == COLUMNS else None,
                 exclude=self.exclude[which], keep=self.keep[which], **statistics,
             )  # fmt: skip
-            names = [name for name in Side._fields[4:] if getattr(source, name) is not None]
+            fields = [name for name in Side._fields[4:] if name != "low"]
+            names = [name for name in fields if getattr(source, name) is not None]
             names += ["inverse"] if normalize else []
             padded = cdiv(size, PADDING) * PADDING
             made: dict[str, Any] = {}

@@ -66,20 +66,24 @@ def merge(state, other):
 
 @triton.jit
 def softmax_done(state):
-    """(lse, mean, factor of the weights); (-inf, 0, 0) for a row without a pair."""
+    """(lse, mean, factor of the weights, what rounding took from lse); (-inf, 0, 0, 0) for a row
+    without a pair."""
     top, total, weighted = state
     empty = total == 0  # not true of NaN, which stays
     total = tl.where(empty, 1.0, total)
-    lse = tl.where(empty, -float("inf"), top + tl.log2(total))
+    exact = (top.to(tl.float64) + tl.log2(total)) * LOG2  # for large logits
+    lse = tl.where(empty, -float("inf"), exact.to(top.dtype))
+    low = tl.where(tl.abs(lse) < float("inf"), (exact - lse).to(top.dtype), 0.0)
     norm = tl.where(empty, 0.0, 1.0 / total)
-    return lse * LOG2, weighted * norm * LOG2, norm
+    return lse, weighted * norm * LOG2, norm, low
 
 
 @triton.jit
 def softplus_done(state):
-    """(value, 0, factor of the weights)."""
+    """(value, 0, factor of the weights, 0)."""
     total = state[1]
-    return total * LOG2, tl.zeros_like(total), tl.full(total.shape, 1.0, total.dtype)
+    zeros = tl.zeros_like(total)
+    return total * LOG2, zeros, tl.full(total.shape, 1.0, total.dtype), zeros
 
 
 @triton.jit

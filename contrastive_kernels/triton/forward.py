@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..types import known
 from . import engine, folds, sweep
 from .configs import Tile, bucket, processors
 from .engine import COLUMNS, ROWS, SUM_EXPONENT, SUM_EXPONENT_WEIGHTED, Problem, cdiv
@@ -26,7 +25,7 @@ def stats(
     """Statistics of every row (which = ROWS) or column, 2 N M D; with `attend` their gradient by
     the own vectors too, 4 N M D."""
     n = problem.size(which)
-    out = Outputs(first=problem.empty(n))
+    out = Outputs(first=problem.empty(n), low=None if softplus else problem.empty(n))
     if mean:
         out = out._replace(second=problem.empty(n))
     if threshold is not None:
@@ -109,7 +108,7 @@ def merge(
     )  # fmt: skip
 
 
-def two_way(problem: Problem) -> tuple[Tensor, Tensor]:
+def two_way(problem: Problem) -> tuple[Outputs, Outputs]:
     """lse of rows and of columns of unit vectors in one sweep, 2 N M D; N^2 D for x with itself."""
     chosen = problem.tile("two_way")
     own, other = problem.side(COLUMNS), problem.side(ROWS)
@@ -142,11 +141,11 @@ def two_way(problem: Problem) -> tuple[Tensor, Tensor]:
     return rows_lse, two_way_lse(problem, COLUMNS, own_sums, terms)
 
 
-def two_way_lse(problem: Problem, which: int, sums: Tensor, terms: int) -> Tensor:
+def two_way_lse(problem: Problem, which: int, sums: Tensor, terms: int) -> Outputs:
     """lse from the sums of `two_way_kernel`, (parts, size); rows that underflowed swept again."""
     chosen = problem.tile("stats")
     own, other = problem.side(which), problem.side(1 - which)
-    out = Outputs(problem.empty(own.size))
+    out = Outputs(problem.empty(own.size), low=problem.empty(own.size))
     merge(
         problem, own, terms, None, out, Partial(sums), sums.shape[0], folds.softmax_done,
         SUM_EXPONENT, fixed=True, repair=False, width=1,
@@ -156,4 +155,4 @@ def two_way_lse(problem: Problem, which: int, sums: Tensor, terms: int) -> Tenso
         cdiv(other.size, chosen.block_n), SOFTMAX | {"SUM_EXPONENT": SUM_EXPONENT}, fixed=False,
         repair=True,
     )  # fmt: skip
-    return known(out.first)
+    return out

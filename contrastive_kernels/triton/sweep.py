@@ -21,9 +21,9 @@ REDO: tl.constexpr = tl.constexpr(float("inf"))
 class Outputs(NamedTuple):
     """Results for each own vector; None is not computed.
 
-    first, second: what the fold gives, (N,). rank, total, pairs: of the logits above a threshold,
-    their sum and their number. gradient (N, D): d first / d own vector, and slope (N,):
-    d first / d scale.
+    first, second: what the fold gives, (N,); low: what rounding took from first. rank, total,
+    pairs: of the logits above a threshold, their sum and their number. gradient (N, D): d first /
+    d own vector, and slope (N,): d first / d scale.
     """
 
     first: Tensor | None = None
@@ -33,6 +33,7 @@ class Outputs(NamedTuple):
     pairs: Tensor | None = None
     gradient: Tensor | None = None
     slope: Tensor | None = None
+    low: Tensor | None = None
 
 
 class Partial(NamedTuple):
@@ -144,9 +145,11 @@ def to_redo(out, i, inside):
 @triton.jit
 def store_rows(out, i, inside, state, counts, least, DONE: tl.constexpr):
     """Writes the statistics; returns the factor of the weights."""
-    first, second, norm = DONE(state)
+    first, second, norm, low = DONE(state)
     first = tl.where(state[1] < least, REDO, first)
     tl.store(out.first + i, first, mask=inside)
+    if out.low is not None:
+        tl.store(out.low + i, low, mask=inside)
     if out.second is not None:
         tl.store(out.second + i, second, mask=inside)
     if out.rank is not None:

@@ -27,6 +27,8 @@ class Side(NamedTuple):
         keep: ids, only pairs of equal ids are kept.
         lse, mean, grad_lse, grad_mean: what the backward pass knows of this side's statistics; lse
             is +inf, not -inf, where there is no pair, and gradients are 0 beyond the end.
+        low: what rounding took from lse. Packed, it is in the gradients: exp(z - lse - low) =
+            exp(z - lse) exp(-low).
     """
 
     features: Tensor
@@ -42,6 +44,7 @@ class Side(NamedTuple):
     mean: Tensor | None = None
     grad_lse: Tensor | None = None
     grad_mean: Tensor | None = None
+    low: Tensor | None = None
 
 
 RANGE: tl.constexpr = tl.constexpr(64)
@@ -100,11 +103,15 @@ def logits(
     slices. DIM = 0: the inner products are stored, as the rows' features. With MASK_ROWS the logits
     beyond the rows are -inf too, else finite.
     """
-    row_factor = tl.zeros((BLOCK_M,), scale.dtype) + scale * LOG2E
-    if rows.inverse is not None:
-        row_factor *= load_block(rows.inverse, row_start, BLOCK_M)
-    if columns.inverse is not None:
-        column_factor = load_block(columns.inverse, column_start, BLOCK_N)
+    # Of float32 the factor has the same bits with the sides exchanged: where logits are large, the
+    # exp(z - lse) of the backward sweep are right only with those of the forward sweep.
+    EITHER_WAY: tl.constexpr = (DTYPE == tl.float32) and (rows.inverse is not None)
+    BIASED: tl.constexpr = (rows.bias is not None) or (columns.bias is not None)
+    if not EITHER_WAY:
+        row_factor = tl.zeros((BLOCK_M,), scale.dtype) + scale * LOG2E
+        if rows.inverse is not None:
+            row_factor *= load_block(rows.inverse, row_start, BLOCK_M)
+            column_factor = load_block(columns.inverse, column_start, BLOCK_N)
 
     z2 = tl.zeros((BLOCK_M, BLOCK_N), scale.dtype)
     if DIM == 0:
@@ -117,12 +124,19 @@ def logits(
             y_slice = load_features(columns, column_start, k0, DIM, BLOCK_N, BLOCK_K, DTYPE)
             z2 = dot(x_slice, tl.trans(y_slice), z2, PRECISION)
 
-    z2 *= row_factor[:, None]
-    BIASED: tl.constexpr = (rows.bias is not None) or (columns.bias is not None)
+    if not EITHER_WAY:
+        z2 *= row_factor[:, None]
+    elif scale < 0:  # the factor is not
+        z2 = -z2
     if not BIASED:
         # before the columns are scaled, so that the subtraction which follows costs nothing
         z2 = drop(z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, MASK_ROWS)
-    if columns.inverse is not None:
+    if EITHER_WAY:
+        root = tl.sqrt(tl.maximum(tl.abs(scale) * LOG2E, 1e-30))
+        row_factor = load_block(rows.inverse, row_start, BLOCK_M) * root
+        column_factor = load_block(columns.inverse, column_start, BLOCK_N) * root
+        z2 *= row_factor[:, None] * column_factor[None, :]
+    elif rows.inverse is not None:
         z2 *= column_factor[None, :]
     if rows.bias is not None:
         z2 += load_block(rows.bias, row_start, BLOCK_M)[:, None]
@@ -222,16 +236,24 @@ def pack(
         tl.store(packed.ranges + 2 * block + 1, tl.max(ids, 0))
     if source.keep is not None:
         tl.store(packed.keep + i, tl.load(source.keep + at).to(tl.int32))
+    factor = tl.full((RANGE,), 1.0, ACC)
     if source.lse is not None:
-        lse = tl.load(source.lse + at) * LOG2E
+        exact = tl.load(source.lse + at).to(tl.float64)
+        if source.low is not None:
+            exact += tl.load(source.low + at)
+        exact *= LOG2E
+        lse = exact.to(ACC)
         inside = inside & (lse != -float("inf"))  # no gradient without a pair, whatever comes
         tl.store(packed.lse + i, tl.where(inside, lse, float("inf")))
+        factor = tl.exp2(tl.where(inside, lse - exact, 0.0).to(ACC))
     if source.mean is not None:
         tl.store(packed.mean + i, tl.load(source.mean + at))
     if source.grad_lse is not None:
-        tl.store(packed.grad_lse + i, tl.load(source.grad_lse + at, mask=inside, other=0.0))
+        grad = tl.load(source.grad_lse + at, mask=inside, other=0.0)
+        tl.store(packed.grad_lse + i, grad * factor)
     if source.grad_mean is not None:
-        tl.store(packed.grad_mean + i, tl.load(source.grad_mean + at, mask=inside, other=0.0))
+        grad = tl.load(source.grad_mean + at, mask=inside, other=0.0)
+        tl.store(packed.grad_mean + i, grad * factor)
 
 
 @triton.jit

@@ -122,8 +122,10 @@ def workload(entry: Entry, device: torch.device, n: int) -> Workload:
     if entry.schedule in ("gradient", "coefficient"):
         none = torch.zeros(0, **statistics)
         upstream: dict[str, Any] = {
-            "lse": torch.zeros(n, **statistics),
-            **dict.fromkeys(("mean", "col_lse", "col_mean", "attended", "slope"), none),
+            **{name: torch.zeros(n, **statistics) for name in ("lse", "lse_low")},
+            **dict.fromkeys(
+                ("mean", "col_lse", "col_lse_low", "col_mean", "attended", "slope"), none
+            ),
             "grad_lse": torch.ones(n, **statistics),
             **dict.fromkeys(("grad_mean", "grad_col_lse", "grad_col_mean")),
         }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "schedule.h"
+#include "sums.h"
 
 namespace ck {
 namespace {
@@ -11,13 +12,14 @@ namespace {
 enum Field { kLse, kMean, kGradLse, kGradMean, kFields };
 
 // The fields of one side as the tiles take them. A row with no pair (lse = -inf) gets lse = +inf
-// and no gradient, so that it adds nothing, whatever came from above.
+// and no gradient, so that it adds nothing, whatever came from above. What rounding took from lse,
+// `low`, comes into the gradients: exp(z - lse - low) = exp(z - lse) exp(-low).
 template <class T>
 class Side {
  public:
   Side() = default;
-  Side(int64_t size, const at::Tensor& lse, const at::Tensor& mean, const OptionalTensor& grad_lse,
-       const OptionalTensor& grad_mean) {
+  Side(int64_t size, const at::Tensor& lse, const at::Tensor& low, const at::Tensor& mean,
+       const OptionalTensor& grad_lse, const OptionalTensor& grad_mean) {
     values_ = at::zeros({kFields, size}, kScalar<T>);
     T* values = values_.template data_ptr<T>();
     const auto fill = [&](Field field, const at::Tensor& source) {
@@ -30,7 +32,14 @@ class Side {
       fill(kMean, mean);
       fill(kGradMean, *grad_mean);
     }
+    const at::Tensor of_lse = low.to(kScalar<T>).contiguous();
+    const T* lows = low.numel() > 0 ? of_lse.template const_data_ptr<T>() : nullptr;
     for (int64_t i = 0; i < size; ++i) {
+      if (lows != nullptr) {
+        const T factor = std::exp(-lows[i]);
+        values[kGradLse * size + i] *= factor;
+        values[kGradMean * size + i] *= factor;
+      }
       if (values[kLse * size + i] == -std::numeric_limits<T>::infinity()) {
         values[kLse * size + i] = std::numeric_limits<T>::infinity();
         values[kGradLse * size + i] = values[kGradMean * size + i] = 0;
@@ -126,14 +135,17 @@ class BackwardSweep {
       : a_(arguments), in_(in), needs_(needs), p_(arguments) {
     const bool with_mean = in.grad_mean.has_value() || in.grad_col_mean.has_value();
     fold_ = in.softplus ? Fold::kSoftplus : with_mean ? Fold::kLseMean : Fold::kLse;
-    rows_ = Side<T>(p_.x.rows(), in.lse, in.mean, in.grad_lse, in.grad_mean);
+    attended_ = in.attended.numel() > 0 && !needs.y && !needs.bias;
+    // the weights of attended keys are of the sums themselves
+    const at::Tensor low = attended_ ? in.lse_low.narrow(0, 0, 0) : in.lse_low;
+    rows_ = Side<T>(p_.x.rows(), in.lse, low, in.mean, in.grad_lse, in.grad_mean);
     if (in.grad_col_lse.has_value() || in.grad_col_mean.has_value())
-      keys_ = Side<T>(p_.keys, in.col_lse, in.col_mean, in.grad_col_lse, in.grad_col_mean);
+      keys_ = Side<T>(p_.keys, in.col_lse, in.col_lse_low, in.col_mean, in.grad_col_lse,
+                      in.grad_col_mean);
   }
 
   BackwardResult run() {
     const bool need_u = needs_.x || needs_.scale;
-    const bool attended = in_.attended.numel() > 0 && !needs_.y && !needs_.bias;
     const at::Tensor none = at::empty({0}, at::TensorOptions(kScalar<T>));
     BackwardResult result{none, none, none, none};
     const auto shared = [&](bool needed, const at::Tensor& t, const Features<T>& f) {
@@ -142,7 +154,7 @@ class BackwardSweep {
     Gradient<T> u = shared(need_u, a_.x, p_.x);
     at::Tensor totals;
     if (needs_.bias) totals = at::zeros({p_.keys}, at::kDouble);
-    if (attended) {
+    if (attended_) {
       for (Range slab : u.slabs(true)) {
         u.start(slab);
         if (need_u) from_attended(slab, u.rows());
@@ -154,7 +166,10 @@ class BackwardSweep {
       u.take(sweep_pairs(result.y, totals));
     } else if (p_.symmetric) {
       u.start(u.slabs(false)[0]);
-      sweep_half(u.rows());
+      if (fixed_shift(p_).promising)
+        sweep_half(u.rows());
+      else
+        sweep_half_by_factor(u.rows());
       u.finish();
     } else {
       Gradient<T> v = shared(needs_.y, *a_.y, p_.y);
@@ -179,7 +194,7 @@ class BackwardSweep {
     }
     if (needs_.x) result.x = u.result();
     // both orders of a pair are in u when the matrix is symmetric
-    const bool twice = p_.symmetric && !attended;
+    const bool twice = p_.symmetric && !attended_;
     if (needs_.scale)
       result.scale = at::scalar_tensor(twice ? u.along() / 2 : u.along(), a_.scale.options());
     if (needs_.bias) result.bias = totals.to(a_.bias->scalar_type());
@@ -206,6 +221,18 @@ class BackwardSweep {
     for_half_pairs(p_, workers, [&](Worker<T>& w, Range rows, Range keys) {
       part(w, rows, keys, true, out, out, nullptr);
     });
+  }
+
+  // for large logits: those of the forward sweep, bit by bit
+  void sweep_half_by_factor(T* out) {
+    const at::Tensor factor = symmetric_factor(p_, a_), sign = sign_of_scale(p_);
+    const PairArguments given = with_factor(a_, factor, sign);
+    BackwardSweep(given, in_, needs_).sweep_half(out);
+    const T root = std::sqrt(std::abs(p_.scale));
+    for (int64_t i = 0; i < p_.x.rows(); ++i) {
+      T* row = out + i * p_.x.d();
+      for (int64_t k = 0; k < p_.x.d(); ++k) row[k] *= p_.x.inverse()[i] / root;
+    }
   }
 
   void sweep_all(Range all_rows, Range all_keys, T* to_rows, T* to_keys, const at::Tensor& totals) {
@@ -293,6 +320,7 @@ class BackwardSweep {
   const PairArguments& a_;
   const BackwardInputs& in_;
   Needs needs_;
+  bool attended_;
   Problem<T> p_;
   Fold fold_;
   Side<T> rows_, keys_;

@@ -8,7 +8,7 @@ namespace ck {
 // nothing depends on the statistic; the softplus fold has grad_lse alone, the gradient of its sum.
 struct BackwardInputs {
   bool softplus = false;
-  at::Tensor lse, mean, col_lse, col_mean, attended;
+  at::Tensor lse, lse_low, mean, col_lse, col_lse_low, col_mean, attended;
   OptionalTensor grad_lse = {}, grad_mean = {}, grad_col_lse = {}, grad_col_mean = {};
 };
 

@@ -2,80 +2,23 @@
 #include "forward.h"
 
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 #include "schedule.h"
+#include "sums.h"
 
 namespace ck {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Sums for each row (or each key), one set for each part the other side is cut into.
-enum Field { kSum, kWeighted, kShift, kRank, kTotal, kCount, kFields };
-
-class Sums {
- public:
-  Sums(int64_t size, int fields, int64_t parts = 1)
-      : values_(at::zeros({parts, fields, size}, at::kDouble)) {}
-  int64_t parts() const { return values_.size(0); }
-  int64_t size() const { return values_.size(2); }
-  int fields() const { return static_cast<int>(values_.size(1)); }
-  double* of(int field, int64_t part = 0) {
-    return values_.data_ptr<double>() + (part * values_.size(1) + field) * values_.size(2);
-  }
-  // adds up the parts, rescaled to the largest shift, into part 0; factors as used, (parts, size)
-  at::Tensor merge() {
-    const at::Tensor factors = at::ones({parts(), size()}, at::kDouble);
-    if (parts() == 1) return factors;
-    const at::Tensor largest = values_.select(1, kShift).amax(0);
-    for (int64_t part = 0; part < parts(); ++part) {
-      double* factor = factors.data_ptr<double>() + part * size();
-      for (int64_t i = 0; i < size(); ++i) {
-        const double shift = of(kShift, part)[i], top = largest.const_data_ptr<double>()[i];
-        factor[i] = shift == top ? 1 : std::exp(shift - top);
-        SoftmaxState<double> sum{0, 0};
-        const SoftmaxState<double> mine{of(kSum, part)[i], of(kWeighted, part)[i]};
-        if (part > 0) sum = {of(kSum)[i], of(kWeighted)[i]};
-        SoftmaxFold<true>::merge(sum, mine, factor[i]);
-        of(kSum)[i] = sum.sum;
-        of(kWeighted)[i] = sum.weighted;
-        for (int field = kRank; part > 0 && field < fields(); ++field)
-          of(field)[i] += of(field, part)[i];
-      }
-    }
-    values_[0][kShift].copy_(largest);
-    return factors;
-  }
-  at::Tensor field(int which) const { return values_[0][which]; }
-
- private:
-  at::Tensor values_;
-};
-
-// One shift for all logits, where their bound allows it: then partial sums are simply added, and
-// one exponential serves the row and the column of a pair.
-struct FixedShift {
-  double shift;
-  double smallest;  // a sum below may miss terms that were flushed to 0
-  bool promising;
-};
-
+// A shift for each row and each key, their largest logits; null: there is another one.
 template <class T>
-FixedShift fixed_shift(const Problem<T>& p) {
-  const double reach = std::is_same_v<T, float> ? 85 : 700;  // exp(+-reach) is a normal number
-  // the norms of keys of their own are known only to be 1
-  const double key_norm = p.paired ? 1 : p.y.largest_norm();
-  const double largest_key = p.normalize ? 1 : std::max(1.0, key_norm);
-  const double bound = std::abs(p.scale) * p.x.largest_norm() * key_norm * 1.001 + p.largest_bias;
-  const double terms = static_cast<double>(std::max(p.x.rows(), p.keys));
-  // sums run over all pairs, of weights times logits or times keys
-  const double room = std::log(terms) + std::log(std::max({1.0, bound, largest_key}));
-  const double precision = std::is_same_v<T, float> ? 19 : 40;  // exp(-precision) is negligible
-  // 0 subtracts without rounding; with a bound of 120 and more, rows far below it are likely, and
-  // the sweep would have to be done again
-  return {std::max(0.0, bound - (reach - room)), std::exp(-reach + precision + std::log(terms)),
-          bound < 120 && (p.normalize || !p.paired)};
-}
+struct Shifts {
+  const T* rows = nullptr;
+  const T* keys = nullptr;
+};
 
 // The sums of one block of rows while tiles pass.
 template <class T>
@@ -83,8 +26,13 @@ class RowBlock {
  public:
   // no shift: it follows the largest logit met so far
   RowBlock(const Problem<T>& problem, Worker<T>& worker, Fold fold, std::optional<double> shift,
-           const T* threshold)
-      : p_(problem), w_(worker), fold_(fold), fixed_(shift), threshold_(threshold) {
+           const T* threshold, const Shifts<T>& shifts = {})
+      : p_(problem),
+        w_(worker),
+        fold_(fold),
+        fixed_(shift),
+        threshold_(threshold),
+        shifts_(shifts) {
     sums_.resize(kFields * p_.block_rows);
   }
 
@@ -95,6 +43,7 @@ class RowBlock {
     T* shift = w_.lane_buffer(kShiftLanes);
     std::fill_n(shift, real, fixed_ ? static_cast<T>(*fixed_) : -infinity);
     std::fill(shift + real, shift + padded, infinity);
+    if (shifts_.rows != nullptr) w_.lanes(kShiftLanes, shifts_.rows, infinity);
     if (threshold_ != nullptr) {
       w_.lanes(kThresholdLanes, threshold_, infinity);
       w_.valid_lanes(kValidLanes);
@@ -108,7 +57,9 @@ class RowBlock {
     if (threshold_ != nullptr) push_counts(mirrored ? keys : nullptr);
     ForwardSums<T> sums{};
     sums.shift = w_.lane_buffer(kShiftLanes);
-    if (!fixed_ && fold_ != Fold::kSoftplus) sums.shift = raise_shift(attended);
+    if (!fixed_ && shifts_.rows == nullptr && fold_ != Fold::kSoftplus)
+      sums.shift = raise_shift(attended);
+    if (shifts_.keys != nullptr) sums.key_shift = shifts_.keys + w_.keys().begin;
     sums.row_sum = sum(kSum);
     sums.row_weighted = sum(kWeighted);
     if (keys != nullptr) {
@@ -182,8 +133,14 @@ class RowBlock {
   Fold fold_;
   std::optional<double> fixed_;
   const T* threshold_;
+  Shifts<T> shifts_;
   bool first_ = true;
   std::vector<double> sums_;
+};
+
+// Those of one side; what was not asked for is undefined.
+struct Statistics {
+  at::Tensor lse, low, mean, attended;
 };
 
 template <class T>
@@ -200,16 +157,13 @@ class ForwardSweep {
   ForwardResult run() {
     const FixedShift fixed = fixed_shift(p_);
     const bool one_shift = options_.fold != Fold::kSoftplus && fixed.promising;
-    if (one_shift && !options_.attend && (options_.columns || p_.symmetric)) return both(fixed);
+    const bool two_ways = options_.columns || (p_.symmetric && options_.fold != Fold::kSoftplus);
+    if (two_ways && !options_.attend)
+      return one_shift ? both(fixed) : p_.symmetric ? both_by_factor() : both_by_maxima();
     Sums sums(0, kRank);
     ForwardResult result = rows(one_shift ? std::optional(fixed.shift) : std::nullopt, sums);
-    if (one_shift) redo(sums, fixed.smallest, false, result.lse, result.mean, result.attended);
-    if (options_.columns) {
-      result.col_lse = at::empty({p_.keys}, kScalar<T>);
-      if (with_mean()) result.col_mean = at::empty({p_.keys}, kScalar<T>);
-      online_subset(at::arange(p_.keys, at::kLong), true, result.col_lse, result.col_mean,
-                    at::Tensor());
-    }
+    if (one_shift)
+      redo(sums, fixed.smallest, false, {result.lse, result.lse_low, result.mean, result.attended});
     return result;
   }
 
@@ -227,13 +181,64 @@ class ForwardSweep {
       Sums keys(p_.keys, kRank);
       rows_and_keys(rows, keys, fixed.shift);
       std::fill_n(keys.of(kShift), keys.size(), static_cast<T>(fixed.shift));
-      result.col_lse = lse(keys);
-      if (with_mean()) result.col_mean = mean(keys);
-      redo(keys, fixed.smallest, true, result.col_lse, result.col_mean, at::Tensor());
+      set_columns(result, keys);
+      redo(keys, fixed.smallest, true, {result.col_lse, result.col_lse_low, result.col_mean, {}});
     }
     set_rows(result, rows);
-    redo(rows, fixed.smallest, false, result.lse, result.mean, at::Tensor());
+    redo(rows, fixed.smallest, false, {result.lse, result.lse_low, result.mean, {}});
     return result;
+  }
+
+  // The same for logits of any size: one sweep finds the largest of each row and key, a second one
+  // sums. Logits are those of the backward sweep, bit by bit: with sides exchanged they would be
+  // rounded otherwise, and exp(z - lse) be off by as much as logits are.
+  ForwardResult both_by_maxima() {
+    const T lowest = -static_cast<T>(kInfinity);
+    const at::Tensor row_max = at::full({p_.x.rows()}, lowest, kScalar<T>);
+    const at::Tensor key_max = p_.symmetric ? row_max : at::full({p_.keys}, lowest, kScalar<T>);
+    find_maxima(row_max.template data_ptr<T>(), key_max.template data_ptr<T>());
+    row_max.masked_fill_(row_max == lowest, 0);  // no pair
+    key_max.masked_fill_(key_max == lowest, 0);
+    const Shifts<T> shifts{row_max.template const_data_ptr<T>(),
+                           key_max.template const_data_ptr<T>()};
+    ForwardResult result;
+    Sums rows(p_.x.rows(), row_fields());
+    if (p_.symmetric) {
+      rows_and_keys(rows, rows, {}, shifts);
+    } else {
+      Sums keys(p_.keys, kRank);
+      rows_and_keys(rows, keys, {}, shifts);
+      std::copy_n(shifts.keys, keys.size(), keys.of(kShift));
+      set_columns(result, keys);
+    }
+    set_rows(result, rows);
+    return result;
+  }
+
+  ForwardResult both_by_factor() {
+    const at::Tensor factor = symmetric_factor(p_, arguments_), sign = sign_of_scale(p_);
+    const PairArguments given = with_factor(arguments_, factor, sign);
+    return ForwardSweep(given, options_).both_by_maxima();
+  }
+
+  void find_maxima(T* of_rows, T* of_keys) {
+    Workers<T> workers(p_, false);
+    const auto visit = [&](Worker<T>& w, Range row_part, Range key_part) {
+      enum Lanes { kMaxLanes, kValidLanes };
+      const T* valid = nullptr;
+      const auto push = [&](bool mirrored) {
+        T* largest = w.lane_buffer(kMaxLanes);
+        p_.kernels.row_max(w.tile(), largest);
+        T* out = of_rows + w.rows().begin;
+        for (int64_t i = 0; i < w.rows().size(); ++i) out[i] = std::max(out[i], largest[i]);
+        if (mirrored || !p_.symmetric)
+          p_.kernels.raise_key_max(w.tile(), valid, of_keys + w.keys().begin);
+      };
+      for_tiles(
+          p_, w, row_part, key_part, p_.symmetric,
+          [&](Range) { valid = w.valid_lanes(kValidLanes); }, push, [](Range) {});
+    };
+    visit_pairs(workers, visit);
   }
 
   // Rows only; without a shift, for logits of any size.
@@ -255,10 +260,11 @@ class ForwardSweep {
     return result;
   }
 
-  void rows_and_keys(Sums& rows, Sums& keys, double shift) {
+  void rows_and_keys(Sums& rows, Sums& keys, std::optional<double> shift,
+                     const Shifts<T>& shifts = {}) {
     Workers<T> workers(p_, false);
     const auto visit = [&](Worker<T>& w, Range row_part, Range key_part) {
-      RowBlock<T> block(p_, w, options_.fold, shift, threshold_);
+      RowBlock<T> block(p_, w, options_.fold, shift, threshold_, shifts);
       for_tiles(
           p_, w, row_part, key_part, p_.symmetric, [&](Range) { block.start(); },
           [&](bool mirrored) {
@@ -266,6 +272,11 @@ class ForwardSweep {
           },
           [&](Range) { block.finish(rows, 0); });
     };
+    visit_pairs(workers, visit);
+  }
+
+  template <class Visit>
+  void visit_pairs(Workers<T>& workers, Visit visit) {
     if (p_.symmetric)
       for_half_pairs(p_, workers, visit);
     else
@@ -292,14 +303,17 @@ class ForwardSweep {
     return out;
   }
 
-  static at::Tensor lse(Sums& sums) {
+  // lse, and what rounding took from it: of large logits that is more than exp can bear
+  static std::pair<at::Tensor, at::Tensor> lse(Sums& sums) {
     const at::Tensor out = at::empty({sums.size()}, kScalar<T>);
-    T* values = out.template data_ptr<T>();
+    const at::Tensor low = at::zeros({sums.size()}, kScalar<T>);
+    T *values = out.template data_ptr<T>(), *lows = low.template data_ptr<T>();
     for (int64_t i = 0; i < sums.size(); ++i) {
-      const double sum = sums.of(kSum)[i];
-      values[i] = static_cast<T>(sum == 0 ? -kInfinity : std::log(sum) + sums.of(kShift)[i]);
+      const double sum = sums.of(kSum)[i], shift = sums.of(kShift)[i], log = std::log(sum);
+      values[i] = static_cast<T>(sum == 0 ? -kInfinity : log + shift);
+      if (std::isfinite(values[i])) lows[i] = static_cast<T>(log - (values[i] - shift));
     }
-    return out;
+    return {out, low};
   }
 
   static at::Tensor mean(Sums& sums) {
@@ -313,7 +327,10 @@ class ForwardSweep {
   }
 
   void set_rows(ForwardResult& result, Sums& rows) {
-    result.lse = options_.fold == Fold::kSoftplus ? field(rows, kSum) : lse(rows);
+    if (options_.fold == Fold::kSoftplus)
+      result.lse = field(rows, kSum);
+    else
+      std::tie(result.lse, result.lse_low) = lse(rows);
     if (with_mean()) result.mean = mean(rows);
     if (threshold_ != nullptr) {
       result.rank = field(rows, kRank);
@@ -322,13 +339,17 @@ class ForwardSweep {
     }
   }
 
+  void set_columns(ForwardResult& result, Sums& keys) {
+    std::tie(result.col_lse, result.col_lse_low) = lse(keys);
+    if (with_mean()) result.col_mean = mean(keys);
+  }
+
   // Does the rows (or keys) again whose sum is too small to be trusted under the fixed shift.
-  void redo(Sums& sums, double smallest, bool of_keys, const at::Tensor& lse,
-            const at::Tensor& mean, const at::Tensor& attended) {
+  void redo(Sums& sums, double smallest, bool of_keys, const Statistics& out) {
     std::vector<int64_t> which;
     for (int64_t i = 0; i < sums.size(); ++i)
       if (sums.of(kSum)[i] < smallest) which.push_back(i);
-    if (!which.empty()) online_subset(at::tensor(which), of_keys, lse, mean, attended);
+    if (!which.empty()) online_subset(at::tensor(which), of_keys, out);
   }
 
   static at::Tensor rows_of(const PairArguments& a, const at::Tensor& which) {
@@ -339,10 +360,9 @@ class ForwardSweep {
   }
 
   // Statistics of some rows (or of some keys, with both sides swapped), into their places.
-  void online_subset(const at::Tensor& which, bool of_keys, const at::Tensor& lse,
-                     const at::Tensor& mean, const at::Tensor& attended) {
+  void online_subset(const at::Tensor& which, bool of_keys, const Statistics& to) {
     const PairArguments& a = arguments_;
-    const bool all = which.size(0) == lse.size(0);
+    const bool all = which.size(0) == to.lse.size(0);
     const auto select = [&](const OptionalTensor& t) {
       return t.has_value() && !all ? OptionalTensor(t->index_select(0, which)) : t;
     };
@@ -366,7 +386,7 @@ class ForwardSweep {
         .keep_cols = of_keys ? a.keep_rows : a.keep_cols,
         .normalize = a.normalize,
     };
-    ForwardSweep sweep(subset, {.fold = options_.fold, .attend = attended.defined()});
+    ForwardSweep sweep(subset, {.fold = options_.fold, .attend = to.attended.defined()});
     Sums sums(0, kRank);
     ForwardResult out = sweep.rows(std::nullopt, sums);
     if (of_keys && a.bias.has_value()) {
@@ -375,9 +395,10 @@ class ForwardSweep {
       out.lse += shift;
       if (out.mean.defined()) out.mean += at::where(out.lse == -kInfinity, 0, shift);
     }
-    lse.index_copy_(0, which, out.lse);
-    if (out.mean.defined()) mean.index_copy_(0, which, out.mean);
-    if (attended.defined()) attended.index_copy_(0, which, out.attended);
+    to.lse.index_copy_(0, which, out.lse);
+    to.low.index_copy_(0, which, out.lse_low);
+    if (out.mean.defined()) to.mean.index_copy_(0, which, out.mean);
+    if (to.attended.defined()) to.attended.index_copy_(0, which, out.attended);
   }
 
   const PairArguments& arguments_;

@@ -94,7 +94,7 @@ at::Tensor or_empty(const at::Tensor& t, const at::Tensor& x) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-           at::Tensor, at::Tensor>
+           at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
           const OptionalTensor& bias, const OptionalTensor& exclude_rows,
           const OptionalTensor& exclude_cols, const OptionalTensor& keep_rows,
@@ -120,7 +120,9 @@ row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
           or_empty(r.total, x),
           or_empty(r.count, x),
           or_empty(r.attended, x),
-          or_empty(at::Tensor(), x)};
+          or_empty(at::Tensor(), x),
+          or_empty(r.lse_low, x),
+          or_empty(r.col_lse_low, x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -173,7 +175,8 @@ Four row_stats_backward(const at::Tensor& x, const OptionalTensor& y, const at::
                         const OptionalTensor& keep_cols, const at::Tensor& lse,
                         const at::Tensor& mean, const at::Tensor& col_lse,
                         const at::Tensor& col_mean, const at::Tensor& attended,
-                        const at::Tensor& /*slope*/, const OptionalTensor& grad_lse,
+                        const at::Tensor& /*slope*/, const at::Tensor& lse_low,
+                        const at::Tensor& col_lse_low, const OptionalTensor& grad_lse,
                         const OptionalTensor& grad_mean, const OptionalTensor& grad_col_lse,
                         const OptionalTensor& grad_col_mean, bool normalize,
                         std::array<bool, 4> needs, bool together) {
@@ -182,8 +185,10 @@ Four row_stats_backward(const at::Tensor& x, const OptionalTensor& y, const at::
   return run_backward(pairs,
                       {
                           .lse = lse,
+                          .lse_low = lse_low,
                           .mean = mean,
                           .col_lse = col_lse,
+                          .col_lse_low = col_lse_low,
                           .col_mean = col_mean,
                           .attended = attended,
                           .grad_lse = grad_lse,
@@ -206,8 +211,10 @@ Four row_softplus_backward(const at::Tensor& x, const OptionalTensor& y, const a
                       {
                           .softplus = true,
                           .lse = none,
+                          .lse_low = none,
                           .mean = none,
                           .col_lse = none,
+                          .col_lse_low = none,
                           .col_mean = none,
                           .attended = none,
                           .grad_lse = grad,

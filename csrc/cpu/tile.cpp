@@ -50,11 +50,15 @@ CK_FOLD void add_lanes(double* out, Vec<T> v) {
   for (int l = 0; l < kLanes<T>; ++l) out[l] += lanes[l];
 }
 
-template <class T, bool Mean, bool Masked, bool Keys, bool Store>
+enum class KeySums { kNone, kSameShift, kOwnShift };
+
+template <class T, bool Mean, bool Masked, KeySums OfKeys, bool Store>
 void softmax_forward(const Tile<T>& tile, const ForwardSums<T>& sums) {
   using L = Lane<T>;
   using V = Vec<T>;
   using F = SoftmaxFold<Mean>;
+  constexpr bool Keys = OfKeys != KeySums::kNone;
+  const V infinity = splat(static_cast<T>(__builtin_inf()));
   SoftmaxState<V> key_state[Keys ? kMaxKeys : 1];
   if constexpr (Keys)
     for (int j = 0; j < tile.keys; ++j) key_state[j] = F::template init<V>();
@@ -70,14 +74,19 @@ void softmax_forward(const Tile<T>& tile, const ForwardSums<T>& sums) {
       for (int u = 0; u < L::U; ++u) {
         const int i = i0 + u * L::W;
         V z = logit(tile, i, j);
-        V weight = exp_of(z - shift[u]);
+        V weight = exp_of(z - shift[u]), key_weight = weight;
+        if constexpr (OfKeys == KeySums::kOwnShift) {
+          key_weight = exp_of(z - sums.key_shift[j]);
+          key_weight = shift[u] == infinity ? V{} : key_weight;
+        }
         if constexpr (Masked) {
           const IVec<T> stays = kept(tile, i, j);
           weight = stays ? weight : V{};
+          key_weight = stays ? key_weight : V{};
           if constexpr (Mean) z = stays ? z : V{};
         }
         F::push(state[u], weight, z);
-        if constexpr (Keys) F::push(key_state[j], weight, z);
+        if constexpr (Keys) F::push(key_state[j], key_weight, z);
         if constexpr (Store) store(tile.data + j * tile.ld + i, weight * tile.key_scale[j]);
       }
     }
@@ -122,10 +131,14 @@ void forward(const Tile<T>& tile, Fold fold, const ForwardSums<T>& sums) {
   if (fold == Fold::kSoftplus) return softplus_forward(tile, sums);
   with_flag(fold == Fold::kLseMean, [&](auto mean) {
     with_flag(tile.masked, [&](auto masked) {
-      if (sums.store) return softmax_forward<T, mean(), masked(), false, true>(tile, sums);
-      with_flag(sums.key_sum != nullptr, [&](auto keys) {
-        softmax_forward<T, mean(), masked(), keys(), false>(tile, sums);
-      });
+      if (sums.store)
+        softmax_forward<T, mean(), masked(), KeySums::kNone, true>(tile, sums);
+      else if (sums.key_sum == nullptr)
+        softmax_forward<T, mean(), masked(), KeySums::kNone, false>(tile, sums);
+      else if (sums.key_shift == nullptr)
+        softmax_forward<T, mean(), masked(), KeySums::kSameShift, false>(tile, sums);
+      else
+        softmax_forward<T, mean(), masked(), KeySums::kOwnShift, false>(tile, sums);
     });
   });
 }
@@ -208,6 +221,24 @@ void row_max(const Tile<T>& tile, T* out) {
       largest = z > largest ? z : largest;
     }
     store(out + i, largest);
+  }
+}
+
+template <class T>
+void raise_key_max(const Tile<T>& tile, const T* row_valid, T* out) {
+  using V = Vec<T>;
+  const V lowest = splat(-static_cast<T>(__builtin_inf()));
+  for (int j = 0; j < tile.keys; ++j) {
+    V largest = lowest;
+    for (int i = 0; i < tile.rows; i += kLanes<T>) {
+      V z = logit(tile, i, j);
+      if (tile.masked) z = kept(tile, i, j) ? z : lowest;
+      z = load<V>(row_valid + i) > 0 ? z : lowest;
+      largest = z > largest ? z : largest;
+    }
+    T lanes[kLanes<T>];
+    store(lanes, largest);
+    for (T lane : lanes) out[j] = lane > out[j] ? lane : out[j];
   }
 }
 
@@ -410,6 +441,7 @@ const TileKernels<T>& kernels() {
       .transpose = transpose<T>,
       .scale_rows = scale_rows<T>,
       .row_max = row_max<T>,
+      .raise_key_max = raise_key_max<T>,
       .forward = forward<T>,
       .backward = backward<T>,
       .add_counts = add_counts<T>,

@@ -50,7 +50,8 @@ struct Tile {
 // sums over the keys of a tile for each row, and over its rows for each key; added to what is there
 template <class T>
 struct ForwardSums {
-  const T* shift;  // (rows); +inf: the row adds nothing
+  const T* shift;      // (rows); +inf: the row adds nothing
+  const T* key_shift;  // (keys), for the sums of the keys; null: those of the rows serve both
   double* row_sum;
   double* row_weighted;
   double* key_sum;  // null: no column statistics
@@ -103,6 +104,8 @@ struct TileKernels {
   void (*scale_rows)(T* tile, int64_t ld, int keys, int rows, const T* scale);
   // largest logit of each row, -inf when every pair is dropped
   void (*row_max)(const Tile<T>& tile, T* out);
+  // the same of each key, over the rows with row_valid > 0; raises what is there
+  void (*raise_key_max)(const Tile<T>& tile, const T* row_valid, T* out);
   void (*forward)(const Tile<T>& tile, Fold fold, const ForwardSums<T>& sums);
   // replaces logits by dL/dz row_scale key_scale
   void (*backward)(const Tile<T>& tile, Fold fold, const BackwardTile<T>& backward);

@@ -65,7 +65,8 @@ def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=F
     grads = [some if rows else None, some if mean and rows else None,
              some if columns else None, some if mean and columns else None]  # fmt: skip
     needs = [not key, key, True, key and bool(used.get("bias"))]
-    operators.row_stats_backward(*tensors, *4 * [some], none, none, *grads, unit, needs, False)
+    statistics = [*4 * [some], none, none, some, some]
+    operators.row_stats_backward(*tensors, *statistics, *grads, unit, needs, False)
 
 
 def products(dim: int, keys: int | None = None, half=False):
