@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test lint bench report clean
+.PHONY: setup demo test fuzz lint bench report clean
 
 setup: $(VENV)/build.stamp
 
@@ -41,6 +41,11 @@ demo: setup
 test: lint $(VENV)/peers.stamp
 	@$(RUN) -m pytest -q -n logical --maxprocesses=8 --dist=loadfile \
 	    --no-loadscope-reorder --durations=10 $(ARGS)
+
+# More calls, drawn anew each time; `make fuzz ARGS=--hypothesis-seed=7` draws those of a seed.
+fuzz: setup
+	@$(RUN) -m pytest -q -n logical --maxprocesses=8 tests/losses/test_fuzz.py \
+	    --hypothesis-profile=fuzz $(ARGS)
 
 lint: setup
 	@$(RUN) -m ruff check --quiet .

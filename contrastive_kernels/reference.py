@@ -490,6 +490,7 @@ def gist(
     scale = 1 / temperature if scale is None else scale
     anchor_guide, positive_guide = anchor_guide.double(), positive_guide.double()
     limit = row_dot(anchor_guide, positive_guide, normalize=normalize)
+    limit = limit + 64 * torch.finfo(limit.dtype).eps * (1 + limit.abs())  # a tie is not above it
     limit = limit - margin * (limit.abs() if margin_strategy == "relative" else 1)
     anchors, positives = (anchor, anchor_guide), (positive, positive_guide)
     contrasts = [(anchors, positives)]

@@ -5,6 +5,7 @@ import os
 import interpreted
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
 # What these folders and files test does not depend on the device.
@@ -22,6 +23,16 @@ else:
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share the cores, with one thread each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+# `--hypothesis-profile=fuzz` is what `make fuzz` runs
+settings.register_profile(
+    "default", max_examples=40, derandomize=True, deadline=None, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+settings.register_profile(
+    "fuzz", settings.get_profile("default"), max_examples=3000, derandomize=False, print_blob=True
+)
+settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
-"""The tables of README.md are those that the results in benchmarks/results give."""
+"""The tables of README.md are those that the results give, and pages name what there is."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,3 +12,15 @@ def test_the_tables_agree_with_the_results():
     command = [sys.executable, "-m", "benchmarks.report", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_guarantees_name_tests_that_there_are():
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    found = re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", text)
+    path, count = "", 0
+    for file, name in found:
+        path = file or path
+        count += bool(name)
+        if name or file:
+            assert f"def {name}(" in (ROOT / path).read_text() if name else (ROOT / path).exists()
+    assert count > 20
