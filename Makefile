@@ -25,7 +25,7 @@ $(VENV)/requirements.stamp: requirements.txt
 
 $(VENV)/build.stamp: $(VENV)/requirements.stamp $(BUILD_INPUTS)
 	@echo "building the extension (incremental after the first time)"
-	@$(PIP) install --no-build-isolation -e '.[test,demo]'
+	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 	@$(RUN) -m contrastive_kernels info
 
@@ -38,7 +38,9 @@ $(VENV)/peers.stamp: $(VENV)/requirements.stamp requirements-peers.txt
 demo: setup
 	@$(RUN) -m contrastive_kernels demo $(ARGS)
 
-test: lint $(VENV)/peers.stamp
+# The build and lint, which take one core each, beside the packages that come over the network.
+test:
+	@$(MAKE) --no-print-directory -j2 lint $(VENV)/peers.stamp
 	@$(RUN) -m pytest -q -n logical --maxprocesses=8 --dist=loadfile \
 	    --no-loadscope-reorder --durations=10 $(ARGS)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 RECORD = 24  # bytes: what `join` tells of a rank
 STATISTIC = {2: 4, 4: 4, 8: 8}  # bytes of a statistic, by those of a feature
+MERGED = 8  # and of one that parts merge into, in float64
 
 
 class Step(NamedTuple):
@@ -33,7 +34,7 @@ class Step(NamedTuple):
         others, stat = self.world - 1, STATISTIC[self.itemsize]
         keys = self.n * self.dim * self.itemsize
         small = others * (RECORD + stat)  # sizes, and the sum of the losses
-        column = stat * self.n * (self.columns or self.symmetric)
+        column = MERGED * self.n * (self.columns or self.symmetric)
         results = self.hops * (column + self.n * self.dim * stat)  # log-sum-exps, gradients
         statistics = 2 * column  # in the backward: the log-sum-exp and its gradient
         if self.exchange == "gather":

@@ -23,11 +23,12 @@ from ..checks import (
     check_reduction,
 )
 from ..distributed import Batch, join
-from ..ops import can_tie, operands, row_dot, squares, sweep, tied
+from ..ops import operands, row_dot, squares, sweep
 from ..sources import NegativeSource, as_source, is_source
-from ..types import Group, IdPair, Loss, LossStats, Sweep, known, statistics_dtype
+from ..types import Group, IdPair, Loss, LossStats, Sweep, known
 from .algebra import add_up, log_count, replicated, unit
 from .base import ContrastiveLoss, loss, loss_like
+from .distances import distances
 from .stats import is_first, tie_limit
 
 
@@ -99,7 +100,7 @@ def cacr(
         group, n, m, exchange=exchange, negatives=negatives,
         replicated=not sharded_negatives,
     )  # fmt: skip
-    distance, query, positives = _distances(query, positives, normalize, backend)
+    distance, query, positives = distances(query, positives, normalize, backend)
     ids = None
     candidates: Tensor | NegativeSource = positives
     key_batch: Batch | None = others
@@ -177,7 +178,7 @@ def cacr_views(
     z = list(views.unbind())
     distance = {}
     for i, j in pairs:
-        each, z[i], z[j] = _distances(z[i], z[j], normalize, backend)
+        each, z[i], z[j] = distances(z[i], z[j], normalize, backend)
         distance[i, j] = each.squeeze(1)
     attraction = add_up(
         _attraction(
@@ -275,62 +276,6 @@ def _check_options(t_pos: float, t_neg: float, cost: str, rbf_t: float, reductio
         raise ValueError(
             f'reduction must be "mean" with cost="rbf", whose rows are coupled, got {reduction!r}'
         )
-
-
-def _distances(
-    query: Tensor, positives: Tensor, normalize: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(|query_i - positive_ik|^2 (N, K), query, positives), the features for sweeps and nothing
-    else; by difference: 2 - 2 cos would lose all of a small one."""
-    if can_tie(backend, query, smallest=0):
-        distance, tied_query, tied_positives = tied(_Distances(normalize), query, positives)
-        return distance, tied_query, known(tied_positives)
-    own = positives.unsqueeze(1) if positives.dim() == 2 else positives
-    difference = unit(own, normalize) - unit(query, normalize).unsqueeze(1)
-    return difference.square().sum(-1), query, positives
-
-
-class _Distances(NamedTuple):
-    """|p - q|^2, of normalised p and q or as they are.
-
-    With r = p - q on the sphere, <r, p> = -<r, q> = d / 2, so that the gradients, tangential and
-    divided by the norms, are 2 ((1 - d/2) r - (d/2) q) / |p| and -2 (r + (d/2) q) / |q|.
-    """
-
-    normalize: bool
-
-    def values(self, x: Tensor, y: Tensor | None) -> Tensor:
-        difference = unit(known(y), self.normalize) - unit(x, self.normalize).unsqueeze(1)
-        return torch.linalg.vector_norm(difference, dim=-1).square()
-
-    def gradients(
-        self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        y = known(y)
-        direction = unit(x, self.normalize)
-        difference = unit(y, self.normalize) - direction.unsqueeze(1)
-        grad_x = grad_y = None
-        if needs[0]:
-            grad_x = -2 * (grad.unsqueeze(-1) * difference).sum(1)
-        if not self.normalize:
-            return grad_x, 2 * grad.unsqueeze(-1) * difference if needs[1] else None
-        half = 0.5 * values
-        if grad_x is not None:
-            grad_x = grad_x - (2 * grad * half).sum(1, keepdim=True) * direction
-            grad_x = grad_x / _norm(x)
-        if needs[1]:
-            factor = 2 * grad.unsqueeze(-1) / _norm(y)
-            half = half.unsqueeze(-1)
-            grad_y = torch.addcmul(
-                (factor * (1 - half)) * difference, factor * half, direction.unsqueeze(1), value=-1
-            )
-        return grad_x, grad_y
-
-
-def _norm(x: Tensor) -> Tensor:
-    """L2 norm of the rows, at least 1e-12 as in F.normalize, with a last dimension of 1."""
-    x = x.to(statistics_dtype(x))
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def _attraction(distance: Tensor, t_pos: float, detach: bool) -> Tensor:

@@ -70,7 +70,7 @@ def test_sweep_equals_its_definition_pair_by_pair(keys, normalize):
 
 def test_sweep_returns_only_what_was_asked():
     x = randn(4, 3)
-    assert [v is None for v in ref.sweep(x, None)] == [False] + 6 * [True]
+    assert [v is None for v in ref.sweep(x, None)] == [False] + 8 * [True]
     assert [v is None for v in ref.softplus_sweep(x, None)] == [False, True]
 
 
