@@ -75,11 +75,15 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def call(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():  # which refuses second derivatives itself
+            with torch.no_grad():
+                return backward(ctx, *grads)
+        ctx = _Unpacked(ctx)
         refuse_tangents((*grads, *ctx.saved_tensors))
         with torch.no_grad():
             made = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return made  # torch.compile refuses second derivatives itself; or no create_graph=True
+        if not torch.is_grad_enabled():
+            return made  # no create_graph=True
         of = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
         if not of:
             return made
@@ -88,6 +92,16 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(t if t is None else _Refuse.apply(t, *of) for t in made)
 
     return call
+
+
+class _Unpacked:
+    """A context whose saved tensors are asked for once, as activation checkpointing wants it."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class _Refuse(torch.autograd.Function):

@@ -140,12 +140,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_tangents((grad, *ctx.saved_tensors))
+        saved = ctx.saved_tensors  # once, as activation checkpointing wants it
+        refuse_tangents((grad, *saved))
         if torch.is_grad_enabled():  # create_graph=True: a summed loss has its gradient, ready made
             no_second_order()
         if ctx.summed:
-            return None, None, *(None if g is None else g * grad for g in ctx.saved_tensors)
-        features = ctx.saved_tensors
+            return None, None, *(None if g is None else g * grad for g in saved)
+        features = saved
         grads = _zeros(features, ctx.needs_input_grad[2:])
         for rows, log_p, q, spare in _blocks(*features):
             torch.mul(q, log_p, out=spare)

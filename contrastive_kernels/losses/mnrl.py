@@ -165,8 +165,9 @@ def mnrl(
         count: int | Tensor = blocks * batch.total - 1
         if negatives_mask is not None:
             count = count - batch.total_of((~negatives_mask).sum())
-        bound = mi_lower_bound(batch.mean(rows), count)
-        stats = stats._replace(mi_lower_bound=bound)
+        if isinstance(count, Tensor) or count > 0:
+            bound = mi_lower_bound(batch.mean(rows), count)
+            stats = stats._replace(mi_lower_bound=bound)
     return value, stats
 
 

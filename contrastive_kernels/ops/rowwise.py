@@ -31,7 +31,7 @@ class Local(Protocol):
 
 def by_rows(x: Tensor, y: Tensor) -> Tensor:
     """y (K N, D), K blocks of a vector for each row of x, as (N, K, D); one of three axes is so."""
-    return y if y.dim() == 3 else y.unflatten(0, (-1, x.shape[0])).transpose(0, 1)
+    return y if y.dim() == 3 else y.view(-1, *x.shape).transpose(0, 1)
 
 
 def can_tie(backend: str, features: Tensor, smallest: int | None = None) -> bool:

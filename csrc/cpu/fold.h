@@ -34,7 +34,8 @@ struct SoftmaxFold {
   template <class V>
   static CK_FOLD void push(SoftmaxState<V>& state, V weight, V z) {
     state.sum += weight;
-    if constexpr (WithMean) state.weighted += weight * z;
+    // a pair of weight 0 may have z = -inf
+    if constexpr (WithMean) state.weighted += weight == V{} ? V{} : weight * z;
   }
 
   // other's terms, rescaled from its shift to ours by factor = exp(other shift - our shift)
@@ -53,7 +54,7 @@ struct SoftmaxFold {
 // dL/dz of one pair from gradients of lse (a) and of mean (b): p (a + b (z - mean + 1))
 template <bool WithMean, class V>
 CK_FOLD V softmax_coefficient(V p, V z, V mean, V a, V b) {
-  if constexpr (WithMean) return p * (a + b * (z - mean + 1));
+  if constexpr (WithMean) return p == V{} ? V{} : p * (a + b * (z - mean + 1));
   return p * a;
 }
 

@@ -101,3 +101,26 @@ def test_softplus_of_infinity(backend):
     bias[69] = INFINITY
     value = sweeps.softplus_sweep(x, y, bias=bias, backend=backend).value
     assert torch.equal(value, torch.full_like(value, INFINITY))
+
+
+@parametrize_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_mean_leaves_out_what_a_bias_does(backend, dtype):
+    x, y = oracles.randn(7, 8).to(dtype), oracles.randn(70, 8, seed=1).to(dtype)
+    kept = torch.arange(70) % 3 > 0
+    bias = torch.where(kept, oracles.randn(70, seed=2), -INFINITY).to(dtype)
+
+    def run(y, bias):
+        leaves = [t.detach().requires_grad_() for t in (x, y)]
+        out = sweeps.sweep(*leaves, bias=bias, mean=True, backend=backend)
+        value = (out.lse + 2 * out.mean).sum()
+        return out.mean.detach(), *torch.autograd.grad(value, leaves)
+
+    mean, dx, dy = run(y, bias)
+    expected, dx_kept, dy_kept = run(y[kept], bias[kept])
+    near = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    )
+    for a, b in ((mean, expected), (dx, dx_kept), (dy[kept], dy_kept)):
+        torch.testing.assert_close(a, b, **near)
+    assert not dy[~kept].any()
