@@ -14,6 +14,7 @@ from .queue import FeatureQueue, MemoryBank
 from .sources import FileNegatives, NegativeSource
 from .types import LossStats, RowColumnStats, RowStats
 from .whitening import Whitening, check_whitening, whiten
+from .workspace import workspace_limit
 
 __version__ = "0.1.0"
 
@@ -36,5 +37,6 @@ __all__ = [
     "row_stats",
     "unpatch",
     "whiten",
+    "workspace_limit",
 ]
 __all__ += _table.__all__

@@ -1,4 +1,4 @@
-// Backward sweep: logits are made again, turned into dL/dz, and multiplied with both sides.
+// Backward sweep: logits, kept or made again, are turned into dL/dz and multiplied with both sides.
 #include "backward.h"
 
 #include <cmath>
@@ -135,6 +135,11 @@ class BackwardSweep {
       : a_(arguments), in_(in), needs_(needs), p_(arguments) {
     const bool with_mean = in.grad_mean.has_value() || in.grad_col_mean.has_value();
     fold_ = in.softplus ? Fold::kSoftplus : with_mean ? Fold::kLseMean : Fold::kLse;
+    if (!p_.paired) {
+      const KeptLogits kept = find_logits(in.lse_low);
+      // half of a matrix is walked by as many threads as it was
+      if (!kept.half || (p_.symmetric && kept.threads == at::get_num_threads())) p_.kept = kept;
+    }
     attended_ = in.attended.numel() > 0 && !needs.y && !needs.bias;
     // the weights of attended keys are of the sums themselves
     const at::Tensor low = attended_ ? in.lse_low.narrow(0, 0, 0) : in.lse_low;

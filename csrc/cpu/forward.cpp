@@ -158,18 +158,37 @@ class ForwardSweep {
     const FixedShift fixed = fixed_shift(p_);
     const bool one_shift = options_.fold != Fold::kSoftplus && fixed.promising;
     const bool two_ways = options_.columns || (p_.symmetric && options_.fold != Fold::kSoftplus);
-    if (two_ways && !options_.attend)
-      return one_shift ? both(fixed) : p_.symmetric ? both_by_factor() : both_by_maxima();
+    if (two_ways && !options_.attend) {
+      if (!one_shift && p_.symmetric) return both_by_factor();
+      keep(p_.symmetric);
+      return with_kept(one_shift ? both(fixed) : both_by_maxima());
+    }
     Sums sums(0, kRank);
+    keep(false);
     ForwardResult result = rows(one_shift ? std::optional(fixed.shift) : std::nullopt, sums);
     if (one_shift)
       redo(sums, fixed.smallest, false, {result.lse, result.lse_low, result.mean, result.attended});
-    return result;
+    return with_kept(std::move(result));
   }
 
  private:
   bool with_mean() const { return options_.fold == Fold::kLseMean; }
   int row_fields() const { return threshold_ != nullptr ? kFields : kRank; }
+
+  // From now on logits are kept, as far as there is room.
+  void keep(bool half) {
+    constexpr int64_t kSmallest = 1 << 18;  // pairs whose product costs more than the memory does
+    if (!options_.keep || options_.fold == Fold::kSoftplus || p_.paired) return;
+    if (p_.x.rows() * p_.keys < kSmallest) return;
+    p_.kept = take_logits(p_.x.rows(), p_.keys, p_.block_keys, kScalar<T>, half);
+    p_.keeps = true;
+  }
+
+  // They live as long as lse_low, which the backward sweep is given.
+  ForwardResult with_kept(ForwardResult result) const {
+    if (p_.kept.memory.defined()) result.lse_low = tie_logits(result.lse_low, p_.kept);
+    return result;
+  }
 
   // Rows and columns in one sweep. Of a symmetric matrix the columns are rows: half the tiles.
   ForwardResult both(const FixedShift& fixed) {

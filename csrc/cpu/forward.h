@@ -16,6 +16,7 @@ struct ForwardOptions {
   Fold fold;
   bool columns = false;
   bool attend = false;
+  bool keep = false;
   OptionalTensor threshold = {};
 };
 

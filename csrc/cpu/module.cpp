@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "tile.h"
+#include "workspace_limit.h"
 
 namespace {
 
@@ -29,4 +30,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "capability", [] { return ck::tile_kernels<float>().isa; },
       "The instruction set that tiles use on this machine.");
+  m.def("workspace_limit", &ck::workspace_limit, "Bytes of logits that may wait for backwards.");
+  m.def("set_workspace_limit", &ck::set_workspace_limit, "Sets that.");
+  m.def("workspace_used", &ck::workspace_used, "Bytes of logits that wait for backwards.");
 }

@@ -108,9 +108,13 @@ row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
   TORCH_CHECK_VALUE(!attend || !(together || (y.has_value() && y->dim() == 3)),
                     "attend needs shared keys");
   const Fold fold = mean ? Fold::kLseMean : Fold::kLse;
+  // a backward sweep may follow: this runs below autograd, where tensors still say so
+  const auto learned = [](const OptionalTensor& t) { return t.has_value() && t->requires_grad(); };
+  const bool keep = !attend && (learned(x) || learned(y) || learned(scale) || learned(bias));
   const ForwardResult r = with_compute_type(x, [&](auto t) {
     return forward_sweep<decltype(t)>(
-        pairs, {.fold = fold, .columns = columns, .attend = attend, .threshold = threshold});
+        pairs,
+        {.fold = fold, .columns = columns, .attend = attend, .keep = keep, .threshold = threshold});
   });
   return {r.lse,
           or_empty(r.mean, x),

@@ -264,6 +264,30 @@ bool Worker<T>::make_tile(Range keys) {
     make_paired_tile();
     return true;
   }
+  const int64_t place = problem_.kept.place(keys.begin, keys.end);
+  if (place >= 0 && !problem_.keeps) {
+    copy_kept(place);
+    y_rows_ = nullptr;
+    return true;
+  }
+  make_logits(keys);
+  if (place >= 0) copy_kept(place);
+  return true;
+}
+
+template <class T>
+void Worker<T>::copy_kept(int64_t place) {
+  T* const memory = static_cast<T*>(problem_.kept.memory.data_ptr());
+  for (int64_t i = 0; i < tile_.rows; i += kRowPadding) {
+    T* kept = memory + (rows_.begin + i) * problem_.kept.stride() + place * kRowPadding;
+    T* tile = tile_.data + i;
+    for (int64_t j = 0; j < keys_.size(); ++j, kept += kRowPadding, tile += tile_.ld)
+      std::copy_n(problem_.keeps ? tile : kept, kRowPadding, problem_.keeps ? kept : tile);
+  }
+}
+
+template <class T>
+void Worker<T>::make_logits(Range keys) {
   const T* packed = packed_.template const_data_ptr<T>();
   if constexpr (std::is_same_v<T, float>) {
     if (problem_.bits) {
@@ -274,13 +298,12 @@ bool Worker<T>::make_tile(Range keys) {
       problem_.kernels.scale_rows(tile_.data, tile_.ld, tile_.keys, tile_.rows,
                                   row_scale_.template const_data_ptr<T>());
       y_rows_ = nullptr;
-      return true;
+      return;
     }
   }
   read_keys();
   gemm(keys.size(), tile_.rows, problem_.x.d(), y_rows_, y_stride_, packed, tile_.rows, tile_.data,
        tile_.ld, false);
-  return true;
 }
 
 template <class T>

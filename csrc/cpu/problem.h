@@ -13,6 +13,7 @@
 #include "fold.h"
 #include "gemm.h"
 #include "tile.h"
+#include "workspace.h"
 
 namespace ck {
 
@@ -148,6 +149,8 @@ struct Problem {
   Ids<T> exclude, keep;
   const TileKernels<T>& kernels = tile_kernels<T>();
   int64_t block_rows, block_keys;
+  KeptLogits kept;
+  bool keeps = false;  // tiles go there; else they come from there
 };
 
 // One thread's tile and its buffers; the rows of a block stay while tiles of keys pass.
@@ -183,6 +186,9 @@ class Worker {
 
  private:
   void make_paired_tile();
+  void make_logits(Range keys);
+  // the tile out to, or in from, its place among the logits that are kept
+  void copy_kept(int64_t place);
   void read_keys();
 
   const Problem<T>& problem_;

@@ -16,7 +16,7 @@ LAYERS = {
     "contrastive_kernels": (
         ("types", "autograd"),
         ("sources", "backends"),
-        ("checks", "reference", "triton"),
+        ("checks", "reference", "triton", "workspace"),
         ("distributed",),
         ("ops",),
         ("whitening",),
