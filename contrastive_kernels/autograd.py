@@ -148,7 +148,8 @@ def _derivative(op: OpOverload, backward_rule: Callable, setup_context: Callable
     class Rule(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            # a Function turns the mode off; kernels ask it whether a backward may follow
+            with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
                 output = op(*args)
             setup_context(ctx, args, output)
             return output

@@ -108,9 +108,11 @@ row_stats(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
   TORCH_CHECK_VALUE(!attend || !(together || (y.has_value() && y->dim() == 3)),
                     "attend needs shared keys");
   const Fold fold = mean ? Fold::kLseMean : Fold::kLse;
-  // a backward sweep may follow: this runs below autograd, where tensors still say so
+  // a backward sweep may follow: this runs below autograd, which leaves the mode on where it
+  // records
   const auto learned = [](const OptionalTensor& t) { return t.has_value() && t->requires_grad(); };
-  const bool keep = !attend && (learned(x) || learned(y) || learned(scale) || learned(bias));
+  const bool keep = at::GradMode::is_enabled() && !attend &&
+                    (learned(x) || learned(y) || learned(scale) || learned(bias));
   const ForwardResult r = with_compute_type(x, [&](auto t) {
     return forward_sweep<decltype(t)>(
         pairs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -11,11 +12,25 @@ from oracles import BACKENDS, randn, value_and_gradients
 
 import contrastive_kernels as ck
 from contrastive_kernels.losses.table import CASES
+from contrastive_kernels.ops import registration
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built here")
 N = 601  # fewer rows keep nothing
 BLOCK = 4 * 640 * 128  # bytes of a block of keys with all rows
 FUSED = [n for n in FIRST.values() if "cpu" in backends(n) and CASES[n][1].unit == 1]
+
+
+def peak(monkeypatch) -> Callable[[], int]:
+    """Bytes that any call of the operator held when it was done."""
+    found, call = [0], registration.call
+
+    def watched(*args, **options):
+        out = call(*args, **options)
+        found.append(used())
+        return out
+
+    monkeypatch.setattr(registration, "call", watched)
+    return lambda: max(found)
 
 
 def used() -> int:
@@ -115,12 +130,21 @@ def test_calls_share_the_limit():
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
-def test_without_gradient_nothing_is_kept(context):
-    x = [t.detach() for t in leaves()]
+def test_without_gradient_nothing_is_kept(context, monkeypatch):
+    x = leaves() if context is torch.no_grad else [t.detach() for t in leaves()]
+    scale = torch.tensor(20.0, requires_grad=context is not nullcontext)
+    taken = peak(monkeypatch)
     with context():
-        loss = ck.clip_loss(*x, 20.0)
-        assert used() == 0
-    assert not loss.requires_grad
+        loss = ck.clip_loss(*x, scale)
+    assert taken() == 0 and not loss.requires_grad
+
+
+def test_blocks_keep_nothing(monkeypatch):
+    """Their backward is made by hand."""
+    x, y = leaves()
+    taken = peak(monkeypatch)
+    ck.info_nce(x, y, negatives=list(y.detach().split(N))).backward()
+    assert taken() == 0
 
 
 def test_the_limit_is_set_or_lasts_for_a_context():
