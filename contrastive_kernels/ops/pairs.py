@@ -168,8 +168,8 @@ def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> 
             "lse", "mean", "col_lse", "col_mean", "attended", "slope", "lse_low", "col_lse_low"
         )
     }  # fmt: skip
-    out = registration.call(
-        "row_stats_backward", pairs.backend, **_operands(pairs), **given, grad_lse=grads.lse,
+    out = registration.row_stats_backward(
+        pairs.backend, **_operands(pairs), **given, grad_lse=grads.lse,
         grad_mean=grads.mean, grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean,
         normalize=pairs.normalize, needs=list(needs), together=pairs.together,
     )  # fmt: skip

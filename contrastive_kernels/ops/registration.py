@@ -10,7 +10,8 @@ them again: attended (N, D), of "cpu" the weighted keys sum_j p_ij y_j, of "trit
 d lse_i / d x_i itself, and there slope (N,), d lse_i / d scale.
 
 `together` makes the rows of x and then those of y one matrix with itself, of N + M rows with their
-ids, as if they were concatenated.
+ids, as if they were concatenated. The backward's dx is then of all these rows, since results of an
+operator may not share memory.
 
 lse_low, col_lse_low: what rounding took from lse and col_lse. It may be more than 1 where logits
 are 1e7, and the backward, whose exp(z - lse) have to add up to 1, gets it back.
@@ -84,6 +85,19 @@ def call(name: str, backend: str, **arguments: Any) -> Any:
     return RESULTS[name](*OPERATORS[name, backend](*ARGUMENTS[name](**arguments)))
 
 
+def row_stats_backward(backend: str, **arguments: Any) -> Any:
+    """(dx, dy, dscale, dbias) by name; what is not needed is empty."""
+    out = call("row_stats_backward", backend, **arguments)
+    if not arguments["together"]:
+        return out
+    parts = (
+        out.dx.split([arguments["x"].shape[0], arguments["y"].shape[0]])
+        if len(out.dx)
+        else 2 * (out.dx,)
+    )
+    return out._replace(dx=parts[0], dy=parts[1])
+
+
 def row_dot(
     backend: str, x: Tensor, y: Tensor, normalize: bool, ends: Tensor | None = None
 ) -> Tensor:
@@ -142,7 +156,15 @@ def _fake_row_softplus(*inputs: Any) -> Any:
 
 def _fake_pairs_backward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
     given = ARGUMENTS[name](*inputs)
-    return _gradients(given.needs, given.x, given.y, given.scale, given.bias)
+    gradients = _gradients(given.needs, given.x, given.y, given.scale, given.bias)
+    if not getattr(given, "together", False):
+        return gradients
+    rows = (given.x.shape[0] + given.y.shape[0]) * any(given.needs[:2])
+    return (
+        given.x.new_empty(rows, *given.x.shape[1:]) if rows else given.x.new_empty(0),
+        given.x.new_empty(0),
+        *gradients[2:],
+    )
 
 
 def _save(ctx: Any, **tensors: Tensor | None) -> None:
@@ -201,20 +223,20 @@ def _setup_nothing(_ctx: Any, _inputs: tuple, _output: Any) -> None:
 
 
 def _register(backend: str) -> None:
-    def row_stats_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def differentiate_row_stats(ctx: Any, *grads: Tensor | None) -> Any:
         grad = RESULTS["row_stats"](*grads)
         gradients = _NO_GRADIENTS["row_stats"]
         if all(g is None for g in (grad.lse, grad.mean, grad.col_lse, grad.col_mean)):
             return gradients
         needs = ARGUMENTS["row_stats"](*ctx.needs_input_grad)
-        out = call(
-            "row_stats_backward", backend, **_saved(ctx), grad_lse=grad.lse, grad_mean=grad.mean,
+        out = row_stats_backward(
+            backend, **_saved(ctx), grad_lse=grad.lse, grad_mean=grad.mean,
             grad_col_lse=grad.col_lse, grad_col_mean=grad.col_mean, normalize=ctx.normalize,
             needs=[needs.x, needs.y, needs.scale, needs.bias], together=ctx.together,
         )  # fmt: skip
         return _replace_needed(gradients, needs, out)
 
-    def row_softplus_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def differentiate_row_softplus(ctx: Any, *grads: Tensor | None) -> Any:
         grad = RESULTS["row_softplus"](*grads).value
         gradients = _NO_GRADIENTS["row_softplus"]
         if grad is None:
@@ -230,7 +252,7 @@ def _register(backend: str) -> None:
         )  # fmt: skip
         return _replace_needed(gradients, needs, out)
 
-    def row_dot_backward(ctx: Any, grad: Tensor) -> Any:
+    def differentiate_row_dot(ctx: Any, grad: Tensor) -> Any:
         x, y, ends = ctx.saved_tensors
         needs = ARGUMENTS["row_dot"](*ctx.needs_input_grad)
         out = call(
@@ -242,10 +264,10 @@ def _register(backend: str) -> None:
         )
 
     rules: dict[str, tuple[Callable, Callable, Callable]] = {
-        "row_stats": (partial(_fake_row_stats, backend), row_stats_backward, _setup_row_stats),
-        "row_softplus": (_fake_row_softplus, row_softplus_backward, _setup_row_softplus),
+        "row_stats": (partial(_fake_row_stats, backend), differentiate_row_stats, _setup_row_stats),
+        "row_softplus": (_fake_row_softplus, differentiate_row_softplus, _setup_row_softplus),
         "row_dot": (
-            lambda x, y, ends, normalize: _stats(x, *y.shape[:-1]), row_dot_backward,
+            lambda x, y, ends, normalize: _stats(x, *y.shape[:-1]), differentiate_row_dot,
             _setup_row_dot,
         ),
         "row_dot_backward": (

@@ -151,8 +151,8 @@ class BackwardSweep {
 
   BackwardResult run() {
     const bool need_u = needs_.x || needs_.scale;
-    const at::Tensor none = at::empty({0}, at::TensorOptions(kScalar<T>));
-    BackwardResult result{none, none, none, none};
+    const auto none = [] { return at::empty({0}, kScalar<T>); };
+    BackwardResult result{none(), none(), none(), none()};
     const auto shared = [&](bool needed, const at::Tensor& t, const Features<T>& f) {
       return Gradient<T>(needed, t, f, p_.normalize, p_.scale);
     };

@@ -166,13 +166,7 @@ Four run_backward(const PairArguments& pairs, const BackwardInputs& inputs,
                                         .scale = needs[2],
                                         .bias = needs[3]});
   });
-  if (!together) return {r.x, r.y, r.scale, r.bias};
-  // the gradient of all rows, in one piece
-  const int64_t n = pairs.x.size(0);
-  const auto part = [&](int64_t begin, int64_t size, bool needed) {
-    return needed ? r.x.narrow(0, begin, size) : at::empty({0}, pairs.x.options());
-  };
-  return {part(0, n, needs[0]), part(n, pairs.x_more->size(0), needs[1]), r.scale, r.bias};
+  return {r.x, r.y, r.scale, r.bias};
 }
 
 Four row_stats_backward(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale,
@@ -340,9 +334,8 @@ std::tuple<at::Tensor, at::Tensor> row_dot_backward(const at::Tensor& x, const a
             kernels.project(to_x + i * d, row, queries.inverse()[i], normalize, T{1}, d,
                             to_x + i * d);
         });
-    const at::Tensor none = at::empty({0}, x.options());
-    return {needs[0] ? dx.to(x.scalar_type()) : none,
-            needs[1] ? dy.to(y.scalar_type()).view(y.sizes()) : none};
+    return {needs[0] ? dx.to(x.scalar_type()) : at::empty({0}, x.options()),
+            needs[1] ? dy.to(y.scalar_type()).view(y.sizes()) : at::empty({0}, y.options())};
   });
 }
 
