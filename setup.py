@@ -7,6 +7,7 @@ compiler `_cuda` is always left out.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,14 +20,16 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / sys.implementation.cache_tag  # kept, so that rebuilds are incremental
 
 
+# pip puts cmake and ninja beside the interpreter, which need not be on PATH.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def cmake(*arguments: str) -> None:
-    # pip puts cmake and ninja beside the interpreter, which need not be on PATH.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = ["cmake", *arguments]
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, "PATH": path},
+            env={**os.environ, "PATH": PATH},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -66,15 +69,18 @@ class CMakeBuild(build_ext):
     def build_target(self, ext: Extension, name: str, target: Path) -> None:
         if os.environ.get("CK_SKIP_BUILD") == "1":
             raise CompileError("left out on request: CK_SKIP_BUILD=1 was set")
-        cmake(f"-S{ROOT}", f"-B{BUILD}", "-GNinja", f"-DPython_EXECUTABLE={sys.executable}")
+        # named each time: that of an earlier build may be gone with pip's environment
+        ninja = shutil.which("ninja", path=PATH) or "ninja"
+        cmake(
+            f"-S{ROOT}", f"-B{BUILD}", "-GNinja",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        )  # fmt: skip
         if name == "_cuda" and not (BUILD / "cuda_compiler").read_text():
             ext.optional = True
             raise CompileError("no CUDA compiler: nvcc was not found, or does not work")
         cmake("--build", str(BUILD), "--target", name)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(BUILD / target.name), str(target))
-        if name == "_cpu":
-            self.report[name]["torch"] = (BUILD / "torch_version").read_text()
 
 
 # An optional extension may fail to build: setuptools then warns and goes on.

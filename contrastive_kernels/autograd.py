@@ -14,6 +14,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
+from torch.nn import Parameter
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,8 +131,11 @@ def register_rules(
     fake: Callable[..., Any],
     backward: Callable[..., Any],
     setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
-) -> None:
-    """Registers how an operator is traced and differentiated.
+    kernel: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Registers how an operator is traced and differentiated; `kernel`: what it does with CPU
+    tensors, where that is in Python. Returns what calls the operator, without torch's dispatcher
+    where that takes longer than a small problem does.
 
     Backward and context are as torch.library.register_autograd takes them, whose derivatives do not
     work within transforms of torch.func, as these do. vmap takes one problem after another.
@@ -139,9 +143,34 @@ def register_rules(
     torch.library.register_fake(op.name(), fake, lib=library)
     library.impl(op, _derivative(op, backward, setup_context), "Autograd")
     torch.library.register_vmap(op.name(), partial(_one_by_one, op), lib=library)
+    if kernel is None:
+        return op
+    library.impl(op, kernel, "CPU")
+    direct = _derivative(kernel, backward, setup_context)
+    return lambda *args: direct(*args) if _reaches_kernel(args) else op(*args)
 
 
-def _derivative(op: OpOverload, backward_rule: Callable, setup_context: Callable) -> Callable:
+def _reaches_kernel(args: tuple) -> bool:
+    """Whether torch's dispatcher would do nothing but hand these arguments to the derivative, and
+    then to the kernel of CPU tensors: they lie in memory as they are, and no one looks on."""
+    if (
+        torch.compiler.is_compiling()
+        or in_transform()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for arg in args:
+        if isinstance(arg, Tensor) and (
+            type(arg) not in (Tensor, Parameter) or not arg.is_cpu or arg.is_neg()
+        ):
+            return False
+    return True
+
+
+def _derivative(run: Callable, backward_rule: Callable, setup_context: Callable) -> Callable:
     """Without the walk through the schema of register_autograd, which takes longer than a small
     loss does."""
 
@@ -150,7 +179,7 @@ def _derivative(op: OpOverload, backward_rule: Callable, setup_context: Callable
         def forward(ctx: Any, *args: Any) -> Any:
             # a Function turns the mode off; kernels ask it whether a backward may follow
             with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
-                output = op(*args)
+                output = run(*args)
             setup_context(ctx, args, output)
             return output
 
@@ -170,11 +199,11 @@ def _derivative(op: OpOverload, backward_rule: Callable, setup_context: Callable
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
+                return run(*args)
         if not in_transform():
             return Rule.apply(*args)
         # Function.apply would start the transforms anew; here, below the dispatcher, the innermost
-        # one is at work, and `op` goes to the next
+        # one is at work, and the operator goes to the next
         with enable_single_level_autograd_function():
             return super(torch.autograd.Function, RuleOfTransform).apply(*args)
 

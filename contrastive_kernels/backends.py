@@ -1,9 +1,9 @@
 """What each backend needs, whether it is usable here, and why not; what each of them can do.
 
-Loads the compiled extensions: `_cpu` registers its ops with torch, `_cuda` knows no torch. Imported
-once, with the package.
+Loads the compiled extensions, which know no torch. Imported once, with the package.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -11,6 +11,7 @@ import warnings
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from .autograd import in_forward_mode, in_transform
 
-_REBUILD = "pip install --no-build-isolation -e ."
+_REBUILD = "pip install -e ."
+_THREADS = ("parallel_for", "get_num_threads", "get_thread_idx")
 TRITON_AT_LEAST = (3, 6)
 _REPORT = Path(__file__).with_name("_build_report.json")
 
@@ -34,7 +36,7 @@ class Backend(NamedTuple):
 
 
 def _build_report(extension: str) -> dict[str, Any] | None:
-    """What setup.py wrote down about `_cpu` (built, reason, torch) or `_cuda` (built, reason).
+    """What setup.py wrote down about `_cpu` or `_cuda` (built, reason).
 
     None if it was never built.
     """
@@ -51,16 +53,22 @@ def _load(extension: str) -> str | None:
         return f"the extension was never built: {_REBUILD}"
     if not report["built"]:
         return f"the extension was not built: {report['reason']}"
-    # Checked before loading: a library built against another torch may crash instead of failing.
-    if report.get("torch", torch.__version__) != torch.__version__:
-        return (
-            f"the extension was built against torch {report['torch']}, but torch "
-            f"{torch.__version__} is running: {_REBUILD}"
-        )
     try:
-        importlib.import_module(f"contrastive_kernels.{extension}")
+        loaded = importlib.import_module(f"contrastive_kernels.{extension}")
     except ImportError as error:
         return f"the extension was built but cannot be loaded: {error}"
+    return _start(loaded) if extension == "_cpu" else None
+
+
+def _start(extension: ModuleType) -> str | None:
+    """Let the CPU engine run on torch's own threads; return why it cannot, or None."""
+    library = ctypes.CDLL(torch._C.__file__)  # which finds what it is linked to as well
+    try:
+        functions = [getattr(library, f"torch_{name}") for name in _THREADS]
+    except AttributeError as error:
+        return f"torch 2.10 or newer is needed, found {torch.__version__}: {error}"
+    addresses = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    extension.start(torch.backends.cpu.get_cpu_capability(), *addresses)
     return None
 
 

@@ -1,9 +1,14 @@
-"""Counts what a call allocates: every block that torch's CPU allocator hands out, by C++ too."""
+"""Counts what a call allocates: every block that torch's CPU allocator hands out, and what the CPU
+engine takes for itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -13,7 +18,10 @@ def peak_of(step: Callable[[], tuple[Tensor | None, ...]]) -> int:
 
     Allocations of other threads than this one are not seen: call it with one thread.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+    with (
+        _engine_counts(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found,
+    ):
         kept = step()
     live = peak = 0
     for event in sorted(_allocations(found), key=lambda event: event.start_ns()):
@@ -26,3 +34,33 @@ def peak_of(step: Callable[[], tuple[Tensor | None, ...]]) -> int:
 def _allocations(found: profile) -> list:
     events = found.profiler.kineto_results.events()
     return [event for event in events if event.name() == "[memory]"]
+
+
+@contextmanager
+def _engine_counts() -> Iterator[None]:
+    """What a call of the engine took at most is allocated once more, for a moment, before its
+    results are used."""
+    from contrastive_kernels import _cpu, cpu
+    from contrastive_kernels.whitening import cpu as whitening
+
+    def counted(function: Callable) -> Callable:
+        def call(*args: Any) -> Any:
+            _cpu.memory_peak()
+            before = _cpu.memory_peak()  # what there is now
+            made = function(*args)
+            torch.empty(_cpu.memory_peak() - before, dtype=torch.uint8)
+            return made
+
+        return call
+
+    engine = SimpleNamespace(
+        **{name: counted(f) for name, f in vars(_cpu).items() if callable(f) and name[0] != "_"}
+    )
+    modules = (cpu, whitening)
+    for module in modules:
+        module._cpu = engine
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._cpu = _cpu

@@ -23,8 +23,9 @@ from ..whitening.operators import (
     permute_rows,
     permute_rows_backward,
     view_distance,
+    whiten_newton_schulz,
 )
-from ..whitening.whiten import check_method, whiten, whiten_newton_schulz
+from ..whitening.whiten import check_method, whiten
 from .base import ContrastiveLoss, loss
 
 
@@ -216,10 +217,10 @@ def _cosine_and_trace(
 def _normalize_iteratively(x: Tensor, axis: int, iterations: int, backend: str) -> Tensor:
     """The views x (V, N, D) after IterNorm along `axis`."""
     groups = x if axis == 1 else x.mT
-    if backend == "reference":
+    if runs_dense(backend):
         z = reference.whiten(groups, method="newton_schulz", iterations=iterations)
     else:
-        z, info = whiten_newton_schulz(groups, 0.0, iterations)
+        z, _covariance, info = whiten_newton_schulz(groups, 0.0, iterations, backend)
         check_info(info)
     return z if axis == 1 else z.mT
 

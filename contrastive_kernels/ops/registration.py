@@ -1,6 +1,5 @@
 """Registered operators: one schema, one fake and one derivative for each primitive,
-bound to every backend that has kernels. Those of "cpu" register themselves, in C++; those of
-"triton" are imported when they are first called.
+bound to every backend that has kernels. Those of "triton" are imported when they are first called.
 
 Arguments and results have the names of the schema on both sides: `call` takes and gives them by
 name. A result that was not asked for is an empty tensor, since operators return a fixed number.
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import no_second_order, register_rules
-from ..backends import INTERPRETED
+from ..backends import CPU_ERROR, INTERPRETED
 from ..types import statistics_dtype
 
 NAMESPACE = "contrastive_kernels"
@@ -82,7 +81,7 @@ _PAIR_NAMES = ARGUMENTS["row_stats"]._fields[:8]
 
 def call(name: str, backend: str, **arguments: Any) -> Any:
     """The results of the operator `<name>_<backend>`, by name."""
-    return RESULTS[name](*OPERATORS[name, backend](*ARGUMENTS[name](**arguments)))
+    return RESULTS[name](*_CALLS[name, backend](*ARGUMENTS[name](**arguments)))
 
 
 def row_stats_backward(backend: str, **arguments: Any) -> Any:
@@ -103,7 +102,7 @@ def row_dot(
 ) -> Tensor:
     """<x_i, y_ik> of x (N, D) and y (N, K, D): (N, K); or (T,), of y (T, D) where row i has the
     keys up to ends_i (N,), int64, which those of row i - 1 end before."""
-    return OPERATORS["row_dot", backend](x, y, ends, normalize)
+    return _CALLS["row_dot", backend](x, y, ends, normalize)
 
 
 def _stats(x: Tensor, *shape: int) -> Tensor:
@@ -279,8 +278,9 @@ def _register(backend: str) -> None:
         rules[name] = (partial(_fake_pairs_backward, name), no_second_order, _setup_nothing)
     for name, (fake, backward, setup_context) in rules.items():
         op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_{backend}").default
-        register_rules(_library, op, fake, backward, setup_context)
+        kernel = _KERNELS.get(f"{name}_{backend}")
         OPERATORS[name, backend] = op
+        _CALLS[name, backend] = register_rules(_library, op, fake, backward, setup_context, kernel)
 
 
 def _replace_needed(gradients: Any, needs: Any, made: Any) -> Any:
@@ -290,6 +290,14 @@ def _replace_needed(gradients: Any, needs: Any, made: Any) -> Any:
         scale=made.dscale if needs.scale else None,
         bias=made.dbias if needs.bias else None,
     )
+
+
+def _cpu_kernels() -> dict[str, Callable]:
+    """Those in C++."""
+    if CPU_ERROR is not None:
+        return {}
+    cpu = import_module("contrastive_kernels.cpu")
+    return {f"{name}_cpu": getattr(cpu, name) for name in _SCHEMAS}
 
 
 def _register_triton() -> None:
@@ -322,7 +330,9 @@ def _autocast_rule(op: Callable, device: str) -> Callable:
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_KERNELS = _cpu_kernels()  # of CPU tensors, by the names of operators
 OPERATORS: dict[tuple[str, str], Callable] = {}
+_CALLS: dict[tuple[str, str], Callable] = {}  # of them
 for _backend in BACKENDS:
     for _name, _schema in _SCHEMAS.items():
         _library.define(f"{_name}_{_backend}{_schema}")

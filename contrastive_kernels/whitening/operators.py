@@ -1,13 +1,19 @@
 """Registered operators of whitening, with closed-form backwards, for groups x (G, n, D).
 
-Neither backward differentiates a factorisation: with Z the result and G its gradient,
+No backward differentiates a factorisation: with Z the result and G its gradient,
 
 cholesky  Z = Xc L^-T, M = G^T Z, S = the lower triangle of M mirrored:
           dXc = (G - c Z S) L^-1
 zca       C = U diag(s^2) U^T, Zt = Z U, Gt = G U, M = Zt^T Gt, T_ij = (s_i M_ij + s_j M_ji) /
           (s_i + s_j): dXc = ((Gt - c Zt T) / s) U^T, free of 1 / (s_i - s_j)
 
-where c = (1 - eps) / (n - 1); then dX = dXc less its mean over the rows.
+where c = (1 - eps) / (n - 1); then dX = dXc less its mean over the rows. Newton-Schulz steps make a
+polynomial f of S = C / t, t = tr C, so that their derivative in a symmetric direction is its own
+adjoint, and the backward is the steps again, with a derivative beside each matrix:
+
+newton    Z = Xc P, P = f(S) / sqrt(t), E = the symmetric part of Xc^T G, A = the derivative of f at
+          S in the direction E, D = (A - (<A, S> + <E, f(S)> / 2) I) / t^1.5:
+          dXc = G P + 2 c Xc D
 
 Numbers never raise here: `info` (G,) int32 of a group is FINE, NOT_DEFINITE (to working precision)
 or NOT_FINITE. What was made of a group that failed is NaN, its gradient is 0, and the other groups
@@ -30,6 +36,8 @@ try:
     from . import cuda
 except ImportError:  # not built
     cuda = None  # type: ignore[assignment]
+if CPU_ERROR is None:
+    from . import cpu
 
 FINE, NOT_DEFINITE, NOT_FINITE = 0, 1, 2
 TOLERANCE = 0.1  # of a variance of the result
@@ -49,7 +57,7 @@ def whiten_cholesky(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor,
     """(Z, L^-1, info) of the groups x (G, n, D); `kernel` is "cpu", "cuda" or "auto", which may
     also be batched torch."""
     if _takes_cpu_kernel(x, kernel):
-        return torch.ops.contrastive_kernels.whiten_cholesky_cpu(x, eps)
+        return cpu.whiten_cholesky(x, eps)
     if has_cuda_kernel(x):
         return cuda.whiten_cholesky(x.contiguous(), eps)
     centered, covariance, mean = center(x, eps)
@@ -69,7 +77,7 @@ def whiten_cholesky_backward(
 ) -> Tensor:
     """Gradient of the groups (G, n, D)."""
     if _takes_cpu_kernel(z, kernel):
-        return torch.ops.contrastive_kernels.whiten_cholesky_backward_cpu(grad, z, inverse, eps)
+        return cpu.whiten_cholesky_backward(grad, z, inverse, eps)
     if has_cuda_kernel(z):
         return cuda.whiten_cholesky_backward(grad.contiguous(), z, inverse, eps)
     product = grad.mT @ z
@@ -79,23 +87,67 @@ def whiten_cholesky_backward(
 
 
 @define(_library)
-def whiten_zca(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(Z, U, square roots of the eigenvalues, info) of the groups x (G, n, D)."""
+def whiten_zca(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(Z, U^T, square roots of the eigenvalues, info) of the groups x (G, n, D); `kernel` is "cpu"
+    or "auto"."""
+    if _takes_cpu_kernel(x, kernel):
+        return cpu.whiten_zca(x, eps)
     centered, covariance, _mean = center(x, eps)
     vectors, roots, info = _eigen(covariance)
-    return ((centered @ vectors) / roots[:, None]) @ vectors.mT, vectors, roots, info
+    z = ((centered @ vectors.mT) / roots[:, None]) @ vectors
+    return z, vectors, roots, info
 
 
 @define(_library)
 def whiten_zca_backward(
-    grad: Tensor, z: Tensor, vectors: Tensor, roots: Tensor, eps: float
+    grad: Tensor, z: Tensor, vectors: Tensor, roots: Tensor, eps: float, kernel: str
 ) -> Tensor:
     """Gradient of the groups (G, n, D)."""
-    z, grad = z @ vectors, grad @ vectors
+    if _takes_cpu_kernel(z, kernel):
+        return cpu.whiten_zca_backward(grad, z, vectors, roots, eps)
+    z, grad = z @ vectors.mT, grad @ vectors.mT
     product = roots[:, :, None] * (z.mT @ grad)
     mixed = (product + product.mT) / (roots[:, :, None] + roots[:, None])
     shrunk = torch.baddbmm(grad, z, mixed, alpha=-(1 - eps) / (z.shape[1] - 1))
-    return _less_mean((shrunk / roots[:, None]) @ vectors.mT, failed=roots[:, 0].isnan())
+    return _less_mean((shrunk / roots[:, None]) @ vectors, failed=roots[:, 0].isnan())
+
+
+@define(_library)
+def whiten_newton_schulz(
+    x: Tensor, eps: float, iterations: int, kernel: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Z, C, info) of the groups x (G, n, D) of any rank; `kernel` is "cpu" or "auto"."""
+    if _takes_cpu_kernel(x, kernel):
+        return cpu.whiten_newton_schulz(x, eps, iterations)
+    centered, covariance, _mean = center(x, eps)
+    matrix, info = approximate_root(covariance, iterations)
+    failed = info.bool()[:, None, None]
+    z = (centered @ matrix).masked_fill_(failed, torch.nan)
+    return z, covariance.masked_fill(failed, torch.nan), info
+
+
+@define(_library)
+def whiten_newton_schulz_backward(
+    grad: Tensor, x: Tensor, covariance: Tensor, eps: float, iterations: int, kernel: str
+) -> Tensor:
+    """Gradient of the groups (G, n, D)."""
+    if _takes_cpu_kernel(x, kernel):
+        return cpu.whiten_newton_schulz_backward(grad, x, covariance, eps, iterations)
+    centered = x - x.mean(1, keepdim=True)
+    product = centered.mT @ grad
+    along = (product + product.mT) / 2
+    trace = _trace(covariance)
+    # constant features, or a group that failed
+    zero = ~(trace > 0)
+    trace = torch.where(zero, 1.0, trace)
+    root, slope = _newton_schulz(covariance / trace, iterations, along)
+    inner = (slope * covariance).sum((1, 2), keepdim=True) / trace
+    inner = inner + (along * root).sum((1, 2), keepdim=True) / 2
+    slope = shrink_diagonal(slope, -inner) / trace**1.5
+    made = torch.baddbmm(
+        grad @ (root * trace.rsqrt()), centered, slope, alpha=2 * (1 - eps) / (x.shape[1] - 1)
+    )
+    return _less_mean(made, failed=zero.flatten())
 
 
 @define(_library)
@@ -105,7 +157,7 @@ def view_distance(z: Tensor, normalize: bool) -> Tensor:
     u_v is z_v, or with `normalize` z_v / max(|z_v|, 1e-12).
     """
     if _use_cpu_kernel(z):
-        return torch.ops.contrastive_kernels.view_distance_cpu(z, normalize)
+        return cpu.view_distance(z, normalize)
     return dense_view_distance(z, normalize)
 
 
@@ -113,7 +165,7 @@ def view_distance(z: Tensor, normalize: bool) -> Tensor:
 def view_distance_backward(grad: Tensor, z: Tensor, normalize: bool) -> Tensor:
     """Gradient of the views (V, M, D)."""
     if _use_cpu_kernel(z):
-        return torch.ops.contrastive_kernels.view_distance_backward_cpu(grad, z, normalize)
+        return cpu.view_distance_backward(grad, z, normalize)
     scale = grad[:, None] * (4 / (z.shape[0] - 1))
     if not normalize:
         return scale * (z - z.mean(0))
@@ -188,9 +240,9 @@ def center(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return centered, shrink_diagonal(covariance, eps), mean
 
 
-def shrink_diagonal(covariance: Tensor, eps: float) -> Tensor:
-    """covariance + eps I."""
-    if eps == 0:
+def shrink_diagonal(covariance: Tensor, eps: float | Tensor) -> Tensor:
+    """covariance + eps I; eps may be (G, 1, 1)."""
+    if isinstance(eps, float) and eps == 0:
         return covariance
     dim = covariance.shape[-1]
     return covariance + eps * torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
@@ -218,36 +270,53 @@ def invert_cholesky(covariance: Tensor, mean: Tensor | None = None) -> tuple[Ten
 def invert_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """(C^-1/2, info) of the covariances C (G, D, D)."""
     vectors, roots, info = _eigen(covariance)
-    return (vectors / roots[:, None]) @ vectors.mT, info
+    return (vectors.mT / roots[:, None]) @ vectors, info
 
 
 def approximate_root(covariance: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """(P close to C^-1/2, info) of the covariances C (G, D, D), by Newton-Schulz steps."""
-    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    trace = _trace(covariance)
     info = torch.where(trace.isfinite(), FINE, NOT_FINITE).to(torch.int32).flatten()
     constant = trace == 0
     trace = trace.clamp(min=torch.finfo(covariance.dtype).tiny)
     # what was made of constant features is 0, and so is their gradient
     scale = torch.where(constant, 0.0, trace.rsqrt())
-    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return _newton_schulz(covariance / trace, iterations)[0] * scale, info
+
+
+def _newton_schulz(
+    root: Tensor, iterations: int, slope: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `iterations` steps make of S = `root` (G, D, D), close to S^-1/2, and their derivative in
+    the direction `slope`."""
+    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
     # P <- P (3 I - P P S) / 2 loses P S = S P to rounding and diverges after about 15 steps;
     # the coupled pair Y = S P, P stays stable and costs no more
-    root, inverse = covariance / trace, identity.expand_as(covariance)
+    inverse, of_root, of_inverse = identity.expand_as(root), slope, torch.zeros_like(root)
     for step in range(iterations):
         factor = 1.5 * identity - 0.5 * (inverse @ root)
+        if of_root is not None:
+            of_factor = -0.5 * (of_inverse @ root + inverse @ of_root)
+            of_inverse = of_factor @ inverse + factor @ of_inverse
+            of_root = of_root @ factor + root @ of_factor
         inverse = factor @ inverse
         if step + 1 < iterations:
             root = root @ factor
-    return inverse * scale, info
+    return inverse, of_inverse
+
+
+def _trace(covariance: Tensor) -> Tensor:
+    return covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
 def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U^T, square roots of the eigenvalues, info)."""
     finite = torch.isfinite(covariance).all(-1).all(-1)
     values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], covariance, 0.0))
     noise = 10 * torch.finfo(covariance.dtype).eps * values[:, -1]
     info = _info(covariance, values[:, 0] > noise)
     roots = torch.where(info[:, None] == FINE, values, torch.nan).sqrt()
-    return vectors.contiguous(), roots, info
+    return vectors.mT.contiguous(), roots, info
 
 
 def _info(covariance: Tensor, definite: Tensor) -> Tensor:
@@ -285,8 +354,22 @@ def _backward_cholesky(ctx: Any, grad: Tensor, *_rest: Any) -> tuple[Tensor, Non
     return whiten_cholesky_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
-def _backward_zca(ctx: Any, grad: Tensor, *_rest: Any) -> tuple[Tensor, None]:
-    return whiten_zca_backward(grad, *ctx.saved_tensors, *ctx.options), None
+def _backward_zca(ctx: Any, grad: Tensor, *_rest: Any) -> tuple[Tensor, None, None]:
+    return whiten_zca_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def _setup_newton_schulz(ctx: Any, inputs: tuple, output: Any) -> None:
+    _z, covariance, info = output
+    x, *ctx.options = inputs
+    ctx.save_for_backward(x, covariance)
+    ctx.mark_non_differentiable(info)
+
+
+def _backward_newton_schulz(
+    ctx: Any, grad: Tensor, *_rest: Any
+) -> tuple[Tensor, None, None, None]:
+    made = whiten_newton_schulz_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return made, None, None, None
 
 
 def _setup_view_distance(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -330,8 +413,13 @@ def _register() -> None:
     )  # fmt: skip
     register_rules(
         _library, whiten_zca,
-        lambda x, eps: _fake_groups(x, _square(x), (x.shape[0], x.shape[2])),
+        lambda x, eps, kernel: _fake_groups(x, _square(x), (x.shape[0], x.shape[2])),
         _backward_zca, _setup_whiten,
+    )  # fmt: skip
+    register_rules(
+        _library, whiten_newton_schulz,
+        lambda x, eps, iterations, kernel: _fake_groups(x, _square(x)),
+        _backward_newton_schulz, _setup_newton_schulz,
     )  # fmt: skip
     register_rules(
         _library, view_distance, lambda z, normalize: z.new_empty(z.shape[1]),
@@ -349,10 +437,13 @@ def _register() -> None:
         ),
         _backward_permute_back, _setup_permute,
     )  # fmt: skip
-    backwards = (whiten_cholesky_backward, whiten_zca_backward, view_distance_backward)
+    backwards = (
+        whiten_cholesky_backward, whiten_zca_backward, whiten_newton_schulz_backward,
+        view_distance_backward,
+    )  # fmt: skip
     for op in backwards:
         register_rules(_library, op, _fake_gradient, no_second_order)
-    for op in (whiten_cholesky, whiten_zca, view_distance, *backwards):
+    for op in (whiten_cholesky, whiten_zca, whiten_newton_schulz, view_distance, *backwards):
         for device in ("cpu", "cuda"):
             torch.library.register_autocast(op.name(), device, torch.float32, lib=_library)
 

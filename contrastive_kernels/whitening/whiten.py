@@ -15,17 +15,19 @@ from ..types import statistics_dtype
 from . import errors
 from .operators import (
     FINE,
-    NOT_FINITE,
-    approximate_root,
-    center,
     has_cuda_kernel,
     whiten_cholesky,
+    whiten_newton_schulz,
     whiten_zca,
 )
 
 METHODS = ("cholesky", "zca", "newton_schulz")
 # backends that have kernels; "auto" takes batched library calls where there is none
-KERNELS: dict[str, tuple[str, ...]] = {"cholesky": ("cpu", "cuda"), "zca": (), "newton_schulz": ()}
+KERNELS: dict[str, tuple[str, ...]] = {
+    "cholesky": ("cpu", "cuda"),
+    "zca": ("cpu",),
+    "newton_schulz": ("cpu",),
+}
 
 
 @overload
@@ -101,8 +103,7 @@ def whiten(
             device: at the next call that finds the flags on the host, or in `check_whitening`;
             never of calls within a CUDA graph or torch.compile. Compiled for a CPU it is a
             RuntimeError without the number of the group.
-        RuntimeError: a backend that cannot run here: "cpu" and "cuda" have kernels of "cholesky"
-            alone.
+        RuntimeError: a backend that cannot run here: "cuda" has kernels of "cholesky" alone.
         NotImplementedError: a second derivative, or one in forward mode, of a closed form.
     """
     _check_groups(x)
@@ -124,9 +125,9 @@ def whiten(
     if method == "cholesky":
         z, _inverse, info = whiten_cholesky(groups, eps, backend)
     elif method == "zca":
-        z, _vectors, _roots, info = whiten_zca(groups, eps)
+        z, _vectors, _roots, info = whiten_zca(groups, eps, backend)
     else:
-        z, info = whiten_newton_schulz(groups, eps, iterations)
+        z, _covariance, info = whiten_newton_schulz(groups, eps, iterations, backend)
     z = z.view(x.shape)
     if return_info:
         return z, (info == FINE).view(x.shape[:-2])
@@ -151,14 +152,3 @@ def _check_groups(x: Tensor) -> None:
     check_features("x", x, (x.dim(),) if isinstance(x, Tensor) else ())
     if x.numel() == 0:
         raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
-
-
-@precise
-def whiten_newton_schulz(x: Tensor, eps: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """(Z, info) of the groups x (G, n, D) of any rank."""
-    finite = x.isfinite().flatten(1).all(1)
-    # else the gradient of a group that is not finite would be NaN
-    centered, covariance, _mean = center(torch.where(finite[:, None, None], x, 0.0), eps)
-    matrix, info = approximate_root(covariance, iterations)
-    z = torch.where(finite[:, None, None], centered @ matrix, torch.nan)
-    return z, torch.where(finite, info, NOT_FINITE)

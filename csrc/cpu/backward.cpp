@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "gradient.h"
 #include "schedule.h"
 #include "sums.h"
 
@@ -18,25 +19,18 @@ template <class T>
 class Side {
  public:
   Side() = default;
-  Side(int64_t size, const at::Tensor& lse, const at::Tensor& low, const at::Tensor& mean,
-       const OptionalTensor& grad_lse, const OptionalTensor& grad_mean) {
-    values_ = at::zeros({kFields, size}, kScalar<T>);
-    T* values = values_.template data_ptr<T>();
-    const auto fill = [&](Field field, const at::Tensor& source) {
-      const at::Tensor typed = source.to(kScalar<T>).contiguous();
-      std::copy_n(typed.template const_data_ptr<T>(), size, values + field * size);
+  Side(int64_t size, const Upstream<T>& in) : size_(size), values_(kFields * size, T{0}) {
+    T* values = values_.data();
+    const auto fill = [&](Field field, const T* source) {
+      if (source != nullptr) std::copy_n(source, size, values + field * size);
     };
-    if (lse.numel() > 0) fill(kLse, lse);
-    if (grad_lse.has_value()) fill(kGradLse, *grad_lse);
-    if (grad_mean.has_value()) {
-      fill(kMean, mean);
-      fill(kGradMean, *grad_mean);
-    }
-    const at::Tensor of_lse = low.to(kScalar<T>).contiguous();
-    const T* lows = low.numel() > 0 ? of_lse.template const_data_ptr<T>() : nullptr;
+    fill(kLse, in.lse);
+    fill(kGradLse, in.grad_lse);
+    fill(kGradMean, in.grad_mean);
+    if (in.grad_mean != nullptr) fill(kMean, in.mean);
     for (int64_t i = 0; i < size; ++i) {
-      if (lows != nullptr) {
-        const T factor = std::exp(-lows[i]);
+      if (in.low != nullptr) {
+        const T factor = std::exp(-in.low[i]);
         values[kGradLse * size + i] *= factor;
         values[kGradMean * size + i] *= factor;
       }
@@ -46,129 +40,51 @@ class Side {
       }
     }
   }
-  bool given() const { return values_.defined(); }
-  const T* of(Field field) const {
-    return values_.template const_data_ptr<T>() + field * values_.size(1);
-  }
+  bool given() const { return size_ > 0; }
+  const T* of(Field field) const { return values_.data() + field * size_; }
   Coefficients<T> from(int64_t begin) const {
     return {of(kLse) + begin, of(kMean) + begin, of(kGradLse) + begin, of(kGradMean) + begin};
   }
 
  private:
-  at::Tensor values_;
-};
-
-// The gradient of one side's features, from the sums over the other side of dL/dz times its
-// features. Of half features it is rounded when a sum is whole, which may be so a slab at a time.
-template <class T>
-class Gradient {
- public:
-  // not needed: rows() is null
-  Gradient(bool needed, const at::Tensor& tensor, const Features<T>& x, bool normalize, T scale)
-      : needed_(needed), tensor_(tensor), x_(x), normalize_(normalize), scale_(scale) {}
-
-  bool half() const { return needed_ && tensor_.scalar_type() != kScalar<T>; }
-  // all rows, or if they are half and may be `cut`, those whose sums take 16 MB
-  std::vector<Range> slabs(bool cut) const {
-    constexpr int64_t kSlabElements = 1 << 22;
-    const int64_t rows = std::max<int64_t>(1, kSlabElements / x_.d() / kUnit) * kUnit;
-    std::vector<Range> out;
-    for (int64_t i = 0; i < x_.rows(); i = out.back().end)
-      out.push_back({i, cut && half() ? std::min(x_.rows(), i + rows) : x_.rows()});
-    return out;
-  }
-  void start(Range slab) {
-    if (!needed_ || (sum_.defined() && slab.size() == x_.rows())) return;
-    slab_ = slab;
-    if (!sum_.defined()) sum_ = at::empty({slab.size(), x_.d()}, kScalar<T>);
-    sum_.zero_();
-  }
-  // where row 0 would be, of sums of the slab
-  T* rows() const { return needed_ ? sum_.template data_ptr<T>() - slab_.begin * x_.d() : nullptr; }
-  // the sums of a slab to scale (u - [normalize] (x / |x|^2) <x, u>)
-  void finish() {
-    if (!needed_) return;
-    const int64_t d = x_.d();
-    const at::Tensor alongs = at::empty({slab_.size()}, kScalar<T>);
-    T *out = rows(), *products = alongs.template data_ptr<T>();
-    x_.for_read_blocks(slab_, [&](Range range, const T* features, int64_t stride) {
-      for (int64_t i = range.begin; i < range.end; ++i)
-        products[i - slab_.begin] =
-            tile_kernels<T>().project(out + i * d, features + (i - range.begin) * stride,
-                                      x_.inverse()[i], normalize_, scale_, d, out + i * d);
-    });
-    for (int64_t i = 0; i < slab_.size(); ++i) along_ += products[i];
-    if (slab_.size() == x_.rows()) {
-      result_ = sum_.to(tensor_.scalar_type());
-      return;
-    }
-    if (!result_.defined())
-      result_ = at::empty({x_.rows(), d}, sum_.options().dtype(tensor_.scalar_type()));
-    result_.narrow(0, slab_.begin, slab_.size()).copy_(sum_.narrow(0, 0, slab_.size()));
-  }
-  // sums of all rows, made elsewhere
-  void take(const at::Tensor& sums) {
-    if (!needed_) return;
-    sum_ = sums;
-    slab_ = {0, x_.rows()};
-    finish();
-  }
-  const at::Tensor& result() const { return result_; }
-  double along() const { return along_; }  // sum of <x, u>
-
- private:
-  static constexpr int64_t kUnit = 256;
-  bool needed_;
-  const at::Tensor& tensor_;
-  const Features<T>& x_;
-  bool normalize_;
-  T scale_;
-  at::Tensor sum_, result_;
-  Range slab_{0, 0};
-  double along_ = 0;
+  int64_t size_ = 0;
+  Buffer<T> values_;
 };
 
 template <class T>
 class BackwardSweep {
  public:
-  BackwardSweep(const PairArguments& arguments, const BackwardInputs& in, Needs needs)
-      : a_(arguments), in_(in), needs_(needs), p_(arguments) {
-    const bool with_mean = in.grad_mean.has_value() || in.grad_col_mean.has_value();
+  BackwardSweep(const PairArguments<T>& arguments, const BackwardInputs<T>& in,
+                const Gradients<T>& to)
+      : a_(arguments), in_(in), to_(to), p_(arguments), rows_(p_.x.rows(), of_rows()) {
+    const bool with_mean = in.rows.grad_mean != nullptr || in.columns.grad_mean != nullptr;
     fold_ = in.softplus ? Fold::kSoftplus : with_mean ? Fold::kLseMean : Fold::kLse;
-    if (!p_.paired) {
-      const KeptLogits kept = find_logits(in.lse_low);
-      // half of a matrix is walked by as many threads as it was
-      if (!kept.half || (p_.symmetric && kept.threads == at::get_num_threads())) p_.kept = kept;
-    }
-    attended_ = in.attended.numel() > 0 && !needs.y && !needs.bias;
-    // the weights of attended keys are of the sums themselves
-    const at::Tensor low = attended_ ? in.lse_low.narrow(0, 0, 0) : in.lse_low;
-    rows_ = Side<T>(p_.x.rows(), in.lse, low, in.mean, in.grad_lse, in.grad_mean);
-    if (in.grad_col_lse.has_value() || in.grad_col_mean.has_value())
-      keys_ = Side<T>(p_.keys, in.col_lse, in.col_lse_low, in.col_mean, in.grad_col_lse,
-                      in.grad_col_mean);
+    if (in.columns.grad_lse != nullptr || in.columns.grad_mean != nullptr)
+      keys_ = Side<T>(p_.keys, in.columns);
+    if (p_.paired) return;
+    const KeptLogits kept = find_logits(in.rows.low);
+    // half of a matrix is walked by as many threads as it was
+    if (!kept.half || (p_.symmetric && kept.threads == num_threads())) p_.kept = kept;
   }
 
-  BackwardResult run() {
-    const bool need_u = needs_.x || needs_.scale;
-    const auto none = [] { return at::empty({0}, kScalar<T>); };
-    BackwardResult result{none(), none(), none(), none()};
-    const auto shared = [&](bool needed, const at::Tensor& t, const Features<T>& f) {
-      return Gradient<T>(needed, t, f, p_.normalize, p_.scale);
+  double run() {
+    const bool need_u = to_.x != nullptr || to_.scale;
+    const auto shared = [&](bool needed, void* out, Dtype dtype, const Features<T>& f) {
+      return Gradient<T>(needed, out, dtype, f, p_.normalize, p_.scale);
     };
-    Gradient<T> u = shared(need_u, a_.x, p_.x);
-    at::Tensor totals;
-    if (needs_.bias) totals = at::zeros({p_.keys}, at::kDouble);
-    if (attended_) {
+    Gradient<T> u = shared(need_u, to_.x, a_.x.dtype, p_.x);
+    Buffer<double> totals;
+    if (to_.bias != nullptr) totals = Buffer<double>(p_.keys, 0.0);
+    if (attended()) {
       for (Range slab : u.slabs(true)) {
         u.start(slab);
         if (need_u) from_attended(slab, u.rows());
         u.finish();
       }
     } else if (p_.paired) {
-      // tiles may be left out
-      if (needs_.y) result.y = at::zeros(a_.y->sizes(), a_.y->options());
-      u.take(sweep_pairs(result.y, totals));
+      u.start(u.slabs(false)[0]);
+      sweep_pairs(u.rows(), totals);
+      u.finish();
     } else if (p_.symmetric) {
       u.start(u.slabs(false)[0]);
       if (fixed_shift(p_).promising)
@@ -177,52 +93,55 @@ class BackwardSweep {
         sweep_half_by_factor(u.rows());
       u.finish();
     } else {
-      Gradient<T> v = shared(needs_.y, *a_.y, p_.y);
+      Gradient<T> v = shared(to_.y != nullptr, to_.y, a_.y.dtype, p_.y);
       // each sum in full of one side at most, of the shorter one
       const bool by_rows = u.half() && !(v.half() && p_.keys > p_.x.rows());
       const auto rows = u.slabs(by_rows), keys = v.slabs(!by_rows);
-      if (!needs_.y && !needs_.bias && rows.size() == 1) {
-        u.take(sweep_rows());
+      if (to_.y == nullptr && to_.bias == nullptr && rows.size() == 1) {
+        u.start(rows[0]);
+        sweep_rows(u.rows());
+        u.finish();
       } else {
         for (Range row_slab : rows) {
           u.start(row_slab);
           for (Range key_slab : keys) {
             v.start(key_slab);
-            sweep_all(row_slab, key_slab, u.rows(), v.rows(), totals);
+            sweep_all(row_slab, key_slab, u.rows(), v.rows(), totals.data());
             if (keys.size() > 1) v.finish();
           }
           u.finish();
         }
         if (keys.size() == 1) v.finish();
       }
-      if (needs_.y) result.y = v.result();
     }
-    if (needs_.x) result.x = u.result();
+    std::copy_n(totals.data(), totals.size(), to_.bias);
     // both orders of a pair are in u when the matrix is symmetric
-    const bool twice = p_.symmetric && !attended_;
-    if (needs_.scale)
-      result.scale = at::scalar_tensor(twice ? u.along() / 2 : u.along(), a_.scale.options());
-    if (needs_.bias) result.bias = totals.to(a_.bias->scalar_type());
-    return result;
+    return p_.symmetric && !attended() ? u.along() / 2 : u.along();
   }
 
  private:
+  bool attended() const {
+    return in_.attended != nullptr && to_.y == nullptr && to_.bias == nullptr;
+  }
+  Upstream<T> of_rows() const {
+    Upstream<T> rows = in_.rows;
+    if (attended()) rows.low = nullptr;  // the weights of attended keys are of the sums themselves
+    return rows;
+  }
+
   // dL/dx from the keys weighted in the forward sweep
   void from_attended(Range slab, T* out) {
     const int64_t d = p_.x.d();
-    const T* attended = in_.attended.template const_data_ptr<T>();
-    at::parallel_for(slab.begin, slab.end, divide_up(kSerialWork, d),
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t i = begin; i < end; ++i) {
-                         const T weight = rows_.of(kGradLse)[i] * p_.x.inverse()[i];
-                         for (int64_t k = 0; k < d; ++k)
-                           out[i * d + k] = weight * attended[i * d + k];
-                       }
-                     });
+    parallel_for(slab.begin, slab.end, divide_up(kSerialWork, d), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T weight = rows_.of(kGradLse)[i] * p_.x.inverse()[i];
+        for (int64_t k = 0; k < d; ++k) out[i * d + k] = weight * in_.attended[i * d + k];
+      }
+    });
   }
 
   void sweep_half(T* out) {
-    Workers<T> workers(p_, true);
+    Workers<T> workers(p_);
     for_half_pairs(p_, workers, [&](Worker<T>& w, Range rows, Range keys) {
       part(w, rows, keys, true, out, out, nullptr);
     });
@@ -230,9 +149,8 @@ class BackwardSweep {
 
   // for large logits: those of the forward sweep, bit by bit
   void sweep_half_by_factor(T* out) {
-    const at::Tensor factor = symmetric_factor(p_, a_), sign = sign_of_scale(p_);
-    const PairArguments given = with_factor(a_, factor, sign);
-    BackwardSweep(given, in_, needs_).sweep_half(out);
+    const Buffer<T> factor = symmetric_factor(p_);
+    BackwardSweep(with_factor(p_, a_, factor), in_, to_).sweep_half(out);
     const T root = std::sqrt(std::abs(p_.scale));
     for (int64_t i = 0; i < p_.x.rows(); ++i) {
       T* row = out + i * p_.x.d();
@@ -240,50 +158,49 @@ class BackwardSweep {
     }
   }
 
-  void sweep_all(Range all_rows, Range all_keys, T* to_rows, T* to_keys, const at::Tensor& totals) {
-    double* key_totals = totals.defined() ? totals.data_ptr<double>() : nullptr;
-    Workers<T> workers(p_, true);
+  void sweep_all(Range all_rows, Range all_keys, T* to_rows, T* to_keys, double* key_totals) {
+    Workers<T> workers(p_);
     for_all_pairs(p_, workers, all_rows, all_keys, [&](Worker<T>& w, Range rows, Range keys) {
       part(w, rows, keys, false, to_rows, to_keys, key_totals);
     });
   }
 
-  // (N, D) of the sums that add(worker, rows, keys, sums of all rows) makes of each block of rows
+  // to_rows (N, D): the sums that add(worker, rows, keys, sums of all rows) makes of each block of
+  // rows; they are 0 before, or null
   template <class Add>
-  at::Tensor sweep_blocks(bool with_gradients, Add add) {
+  void sweep_blocks(T* to_rows, Add add) {
     const auto parts = key_parts(p_);
     const int64_t count = static_cast<int64_t>(parts.size()), size = p_.x.rows() * p_.x.d();
-    const at::Tensor u = at::zeros({count, p_.x.rows(), p_.x.d()}, kScalar<T>);
-    T* out = u.template data_ptr<T>();
-    Workers<T> workers(p_, with_gradients);
+    const bool several = count > 1 && to_rows != nullptr;
+    Buffer<T> memory(several ? count * size : 0);
+    if (several) clear(memory.data(), count * size);
+    Workers<T> workers(p_);
     for_row_blocks(p_, workers, parts, [&](Worker<T>& w, Range rows, int64_t index) {
-      add(w, rows, parts[index], out + index * size);
+      add(w, rows, parts[index], several ? memory.data() + index * size : to_rows);
     });
-    return count == 1 ? u[0] : u.sum(0);
+    if (several) add_up(memory.data(), count, size, to_rows);
   }
 
-  at::Tensor sweep_rows() {
-    return sweep_blocks(true, [&](Worker<T>& w, Range rows, Range keys, T* to_rows) {
-      part(w, rows, keys, false, to_rows, nullptr, nullptr);
+  void sweep_rows(T* to_rows) {
+    sweep_blocks(to_rows, [&](Worker<T>& w, Range rows, Range keys, T* out) {
+      part(w, rows, keys, false, out, nullptr, nullptr);
     });
   }
 
   // Keys of their own: each block of rows owns all of its pairs, but shares the keys' biases.
-  at::Tensor sweep_pairs(const at::Tensor& v, at::Tensor& totals) {
-    const int64_t blocks = divide_up(p_.x.rows(), p_.block_rows);
-    at::Tensor block_totals;
-    if (totals.defined()) block_totals = at::zeros({blocks, p_.keys}, at::kDouble);
-    const auto add = [&](Worker<T>& w, Range rows, Range keys, T* to_rows) {
+  void sweep_pairs(T* to_rows, Buffer<double>& totals) {
+    const int64_t blocks = divide_up(p_.x.rows(), p_.block_rows), d = p_.x.d();
+    Buffer<double> block_totals(totals.empty() ? 0 : blocks * p_.keys, 0.0);
+    if (to_.y != nullptr)  // tiles may be left out
+      clear(static_cast<char*>(to_.y), p_.x.rows() * p_.keys * d * size_of(a_.y.dtype));
+    sweep_blocks(to_rows, [&](Worker<T>& w, Range rows, Range keys, T* out) {
       double* key_totals = nullptr;
-      if (totals.defined())
-        key_totals = block_totals.data_ptr<double>() + rows.begin / p_.block_rows * p_.keys;
+      if (!totals.empty()) key_totals = block_totals.data() + rows.begin / p_.block_rows * p_.keys;
       visit(w, rows, keys, false, key_totals, [&](bool) {
-        w.add_to_pairs(to_rows + w.rows().begin * p_.x.d(), v.numel() > 0 ? &v : nullptr);
+        w.add_to_pairs(out == nullptr ? out : out + w.rows().begin * d, to_.y, a_.y.dtype);
       });
-    };
-    const at::Tensor u = sweep_blocks(false, add);
-    if (totals.defined()) totals = block_totals.sum(0);
-    return u;
+    });
+    if (!totals.empty()) add_up(block_totals.data(), blocks, p_.keys, totals.data());
   }
 
   enum Lanes { kLseLanes, kMeanLanes, kGradLseLanes, kGradMeanLanes, kScaleLanes, kValidLanes };
@@ -322,24 +239,25 @@ class BackwardSweep {
     for_tiles(p_, w, rows, keys, half, start, push, [](Range) {});
   }
 
-  const PairArguments& a_;
-  const BackwardInputs& in_;
-  Needs needs_;
-  bool attended_;
+  const PairArguments<T> a_;
+  const BackwardInputs<T> in_;
+  const Gradients<T> to_;
   Problem<T> p_;
-  Fold fold_;
   Side<T> rows_, keys_;
+  Fold fold_;
 };
 
 }  // namespace
 
 template <class T>
-BackwardResult backward_sweep(const PairArguments& arguments, const BackwardInputs& inputs,
-                              Needs needs) {
-  return BackwardSweep<T>(arguments, inputs, needs).run();
+double backward_sweep(const PairArguments<T>& arguments, const BackwardInputs<T>& inputs,
+                      const Gradients<T>& to) {
+  return BackwardSweep<T>(arguments, inputs, to).run();
 }
 
-template BackwardResult backward_sweep<float>(const PairArguments&, const BackwardInputs&, Needs);
-template BackwardResult backward_sweep<double>(const PairArguments&, const BackwardInputs&, Needs);
+template double backward_sweep(const PairArguments<float>&, const BackwardInputs<float>&,
+                               const Gradients<float>&);
+template double backward_sweep(const PairArguments<double>&, const BackwardInputs<double>&,
+                               const Gradients<double>&);
 
 }  // namespace ck

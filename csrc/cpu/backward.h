@@ -4,25 +4,34 @@
 
 namespace ck {
 
-// Statistics of the forward sweep and the gradients that came for them. A gradient is absent where
-// nothing depends on the statistic; the softplus fold has grad_lse alone, the gradient of its sum.
-struct BackwardInputs {
-  bool softplus = false;
-  at::Tensor lse, lse_low, mean, col_lse, col_lse_low, col_mean, attended;
-  OptionalTensor grad_lse = {}, grad_mean = {}, grad_col_lse = {}, grad_col_mean = {};
-};
-
-struct Needs {
-  bool x, y, scale, bias;
-};
-
-// Gradients in the inputs' dtypes; what is not needed is empty. With y absent, that of x is whole.
-struct BackwardResult {
-  at::Tensor x, y, scale, bias;
+// Statistics of one side from the forward sweep and the gradients that came for them; null where
+// there are none, or nothing depends on the statistic. The softplus fold has grad_lse alone, the
+// gradient of its sum.
+template <class T>
+struct Upstream {
+  const T *lse = nullptr, *low = nullptr, *mean = nullptr;
+  const T *grad_lse = nullptr, *grad_mean = nullptr;
 };
 
 template <class T>
-BackwardResult backward_sweep(const PairArguments& arguments, const BackwardInputs& inputs,
-                              Needs needs);
+struct BackwardInputs {
+  bool softplus = false;
+  Upstream<T> rows, columns;
+  const T* attended = nullptr;
+};
+
+// Where gradients go, those of features in their dtypes; null: not needed. With y not given, that
+// of x is whole.
+template <class T>
+struct Gradients {
+  void *x = nullptr, *y = nullptr;
+  bool scale = false;
+  T* bias = nullptr;
+};
+
+// Returns the gradient of the scale.
+template <class T>
+double backward_sweep(const PairArguments<T>& arguments, const BackwardInputs<T>& inputs,
+                      const Gradients<T>& to);
 
 }  // namespace ck

@@ -2,18 +2,33 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <new>
 #include <utility>
 
 namespace ck {
 
+// The bytes of all buffers there are, and the most that there were since someone set it.
+struct MemoryUse {
+  std::atomic<int64_t> now{0}, peak{0};
+  void add(int64_t bytes) {
+    const int64_t total = now += bytes;
+    int64_t most = peak;
+    while (most < total && !peak.compare_exchange_weak(most, total)) {
+    }
+  }
+};
+inline MemoryUse memory_use;
+
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))), size_(size) {}
+      : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))), size_(size) {
+    memory_use.add(size * sizeof(T));
+  }
   Buffer(int64_t size, T value) : Buffer(size) { std::fill_n(data_, size, value); }
   Buffer(Buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
@@ -22,7 +37,10 @@ class Buffer {
     std::swap(size_, other.size_);
     return *this;
   }
-  ~Buffer() { ::operator delete(data_, kAlignment); }
+  ~Buffer() {
+    memory_use.now -= size_ * sizeof(T);
+    ::operator delete(data_, kAlignment);
+  }
 
   T* data() { return data_; }
   const T* data() const { return data_; }

@@ -1,26 +1,32 @@
 #pragma once
 
+#include <memory>
+
 #include "problem.h"
 
 namespace ck {
 
-// Statistics in the compute type; what was not asked for is empty.
-struct ForwardResult {
-  at::Tensor lse, mean, col_lse, col_mean;  // for the softplus fold, lse holds the sum
-  at::Tensor lse_low, col_lse_low;          // what rounding took from lse
-  at::Tensor rank, total, count;
-  at::Tensor attended;  // sum_j p_ij y_j / |y_j|
-};
-
-struct ForwardOptions {
-  Fold fold;
-  bool columns = false;
-  bool attend = false;
-  bool keep = false;
-  OptionalTensor threshold = {};
+// Where the statistics of one side go; null: not asked for. For the softplus fold lse is the sum.
+template <class T>
+struct Statistics {
+  T* lse = nullptr;
+  T* low = nullptr;  // what rounding took from lse
+  T* mean = nullptr;
+  T* attended = nullptr;  // (rows, D): sum_j p_ij y_j / |y_j|
 };
 
 template <class T>
-ForwardResult forward_sweep(const PairArguments& arguments, const ForwardOptions& options);
+struct ForwardOptions {
+  Fold fold;
+  bool keep = false;  // logits, for a backward sweep
+  Statistics<T> rows = {}, columns = {};
+  const T* threshold = nullptr;  // of each row; then rank, total and count of each row are wanted
+  T *rank = nullptr, *total = nullptr, *count = nullptr;
+};
+
+// What holds the logits that are kept and stands for rows.low; null: none are.
+template <class T>
+std::unique_ptr<Keeper> forward_sweep(const PairArguments<T>& arguments,
+                                      const ForwardOptions<T>& options);
 
 }  // namespace ck

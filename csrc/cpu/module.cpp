@@ -1,36 +1,209 @@
-// The Python module `_cpu`. Loading it registers the ops; it offers build_info() only.
+// The Python module `_cpu`. It knows no torch: tensors come as addresses, sizes and strides, from
+// contrastive_kernels/cpu/, which checks them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include "tile.h"
-#include "workspace_limit.h"
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "backward.h"
+#include "forward.h"
+#include "row_dot.h"
+
+namespace py = pybind11;
+
+namespace ck {
+
+void bind_whitening(py::module_& m);
 
 namespace {
 
-#ifdef _OPENMP
-constexpr bool kThreaded = true;
-#else
-constexpr bool kThreaded = false;
-#endif
+using Address = std::uintptr_t;  // 0: none
 
-pybind11::dict build_info() {
-  pybind11::dict info;
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// address, sizes, strides, dtype
+using MatrixTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int>;
+
+Matrix matrix(const std::optional<MatrixTuple>& given) {
+  if (!given) return {};
+  const auto [data, rows, d, row_stride, col_stride, dtype] = *given;
+  return {at<void>(data), rows, d, row_stride, col_stride, static_cast<Dtype>(dtype)};
+}
+
+// those of the rows, those of the keys, whether both are narrow
+using IdTuple = std::tuple<Address, Address, bool>;
+
+IdPair id_pair(const IdTuple& given) {
+  const auto [rows, keys, narrow] = given;
+  return {{at<void>(rows), narrow}, {at<void>(keys), narrow}};
+}
+
+// The fields of PairArguments, but y_more.
+using PairTuple =
+    std::tuple<MatrixTuple, std::optional<MatrixTuple>, std::optional<MatrixTuple>, int64_t, double,
+               Address, IdTuple, IdTuple, bool>;
+
+template <class T>
+PairArguments<T> pair_arguments(const PairTuple& given) {
+  const auto& [x, x_more, y, own_keys, scale, bias, exclude, keep, normalize] = given;
+  PairArguments<T> a;
+  a.x = matrix(x);
+  a.x_more = matrix(x_more);
+  a.y = matrix(y);
+  a.own_keys = own_keys;
+  a.scale = static_cast<T>(scale);
+  a.bias = at<T>(bias);
+  a.exclude = id_pair(exclude);
+  a.keep = id_pair(keep);
+  a.normalize = normalize;
+  return a;
+}
+
+// Calls `run(T{})` with the type that features are computed in, for as long without the GIL.
+template <class Run>
+auto with_compute_type(const MatrixTuple& x, Run run) {
+  const py::gil_scoped_release released;
+  const bool wide = static_cast<Dtype>(std::get<5>(x)) == Dtype::kDouble;
+  return wide ? run(double{}) : run(float{});
+}
+
+// lse, low, mean, attended
+using StatisticsTuple = std::tuple<Address, Address, Address, Address>;
+
+std::unique_ptr<Keeper> forward(const PairTuple& pairs, int fold, bool keep,
+                                const StatisticsTuple& rows, const StatisticsTuple& columns,
+                                const StatisticsTuple& counts) {
+  return with_compute_type(std::get<0>(pairs), [&](auto t) {
+    using T = decltype(t);
+    const auto statistics = [](const StatisticsTuple& to) {
+      const auto [lse, low, mean, attended] = to;
+      return Statistics<T>{at<T>(lse), at<T>(low), at<T>(mean), at<T>(attended)};
+    };
+    const auto [threshold, rank, total, count] = counts;
+    return forward_sweep<T>(pair_arguments<T>(pairs), {
+                                                          .fold = static_cast<Fold>(fold),
+                                                          .keep = keep,
+                                                          .rows = statistics(rows),
+                                                          .columns = statistics(columns),
+                                                          .threshold = at<T>(threshold),
+                                                          .rank = at<T>(rank),
+                                                          .total = at<T>(total),
+                                                          .count = at<T>(count),
+                                                      });
+  });
+}
+
+// lse, low, mean, grad_lse, grad_mean
+using UpstreamTuple = std::tuple<Address, Address, Address, Address, Address>;
+// x, y, whether scale, bias
+using GradientTuple = std::tuple<Address, Address, bool, Address>;
+
+double backward(const PairTuple& pairs, bool softplus, const UpstreamTuple& rows,
+                const UpstreamTuple& columns, Address attended, const GradientTuple& to) {
+  return with_compute_type(std::get<0>(pairs), [&](auto t) {
+    using T = decltype(t);
+    const auto upstream = [](const UpstreamTuple& from) {
+      const auto [lse, low, mean, grad_lse, grad_mean] = from;
+      return Upstream<T>{at<T>(lse), at<T>(low), at<T>(mean), at<T>(grad_lse), at<T>(grad_mean)};
+    };
+    const auto [x, y, scale, bias] = to;
+    return backward_sweep<T>(pair_arguments<T>(pairs),
+                             {softplus, upstream(rows), upstream(columns), at<T>(attended)},
+                             {at<void>(x), at<void>(y), scale, at<T>(bias)});
+  });
+}
+
+void check_ends(const int64_t* ends, int64_t rows, int64_t total) {
+  if (ends[0] >= 0 && std::is_sorted(ends, ends + rows) && ends[rows - 1] == total) return;
+  const std::string all = std::to_string(total), got = std::to_string(ends[rows - 1]);
+  throw py::value_error("the keys of the rows must be >= 0 in number and " + all +
+                        " in all, got " + got + " in all");
+}
+
+template <class T>
+OwnRows<T> own_rows(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, Address ends,
+                    bool normalize) {
+  const OwnRows<T> rows{matrix(x), matrix(y), keys, at<int64_t>(ends), normalize};
+  if (rows.ends != nullptr) check_ends(rows.ends, rows.x.rows, rows.y.rows);
+  return rows;
+}
+
+void dot(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, Address ends, bool normalize,
+         Address out) {
+  with_compute_type(x, [&](auto t) {
+    using T = decltype(t);
+    row_dot<T>(own_rows<T>(x, y, keys, ends, normalize), at<T>(out));
+  });
+}
+
+void dot_backward(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, Address ends,
+                  bool normalize, Address grad, Address dx, Address dy) {
+  with_compute_type(x, [&](auto t) {
+    using T = decltype(t);
+    row_dot_backward<T>(own_rows<T>(x, y, keys, ends, normalize), at<T>(grad), at<void>(dx),
+                        at<void>(dy));
+  });
+}
+
+void start(const std::string& capability, Address parallel_for, Address num_threads,
+           Address thread_num) {
+  set_capability(capability.c_str());
+  ThreadFunctions functions;
+  functions.parallel_for = reinterpret_cast<decltype(functions.parallel_for)>(parallel_for);
+  functions.num_threads = reinterpret_cast<decltype(functions.num_threads)>(num_threads);
+  functions.thread_num = reinterpret_cast<decltype(functions.thread_num)>(thread_num);
+  set_thread_functions(functions);
+}
+
+py::dict build_info() {
+  py::dict info;
   info["compiler"] = CK_COMPILER;
   info["flags"] = CK_FLAGS;
-  info["torch"] = CK_TORCH;
   info["isa"] = CK_ISAS;
-  info["threaded"] = kThreaded;
   return info;
 }
 
+py::buffer_info values_of(Keeper& keeper) {
+  Buffer<char>& values = keeper.values();
+  return {values.data(), 1, "B", values.size()};
+}
+
 }  // namespace
+}  // namespace ck
 
 PYBIND11_MODULE(_cpu, m) {
-  m.def("build_info", &build_info,
-        "Compiler, flags, torch version, instruction sets and threading of this build.");
+  using namespace ck;
+  m.def("build_info", &build_info, "Compiler, flags and instruction sets of this build.");
+  m.def("start", &start,
+        "What torch says of the processor, and the addresses of its torch_parallel_for, "
+        "torch_get_num_threads and torch_get_thread_idx.");
   m.def(
-      "capability", [] { return ck::tile_kernels<float>().isa; },
+      "capability", [] { return tile_kernels<float>().isa; },
       "The instruction set that tiles use on this machine.");
-  m.def("workspace_limit", &ck::workspace_limit, "Bytes of logits that may wait for backwards.");
-  m.def("set_workspace_limit", &ck::set_workspace_limit, "Sets that.");
-  m.def("workspace_used", &ck::workspace_used, "Bytes of logits that wait for backwards.");
+
+  py::class_<Keeper>(m, "Keeper", py::buffer_protocol(), "Logits, and values that stand for them.")
+      .def_buffer(&values_of);
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("row_dot", &dot);
+  m.def("row_dot_backward", &dot_backward);
+
+  bind_whitening(m);
+
+  m.def("workspace_limit", &workspace_limit, "Bytes of logits that may wait for backwards.");
+  m.def("set_workspace_limit", &set_workspace_limit, "Sets that.");
+  m.def("workspace_used", &workspace_used, "Bytes of logits that wait for backwards.");
+  m.def(
+      "memory_peak",
+      [] {
+        const int64_t now = memory_use.now;
+        return memory_use.peak.exchange(now);
+      },
+      "The most bytes of buffers at one time since this was last asked.");
 }

@@ -2,8 +2,6 @@
 // the same key, and the order of additions never depends on timing.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -31,17 +29,15 @@ inline std::vector<Range> cut(int64_t size, int64_t parts, int64_t unit) {
 template <class T>
 class Workers {
  public:
-  Workers(const Problem<T>& problem, bool with_gradients)
-      : problem_(problem), with_gradients_(with_gradients), workers_(at::get_num_threads()) {}
+  explicit Workers(const Problem<T>& problem) : problem_(problem), workers_(num_threads()) {}
   Worker<T>& mine() {
-    auto& worker = workers_[at::get_thread_num()];
-    if (!worker) worker = std::make_unique<Worker<T>>(problem_, with_gradients_);
+    auto& worker = workers_[thread_num()];
+    if (!worker) worker = std::make_unique<Worker<T>>(problem_);
     return *worker;
   }
 
  private:
   const Problem<T>& problem_;
-  bool with_gradients_;
   std::vector<std::unique_ptr<Worker<T>>> workers_;
 };
 
@@ -53,7 +49,7 @@ void for_row_blocks(const Problem<T>& problem, Workers<T>& workers,
   const auto blocks =
       cut(problem.x.rows(), divide_up(problem.x.rows(), problem.block_rows), problem.block_rows);
   const int64_t parts = static_cast<int64_t>(key_parts.size());
-  at::parallel_for(0, static_cast<int64_t>(blocks.size()) * parts, 1, [&](int64_t b, int64_t e) {
+  parallel_for(0, static_cast<int64_t>(blocks.size()) * parts, 1, [&](int64_t b, int64_t e) {
     for (int64_t task = b; task < e; ++task)
       visit(workers.mine(), blocks[task / parts], task % parts);
   });
@@ -62,7 +58,7 @@ void for_row_blocks(const Problem<T>& problem, Workers<T>& workers,
 template <class T>
 std::vector<Range> key_parts(const Problem<T>& problem) {
   const int64_t blocks = divide_up(problem.x.rows(), problem.block_rows);
-  return cut(problem.keys, at::get_num_threads() / blocks, problem.block_keys);
+  return cut(problem.keys, num_threads() / blocks, problem.block_keys);
 }
 
 // visit(worker, rows, keys) for every pair of parts of `all_rows` and `all_keys`: a Latin square,
@@ -70,14 +66,14 @@ std::vector<Range> key_parts(const Problem<T>& problem) {
 template <class T, class Visit>
 void for_all_pairs(const Problem<T>& problem, Workers<T>& workers, Range all_rows, Range all_keys,
                    Visit visit) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = num_threads();
   const int64_t most = std::min(divide_up(all_rows.size(), kRowPadding),
                                 divide_up(all_keys.size(), problem.block_keys));
   const int64_t parts = std::clamp<int64_t>(most, 1, threads);
   const auto rows = cut(all_rows, parts, kRowPadding);
   const auto keys = cut(all_keys, parts, problem.block_keys);
   for (int64_t round = 0; round < parts; ++round)
-    at::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) {
+    parallel_for(0, parts, 1, [&](int64_t b, int64_t e) {
       for (int64_t p = b; p < e; ++p) visit(workers.mine(), rows[p], keys[(p + round) % parts]);
     });
 }
@@ -86,16 +82,16 @@ void for_all_pairs(const Problem<T>& problem, Workers<T>& workers, Range all_row
 // round-robin tournament, in whose every round each part plays once.
 template <class T, class Visit>
 void for_half_pairs(const Problem<T>& problem, Workers<T>& workers, Visit visit) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = num_threads();
   const int64_t size = problem.x.rows();
   auto parts = cut(size, threads == 1 ? 1 : 2 * threads, kRowPadding);
   const int64_t players = static_cast<int64_t>(parts.size());
-  at::parallel_for(0, players, 1, [&](int64_t b, int64_t e) {
+  parallel_for(0, players, 1, [&](int64_t b, int64_t e) {
     for (int64_t p = b; p < e; ++p) visit(workers.mine(), parts[p], parts[p]);
   });
   const int64_t seats = players + players % 2;  // with an odd number one part rests
   for (int64_t round = 0; round < seats - 1; ++round)
-    at::parallel_for(0, seats / 2, 1, [&](int64_t b, int64_t e) {
+    parallel_for(0, seats / 2, 1, [&](int64_t b, int64_t e) {
       for (int64_t match = b; match < e; ++match) {
         // the circle method: the last seat stays, the others move on by one each round
         const int64_t first = match == 0 ? seats - 1 : (round + match) % (seats - 1);

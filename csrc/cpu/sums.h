@@ -8,28 +8,33 @@
 
 namespace ck {
 
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
 // Sums for each row (or each key), one set for each part the other side is cut into.
 enum Field { kSum, kWeighted, kShift, kRank, kTotal, kCount, kFields };
 
 class Sums {
  public:
   Sums(int64_t size, int fields, int64_t parts = 1)
-      : values_(at::zeros({parts, fields, size}, at::kDouble)) {}
-  int64_t parts() const { return values_.size(0); }
-  int64_t size() const { return values_.size(2); }
-  int fields() const { return static_cast<int>(values_.size(1)); }
+      : size_(size), fields_(fields), parts_(parts), values_(parts * fields * size, 0.0) {}
+  int64_t parts() const { return parts_; }
+  int64_t size() const { return size_; }
+  int fields() const { return fields_; }
   double* of(int field, int64_t part = 0) {
-    return values_.data_ptr<double>() + (part * values_.size(1) + field) * values_.size(2);
+    return values_.data() + (part * fields_ + field) * size_;
   }
   // adds up the parts, rescaled to the largest shift, into part 0; factors as used, (parts, size)
-  at::Tensor merge() {
-    const at::Tensor factors = at::ones({parts(), size()}, at::kDouble);
+  Buffer<double> merge() {
+    Buffer<double> factors(parts() * size(), 1.0);
     if (parts() == 1) return factors;
-    const at::Tensor largest = values_.select(1, kShift).amax(0);
+    Buffer<double> largest(size());
+    std::copy_n(of(kShift), size(), largest.data());
+    for (int64_t part = 1; part < parts(); ++part)
+      for (int64_t i = 0; i < size(); ++i) largest[i] = std::max(largest[i], of(kShift, part)[i]);
     for (int64_t part = 0; part < parts(); ++part) {
-      double* factor = factors.data_ptr<double>() + part * size();
+      double* factor = factors.data() + part * size();
       for (int64_t i = 0; i < size(); ++i) {
-        const double shift = of(kShift, part)[i], top = largest.const_data_ptr<double>()[i];
+        const double shift = of(kShift, part)[i], top = largest[i];
         factor[i] = shift == top ? 1 : std::exp(shift - top);
         SoftmaxState<double> sum{0, 0};
         const SoftmaxState<double> mine{of(kSum, part)[i], of(kWeighted, part)[i]};
@@ -41,13 +46,15 @@ class Sums {
           of(field)[i] += of(field, part)[i];
       }
     }
-    values_[0][kShift].copy_(largest);
+    std::copy_n(largest.data(), size(), of(kShift));
     return factors;
   }
-  at::Tensor field(int which) const { return values_[0][which]; }
 
  private:
-  at::Tensor values_;
+  int64_t size_;
+  int fields_;
+  int64_t parts_;
+  Buffer<double> values_;
 };
 
 // One shift for all logits, where their bound allows it: then partial sums are simply added, and
@@ -79,34 +86,28 @@ FixedShift fixed_shift(const Problem<T>& p) {
 // product of i and j has the same bits as that of j and i: where one tile serves both, and large
 // logits are looked at again, exp(z - lse) is then exact to its own rounding.
 template <class T>
-at::Tensor symmetric_factor(const Problem<T>& p, const PairArguments& a) {
-  const at::Tensor x = a.x_more.has_value() ? at::cat({a.x, *a.x_more}) : a.x;
-  const at::Tensor inverse =
-      at::from_blob(const_cast<T*>(p.x.inverse()), {p.x.rows()}, at::TensorOptions(kScalar<T>));
-  return x.to(kScalar<T>) * (inverse * std::sqrt(std::abs(p.scale))).unsqueeze(1);
+Buffer<T> symmetric_factor(const Problem<T>& p) {
+  const T root = std::sqrt(std::abs(p.scale));
+  const int64_t d = p.x.d();
+  Buffer<T> factor(p.x.rows() * d);
+  p.x.for_read_blocks({0, p.x.rows()}, [&](Range range, const T* rows, int64_t stride) {
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const T weight = p.x.inverse()[i] * root;
+      const T* row = rows + (i - range.begin) * stride;
+      for (int64_t k = 0; k < d; ++k) factor[i * d + k] = row[k] * weight;
+    }
+  });
+  return factor;
 }
 
-inline PairArguments with_factor(const PairArguments& a, const at::Tensor& factor,
-                                 const at::Tensor& sign) {
-  static const OptionalTensor none;  // arguments are references
-  return {
-      .x = factor,
-      .x_more = none,
-      .y = a.y,
-      .y_more = none,
-      .scale = sign,
-      .bias = a.bias,
-      .exclude_rows = a.exclude_rows,
-      .exclude_cols = a.exclude_cols,
-      .keep_rows = a.keep_rows,
-      .keep_cols = a.keep_cols,
-      .normalize = false,
-  };
-}
-
+// The same matrix, of these features and the sign of the scale.
 template <class T>
-at::Tensor sign_of_scale(const Problem<T>& p) {
-  return at::scalar_tensor(p.scale < 0 ? -1 : 1, at::TensorOptions(kScalar<T>));
+PairArguments<T> with_factor(const Problem<T>& p, PairArguments<T> a, const Buffer<T>& factor) {
+  a.x = matrix_of(factor.data(), p.x.rows(), p.x.d());
+  a.x_more = a.y_more = {};
+  a.scale = p.scale < 0 ? -1 : 1;
+  a.normalize = false;
+  return a;
 }
 
 }  // namespace ck

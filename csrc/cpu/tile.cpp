@@ -5,7 +5,11 @@
 #include <utility>
 
 #include "columns.h"
+#include "convert.h"
+#include "eigen.h"
+#include "product.h"
 #include "simd.h"
+#include "vectors.h"
 
 #define CK_STRING_(x) #x
 #define CK_STRING(x) CK_STRING_(x)
@@ -291,21 +295,6 @@ CK_FOLD void transpose_steps(Vec<T>* rows) {
 }
 
 template <class T>
-void transpose(const T* tile, int64_t ld, int keys, int rows, T* out, int64_t ld_out) {
-  constexpr int W = kLanes<T>;
-  for (int i = 0; i < rows; i += W) {
-    for (int j = 0; j < keys; j += W) {
-      Vec<T> block[W];
-#pragma GCC unroll 16
-      for (int k = 0; k < W; ++k) block[k] = load<Vec<T>>(tile + (j + k) * ld + i);
-      transpose_steps<1, T>(block);
-#pragma GCC unroll 16
-      for (int k = 0; k < W; ++k) store(out + (i + k) * ld_out + j, block[k]);
-    }
-  }
-}
-
-template <class T>
 void pack(const T* x, int64_t stride, int rows, int64_t d, const T* scale, T* out, int64_t ld) {
   constexpr int W = kLanes<T>;
   for (int64_t i = 0; i < ld; i += W) {
@@ -338,97 +327,6 @@ void scale_rows(T* tile, int64_t ld, int keys, int rows, const T* scale) {
       store(tile + j * ld + i, load<Vec<T>>(tile + j * ld + i) * load<Vec<T>>(scale + i));
 }
 
-template <class T>
-CK_FOLD T dot(const T* x, const T* y, int64_t d) {
-  constexpr int W = kLanes<T>;
-  Vec<T> a{}, b{};
-  int64_t k = 0;
-  for (; k + 2 * W <= d; k += 2 * W) {
-    a += load<Vec<T>>(x + k) * load<Vec<T>>(y + k);
-    b += load<Vec<T>>(x + k + W) * load<Vec<T>>(y + k + W);
-  }
-  T total = sum_lanes<T>(a + b);
-  for (; k < d; ++k) total += x[k] * y[k];
-  return total;
-}
-
-template <class T>
-constexpr T kLargestInverse = T(1e12);
-
-template <class T>
-void norms(const T* x, int64_t stride, int64_t rows, int64_t d, T* inverse, T* norm) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const T length = static_cast<T>(__builtin_sqrt(dot(x + i * stride, x + i * stride, d)));
-    inverse[i] = length * kLargestInverse<T> > 1 ? 1 / length : kLargestInverse<T>;
-    if (norm != nullptr) norm[i] = length;
-  }
-}
-
-template <class T>
-void dots(const T* x, const T* y, int64_t stride, bool normalize, T scale, int64_t keys, int64_t d,
-          T* out, T* inverse, int64_t ld) {
-  for (int64_t j = 0; j < keys; ++j) {
-    inverse[j * ld] = 1;
-    if (normalize) norms<T>(y + j * stride, stride, 1, d, inverse + j * ld, nullptr);
-    out[j * ld] = dot(x, y + j * stride, d) * scale * inverse[j * ld];
-  }
-}
-
-template <class T>
-T project(const T* u, const T* x, T inverse, bool normalize, T scale, int64_t d, T* out) {
-  constexpr int W = kLanes<T>;
-  const T along = dot(u, x, d);
-  // a norm that was raised to 1e-12 is a constant
-  const T radial = normalize && inverse < kLargestInverse<T> ? along * inverse * inverse : 0;
-  int64_t k = 0;
-  for (; k + W <= d; k += W)
-    store(out + k, (load<Vec<T>>(u + k) - radial * load<Vec<T>>(x + k)) * scale);
-  for (; k < d; ++k) out[k] = (u[k] - radial * x[k]) * scale;
-  return along;
-}
-
-CK_FOLD float to_float_bfloat16(uint16_t h) { return bits<float>(static_cast<uint32_t>(h) << 16); }
-
-// shifting exponent and mantissa in place leaves the value 2^112 too small, subnormals included
-CK_FOLD float to_float_half(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
-  const uint32_t rest = static_cast<uint32_t>(h & 0x7fffu) << 13;
-  const uint32_t finite = bits<uint32_t>(bits<float>(rest) * 0x1p112f);
-  const uint32_t special = rest | 0x7f800000u;
-  return bits<float>(sign | ((h & 0x7c00u) == 0x7c00u ? special : finite));
-}
-
-template <class T, class S, class Convert>
-CK_FOLD void read_as(const S* x, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t d,
-                     T* out, Convert convert) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const S* row = x + i * row_stride;
-    if (col_stride == 1)
-      for (int64_t k = 0; k < d; ++k) out[i * d + k] = static_cast<T>(convert(row[k]));
-    else
-      for (int64_t k = 0; k < d; ++k) out[i * d + k] = static_cast<T>(convert(row[k * col_stride]));
-  }
-}
-
-template <class T>
-void read_rows(const void* x, Dtype dtype, int64_t row_stride, int64_t col_stride, int64_t rows,
-               int64_t d, T* out) {
-  const auto read = [&](auto* typed, auto convert) {
-    read_as(typed, row_stride, col_stride, rows, d, out, convert);
-  };
-  const auto same = [](auto value) { return value; };
-  switch (dtype) {
-    case Dtype::kFloat:
-      return read(static_cast<const float*>(x), same);
-    case Dtype::kDouble:
-      return read(static_cast<const double*>(x), same);
-    case Dtype::kBFloat16:
-      return read(static_cast<const uint16_t*>(x), to_float_bfloat16);
-    case Dtype::kHalf:
-      return read(static_cast<const uint16_t*>(x), to_float_half);
-  }
-}
-
 }  // namespace
 
 template <class T>
@@ -436,9 +334,9 @@ const TileKernels<T>& kernels() {
   static const TileKernels<T> table = {
       .isa = CK_STRING(CK_ISA),
       .read_rows = read_rows<T>,
+      .write = write<T>,
       .norms = norms<T>,
       .pack = pack<T>,
-      .transpose = transpose<T>,
       .scale_rows = scale_rows<T>,
       .row_max = row_max<T>,
       .raise_key_max = raise_key_max<T>,
@@ -448,9 +346,11 @@ const TileKernels<T>& kernels() {
       .dots = dots<T>,
       .project = project<T>,
       .add_scaled = add_scaled<T>,
+      .multiply = multiply<T>,
       .center = center<T>,
       .column_squares = column_squares<T>,
       .eliminate = eliminate<T>,
+      .eigen = eigen<T>,
   };
   return table;
 }

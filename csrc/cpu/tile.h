@@ -12,6 +12,8 @@
 namespace ck {
 
 constexpr int kRowPadding = 64;
+constexpr int kPanel = 64;
+constexpr int kMatrices = 4;  // most matrices that `eigen` takes at once
 
 enum class Fold { kLse, kLseMean, kSoftplus };
 
@@ -88,18 +90,35 @@ struct Counts {
   double *key_rank, *key_total, *key_count;
 };
 
+// entry (i, k) at data[i * row + k * col]
+template <class T>
+struct LeftMatrix {
+  const T* data;
+  int64_t row, col;
+};
+
+// entry (i, j) at data[i * row + (j / kPanel) * panel + j % kPanel]; a plain matrix has panel =
+// kPanel
+template <class T>
+struct PanelMatrix {
+  T* data;
+  int64_t row;
+  int64_t panel = kPanel;
+};
+
 template <class T>
 struct TileKernels {
   const char* isa;
   // rows of any dtype and strides as T, contiguous with row length d
   void (*read_rows)(const void* x, Dtype dtype, int64_t row_stride, int64_t col_stride,
                     int64_t rows, int64_t d, T* out);
+  // the opposite, of `size` values one after the other, rounded to nearest even
+  void (*write)(const T* x, int64_t size, Dtype dtype, void* out);
   // 1 / max(norm, 1e-12) and, unless null, the norm of contiguous-in-d rows
   void (*norms)(const T* x, int64_t stride, int64_t rows, int64_t d, T* inverse, T* norm);
   // out[k * ld + i] = x[i, k] scale[i], or x[i, k] bit by bit when scale is null; columns from rows
   // up to ld are set to 0
   void (*pack)(const T* x, int64_t stride, int rows, int64_t d, const T* scale, T* out, int64_t ld);
-  void (*transpose)(const T* tile, int64_t ld, int keys, int rows, T* out, int64_t ld_out);
   // tile[j * ld + i] *= scale[i]
   void (*scale_rows)(T* tile, int64_t ld, int keys, int rows, const T* scale);
   // largest logit of each row, -inf when every pair is dropped
@@ -118,12 +137,21 @@ struct TileKernels {
   T (*project)(const T* u, const T* x, T inverse, bool normalize, T scale, int64_t d, T* out);
   // u += weight y
   void (*add_scaled)(T weight, const T* y, int64_t d, T* u);
+  // c (m, n) = a (m, k) b (k, n), or += with `add` (product.h)
+  void (*multiply)(int64_t m, int64_t n, int64_t k, LeftMatrix<T> a, PanelMatrix<const T> b,
+                   PanelMatrix<T> c, bool add);
   // columns.h
   void (*center)(const T* x, int64_t rows, int64_t d, T* out, double* mean);
   void (*column_squares)(const T* x, int64_t rows, int64_t d, double* sums);
   bool (*eliminate)(T* upper, int64_t ld, T* inverse, int64_t begin, int64_t end, int64_t d,
                     const T* lowest);
+  // eigen.h
+  void (*eigen)(int count, int64_t d, int64_t ld, T* matrices, double* values, double* beside,
+                T* room);
 };
+
+// Names what torch finds that the processor can do, before any table is asked for.
+void set_capability(const char* name);
 
 // The table for this machine; `T` is float or double.
 template <class T>

@@ -2,11 +2,11 @@
 // of limited size, which all calls of a process share. What does not fit is made again.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
+#include <cstdint>
+#include <memory>
 
-#include "workspace_limit.h"
+#include "buffer.h"
 
 namespace ck {
 
@@ -14,10 +14,10 @@ namespace ck {
 // are, so that no thread has more than others. kRowPadding rows lie after the others, in each of
 // them the keys that are kept.
 struct KeptLogits {
-  at::Tensor memory;  // undefined: none
+  void* memory = nullptr;  // null: none
   int64_t keys = 0, block = 1, blocks = 0, kept = 0;
   bool half = false;  // of a symmetric matrix, of which `threads` threads walk half
-  int threads = 0;
+  int64_t threads = 0;
 
   int64_t stride() const { return kept * block; }
   // the place of the keys from `begin` to `end` among those that are kept, or -1
@@ -29,14 +29,35 @@ struct KeptLogits {
   }
 };
 
-// Takes memory for logits, as far as there is room, of half a matrix for all or none; it goes back
-// with its tensor.
-KeptLogits take_logits(int64_t rows, int64_t keys, int64_t block, at::ScalarType type, bool half);
+// Logits together with a copy of values that stands for them: whoever has the values, where they
+// lie, finds the logits. Both go back when it ends.
+class Keeper {
+ public:
+  Keeper(const KeptLogits& logits, Buffer<char> memory)
+      : logits_(logits), memory_(std::move(memory)) {}
+  Keeper(const Keeper&) = delete;
+  ~Keeper();
 
-// A copy of `values` that holds them.
-at::Tensor tie_logits(const at::Tensor& values, const KeptLogits& kept);
+  const KeptLogits& logits() const { return logits_; }
+  Buffer<char>& values() { return values_; }
+  void stand_for(const void* values, int64_t bytes);
 
-// What `values` holds: nothing if it is another tensor, as a copy is.
-KeptLogits find_logits(const at::Tensor& values);
+ private:
+  KeptLogits logits_;
+  Buffer<char> memory_, values_;
+};
+
+// Takes memory for logits of `size` bytes, as far as there is room, of half a matrix for all or
+// none; null: there is none.
+std::unique_ptr<Keeper> take_logits(int64_t rows, int64_t keys, int64_t block, int64_t size,
+                                    bool half);
+
+// What the values that lie there stand for: nothing if they are a copy.
+KeptLogits find_logits(const void* values);
+
+int64_t workspace_limit();
+void set_workspace_limit(int64_t bytes);
+// bytes that wait now
+int64_t workspace_used();
 
 }  // namespace ck

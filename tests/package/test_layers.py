@@ -16,7 +16,7 @@ LAYERS = {
     "contrastive_kernels": (
         ("types", "autograd"),
         ("sources", "backends"),
-        ("checks", "reference", "triton", "workspace"),
+        ("checks", "reference", "cpu", "triton", "workspace"),
         ("distributed",),
         ("ops",),
         ("whitening",),

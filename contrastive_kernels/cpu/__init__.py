@@ -1,0 +1,236 @@
+"""The registered operators on the CPU engine; their schemas are in ops/registration.py.
+
+Import it only where `backends.CPU_ERROR` is None. `_cpu` knows no torch: it takes addresses, sizes
+and strides. What it reads is checked and brought into its types here, and what it writes is
+allocated here. A result that was not asked for is an empty tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _cpu  # type: ignore[attr-defined]  # compiled
+from .operands import Operands, address, contiguous, operands, optional, own_rows, vector
+
+_LSE, _LSE_MEAN, _SOFTPLUS = range(3)  # Fold in csrc/cpu/tile.h
+_NOWHERE = (0, 0, 0, 0)
+_NO_UPSTREAM = (0, 0, 0, 0, 0)
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def row_stats(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude_rows: Tensor | None,
+    exclude_cols: Tensor | None,
+    keep_rows: Tensor | None,
+    keep_cols: Tensor | None,
+    threshold: Tensor | None,
+    mean: bool,
+    normalize: bool,
+    columns: bool,
+    attend: bool,
+    together: bool,
+) -> tuple[Tensor, ...]:
+    """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low)."""
+    given = operands(
+        x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize, together
+    )
+    if columns and (y is None or given.own_keys or together):
+        raise ValueError("columns need keys (M, D)")
+    if attend and (together or given.own_keys):
+        raise ValueError("attend needs shared keys")
+    # a backward sweep may follow: this runs below autograd, which leaves the mode on where it
+    # records
+    keep = torch.is_grad_enabled() and not attend
+    keep = keep and any(t is not None and t.requires_grad for t in (x, y, scale, bias))
+    rows, keys, like = given.rows, given.keys, given.like
+    lse, low = like.new_empty(rows), like.new_empty(rows)
+    col_lse, col_low = _vectors(2, like, keys, columns)
+    (means,) = _vectors(1, like, rows, mean)
+    (col_means,) = _vectors(1, like, keys, columns and mean)
+    attended = like.new_empty(rows, x.shape[1]) if attend else like.new()
+    counts, addresses, _held = _counts(threshold, given)
+    keeper = _cpu.forward(
+        given.pairs,
+        _LSE_MEAN if mean else _LSE,
+        keep,
+        # of an empty tensor the address is 0
+        (lse.data_ptr(), low.data_ptr(), means.data_ptr(), attended.data_ptr()),
+        (col_lse.data_ptr(), col_low.data_ptr(), col_means.data_ptr(), 0),
+        addresses,
+    )
+    if keeper is not None:  # lives as long as these values do
+        low = torch.frombuffer(keeper, dtype=like.dtype)
+    return lse, means, col_lse, col_means, *counts, attended, like.new(), low, col_low
+
+
+def row_stats_backward(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude_rows: Tensor | None,
+    exclude_cols: Tensor | None,
+    keep_rows: Tensor | None,
+    keep_cols: Tensor | None,
+    lse: Tensor,
+    mean: Tensor,
+    col_lse: Tensor,
+    col_mean: Tensor,
+    attended: Tensor,
+    slope: Tensor,
+    lse_low: Tensor,
+    col_lse_low: Tensor,
+    grad_lse: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_col_lse: Tensor | None,
+    grad_col_mean: Tensor | None,
+    normalize: bool,
+    needs: list[bool],
+    together: bool,
+) -> Gradients:
+    given = operands(
+        x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize, together
+    )
+    rows = _upstream(given.rows, given.like.dtype, lse, lse_low, mean, grad_lse, grad_mean)
+    columns = _upstream(
+        given.keys, given.like.dtype, col_lse, col_lse_low, col_mean, grad_col_lse, grad_col_mean
+    )
+    return _backward(given, x, y, scale, bias, rows, columns, attended.contiguous(), needs)
+
+
+def row_softplus(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude_rows: Tensor | None,
+    exclude_cols: Tensor | None,
+    keep_rows: Tensor | None,
+    keep_cols: Tensor | None,
+    threshold: Tensor | None,
+    normalize: bool,
+    attend: list[bool],
+) -> tuple[Tensor, ...]:
+    """(value, rank, total, count, dx, dy, dscale, dbias)."""
+    if y is None:
+        raise ValueError("row_softplus needs y")
+    if any(attend):
+        raise ValueError("the sum over rows is not offered here")
+    given = operands(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize)
+    value = given.like.new_empty(given.rows)
+    counts, addresses, _held = _counts(threshold, given)
+    to = (value.data_ptr(), 0, 0, 0)
+    _cpu.forward(given.pairs, _SOFTPLUS, False, to, _NOWHERE, addresses)
+    return value, *counts, x.new(), y.new(), scale.new(), x.new() if bias is None else bias.new()
+
+
+def row_softplus_backward(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude_rows: Tensor | None,
+    exclude_cols: Tensor | None,
+    keep_rows: Tensor | None,
+    keep_cols: Tensor | None,
+    grad: Tensor,
+    normalize: bool,
+    needs: list[bool],
+) -> Gradients:
+    given = operands(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize)
+    rows = _upstream(given.rows, given.like.dtype, None, None, None, grad, None)
+    return _backward(given, x, y, scale, bias, rows, None, None, needs)
+
+
+def row_dot(x: Tensor, y: Tensor, ends: Tensor | None, normalize: bool) -> Tensor:
+    rows = own_rows(x, y, ends, normalize)
+    out = x.new_empty(y.shape[:-1], dtype=rows.dtype)
+    _cpu.row_dot(*rows.arguments, out.data_ptr())
+    return out
+
+
+def row_dot_backward(
+    x: Tensor, y: Tensor, ends: Tensor | None, grad: Tensor, normalize: bool, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    rows = own_rows(x, y, ends, normalize)
+    if grad.shape != y.shape[:-1]:
+        raise ValueError(f"grad must have shape {list(y.shape[:-1])}, got {list(grad.shape)}")
+    grad = contiguous(grad, rows.dtype)
+    dx = x.new_empty(x.shape) if needs[0] else x.new()
+    dy = y.new_empty(y.shape) if needs[1] else y.new()
+    _cpu.row_dot_backward(*rows.arguments, grad.data_ptr(), dx.data_ptr(), dy.data_ptr())
+    return dx, dy
+
+
+def _vectors(count: int, like: Tensor, size: int, wanted: bool) -> tuple[Tensor, ...]:
+    """Vectors to be written, or empty ones, which `new` makes in half the time of `new_empty`."""
+    return tuple([like.new_empty(size) if wanted else like.new() for _ in range(count)])
+
+
+def _counts(
+    threshold: Tensor | None, given: Operands
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], Tensor | None]:
+    """(rank, total, count), what `_cpu` takes for them, and what it has the address of."""
+    threshold = optional(threshold, "threshold", given.rows, given.like.dtype)
+    counts = _vectors(3, given.like, given.rows, threshold is not None)
+    if threshold is None:
+        return counts, _NOWHERE, None
+    return counts, (threshold.data_ptr(), *map(address, counts)), threshold
+
+
+def _upstream(
+    size: int,
+    dtype: torch.dtype,
+    lse: Tensor | None,
+    low: Tensor | None,
+    mean: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mean: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Statistics of one side and their gradients, as `_cpu` reads them."""
+    return (
+        _statistic(lse, "lse", size, dtype),
+        _statistic(low, "lse_low", size, dtype),
+        _statistic(mean, "mean", size, dtype),
+        optional(grad_lse, "grad_lse", size, dtype),
+        optional(grad_mean, "grad_mean", size, dtype),
+    )
+
+
+def _statistic(t: Tensor | None, name: str, size: int, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None or not t.numel() else vector(t, name, size, dtype)
+
+
+def _backward(
+    given: Operands,
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    rows: tuple[Tensor | None, ...],
+    columns: tuple[Tensor | None, ...] | None,
+    attended: Tensor | None,
+    needs: list[bool],
+) -> Gradients:
+    need_x, need_y, need_scale, need_bias = needs
+    if given.together:  # dx is of the rows of both
+        need_x, need_y = need_x or need_y, False
+    dx = x.new_empty(given.rows, x.shape[1]) if need_x else x.new()
+    dy = y.new_empty(y.shape) if need_y and y is not None else x.new()
+    (dbias,) = _vectors(1, given.like, given.keys, need_bias)
+    slope = _cpu.backward(
+        given.pairs,
+        columns is None,  # of softplus
+        tuple(map(address, rows)),
+        _NO_UPSTREAM if columns is None else tuple(map(address, columns)),
+        address(attended),
+        (dx.data_ptr(), dy.data_ptr(), need_scale, dbias.data_ptr()),
+    )
+    dscale = scale.new_full((), slope) if need_scale else scale.new()
+    return dx, dy, dscale, dbias.to(bias.dtype) if need_bias and bias is not None else dbias

@@ -1,0 +1,161 @@
+// Products of matrices on the calling thread, for the instruction set that tile.cpp is compiled
+// for.
+//
+// An element of c is summed in registers over kTerms terms at a time, from the first on, and those
+// sums are added up in c: its bits depend on k alone, not on m, n or where the element lies.
+#pragma once
+
+#include <utility>
+
+#include "simd.h"
+#include "tile.h"
+
+namespace ck {
+namespace CK_ISA {
+namespace {
+
+// how many vectors of sums the registers hold, and how many of them lie side by side
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kSumVectors = 24, kSumWidth = 4;
+#else
+constexpr int kSumVectors = 12, kSumWidth = 2;
+#endif
+constexpr int kMostSumRows = 8;  // each needs an address
+
+// as many rows of a panel of b as stay in the first-level cache
+template <class T>
+constexpr int64_t kTerms = 32768 / (kPanel * sizeof(T));
+
+// Some columns of a panel of c, and all that makes them.
+template <class T>
+struct Columns {
+  int64_t terms;
+  LeftMatrix<T> a;
+  const T* b;
+  int64_t b_row;
+  T* c;
+  int64_t c_row;
+  int count;
+  bool add;
+};
+
+template <class V, class T>
+CK_FOLD void put(T* c, V sums, bool add) {
+  store(c, add ? load<V>(c) + sums : sums);
+}
+
+// visit(piece, first lane) for `count` lanes, fewer than 2 Lanes, in pieces of 2^n lanes
+template <class T, int Lanes, class Visit>
+CK_FOLD void in_pieces(int count, Visit visit) {
+  if constexpr (Lanes > 0) {
+    typedef T Piece __attribute__((vector_size(Lanes * sizeof(T))));
+    const int first = count & ~(2 * Lanes - 1);
+    if ((count & Lanes) != 0) visit(Piece{}, first);
+    in_pieces<T, Lanes / 2>(count, visit);
+  }
+}
+
+// M rows and N vectors of c
+template <class T, int M, int N>
+void sum_block(const Columns<T>& o) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  V sums[M][N]{};
+  const T *a = o.a.data, *b = o.b;
+  const int64_t a_row = o.a.row, a_col = o.a.col, b_row = o.b_row;
+  for (int64_t p = 0; p < o.terms; ++p, a += a_col, b += b_row) {
+    V row[N];
+#pragma GCC unroll 8
+    for (int q = 0; q < N; ++q) row[q] = load<V>(b + q * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+      for (int q = 0; q < N; ++q) sums[r][q] += a[r * a_row] * row[q];
+  }
+  const int last = o.count - (N - 1) * W;  // columns of the last vector
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r) {
+    T* c = o.c + r * o.c_row;
+#pragma GCC unroll 8
+    for (int q = 0; q < N; ++q, c += W) {
+      if (q < N - 1 || last == W) {
+        put(c, sums[r][q], o.add);
+      } else {
+        T lanes[W];
+        store(lanes, sums[r][q]);
+        in_pieces<T, W / 2>(
+            last, [&](auto piece, int l) { put(c + l, load<decltype(piece)>(lanes + l), o.add); });
+      }
+    }
+  }
+}
+
+template <class T, int N, int... M>
+CK_FOLD void sum_last_rows(int64_t m, const Columns<T>& o, std::integer_sequence<int, M...>) {
+  ((m == M + 1 ? sum_block<T, M + 1, N>(o) : void()), ...);
+}
+
+template <class T, int N>
+void sum_rows(int64_t m, Columns<T> o) {
+  constexpr int M = kSumVectors / N < kMostSumRows ? kSumVectors / N : kMostSumRows;
+  for (; m >= M; m -= M) {
+    sum_block<T, M, N>(o);
+    o.a.data += M * o.a.row;
+    o.c += M * o.c_row;
+  }
+  sum_last_rows<T, N>(m, o, std::make_integer_sequence<int, M - 1>{});
+}
+
+template <class T, int... N>
+CK_FOLD void sum_columns(int64_t m, Columns<T> o, std::integer_sequence<int, N...>) {
+  constexpr int W = kLanes<T>;
+  const int vectors = (o.count + W - 1) / W;
+  T copy[kTerms<T> * kSumWidth * W];
+  if (o.count % W != 0) {  // nothing beyond b is read
+    T* to = copy;
+    for (int64_t p = 0; p < o.terms; ++p, to += vectors * W) {
+      const T* from = o.b + p * o.b_row;
+      for (int q = 0; q < vectors - 1; ++q) store(to + q * W, load<Vec<T>>(from + q * W));
+      const int whole = (vectors - 1) * W;
+      store(to + whole, Vec<T>{});
+      in_pieces<T, W / 2>(o.count - whole, [&](auto piece, int l) {
+        store(to + whole + l, load<decltype(piece)>(from + whole + l));
+      });
+    }
+    o.b = copy;
+    o.b_row = vectors * W;
+  }
+  ((vectors == N + 1 ? sum_rows<T, N + 1>(m, o) : void()), ...);
+}
+
+template <class T>
+void multiply(int64_t m, int64_t n, int64_t k, LeftMatrix<T> a, PanelMatrix<const T> b,
+              PanelMatrix<T> c, bool add) {
+  constexpr int64_t kWidth = kSumWidth * kLanes<T>;
+  static_assert(kPanel % kWidth == 0);
+  for (int64_t panel = 0; panel * kPanel < n; ++panel) {
+    const int64_t left = n - panel * kPanel, width = left < kPanel ? left : kPanel;
+    int64_t p = 0;
+    do {  // once for k = 0 too
+      const int64_t terms = k - p < kTerms<T> ? k - p : kTerms<T>;
+      for (int64_t j = 0; j < width; j += kWidth) {
+        const int count = static_cast<int>(width - j < kWidth ? width - j : kWidth);
+        sum_columns<T>(m,
+                       {terms,
+                        {a.data + p * a.col, a.row, a.col},
+                        b.data + panel * b.panel + p * b.row + j,
+                        b.row,
+                        c.data + panel * c.panel + j,
+                        c.row,
+                        count,
+                        add || p > 0},
+                       std::make_integer_sequence<int, kSumWidth>{});
+      }
+      p += terms;
+    } while (p < k);
+  }
+}
+
+}  // namespace
+}  // namespace CK_ISA
+}  // namespace ck
