@@ -200,10 +200,10 @@ def _derivative(run: Callable, backward_rule: Callable, setup_context: Callable)
         ):
             with torch._C._AutoDispatchBelowAutograd():
                 return run(*args)
+        # Function.apply itself would look at all arguments again, and start transforms anew; here,
+        # below the dispatcher, the innermost one is at work, and the operator goes to the next
         if not in_transform():
-            return Rule.apply(*args)
-        # Function.apply would start the transforms anew; here, below the dispatcher, the innermost
-        # one is at work, and the operator goes to the next
+            return super(torch.autograd.Function, Rule).apply(*args)
         with enable_single_level_autograd_function():
             return super(torch.autograd.Function, RuleOfTransform).apply(*args)
 

@@ -183,6 +183,11 @@ def can_join(backend: str) -> bool:
     return backend == "cpu"
 
 
+def can_align(backend: str) -> bool:
+    """Whether a sweep may give the logits of the rows that belong together."""
+    return backend == "cpu"
+
+
 def float32_products(device: str) -> str:
     """What torch makes of products of float32 matrices there: "tf32", "bf16" or, exact, another."""
     # the one setting that the older ones also write, and that can be read after any of them

@@ -77,7 +77,8 @@ class Counts(NamedTuple):
 class Sweep(NamedTuple):
     """What one sweep over a similarity matrix gives; what was not asked for is None.
 
-    lse, mean and counts have one entry per row, col_lse and col_mean one per column. attended
+    lse, mean and counts have one entry per row, col_lse and col_mean one per column; partner, of
+    `aligned` operands, the logit of each row and its partner. attended
     (N, D), slope (N,), lse_low and col_lse_low are what a forward sweep leaves to its backward: see
     `ops/registration.py`.
     """
@@ -91,13 +92,15 @@ class Sweep(NamedTuple):
     slope: Tensor | None = None
     lse_low: Tensor | None = None
     col_lse_low: Tensor | None = None
+    partner: Tensor | None = None
 
 
 class SoftplusSweep(NamedTuple):
-    """Row sums of softplus, with the same optional counts as `Sweep`."""
+    """Row sums of softplus, with the same optional counts and partner as `Sweep`."""
 
     value: Tensor
     counts: Counts | None = None
+    partner: Tensor | None = None
 
 
 class LossStats(NamedTuple):

@@ -17,7 +17,7 @@ CPU_ONLY = {
 }  # fmt: skip
 # Files that a worker is busy with for long: started first, none is left alone with one at the end.
 SLOWEST = ("test_triton_compile", "test_distributed", "test_losses", "test_ops", "test_triton")
-# an operator whose results share memory: torch raises where the variable CI is set, elsewhere it warns
+# results of an operator that share memory: torch raises where CI is set, elsewhere it warns
 functorch_config.error_on_custom_op_aliasing = True
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when contrastive_kernels is imported

@@ -35,8 +35,10 @@ def row_stats(
     columns: bool,
     attend: bool,
     together: bool,
+    aligned: bool,
 ) -> tuple[Tensor, ...]:
-    """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low)."""
+    """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low,
+    partner)."""
     given = operands(
         x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize, together
     )
@@ -44,6 +46,7 @@ def row_stats(
         raise ValueError("columns need keys (M, D)")
     if attend and (together or given.own_keys):
         raise ValueError("attend needs shared keys")
+    partner = _partner(given, x, y, keep_rows, aligned)
     # a backward sweep may follow: this runs below autograd, which leaves the mode on where it
     # records
     keep = torch.is_grad_enabled() and not attend
@@ -63,10 +66,11 @@ def row_stats(
         (lse.data_ptr(), low.data_ptr(), means.data_ptr(), attended.data_ptr()),
         (col_lse.data_ptr(), col_low.data_ptr(), col_means.data_ptr(), 0),
         addresses,
+        partner.data_ptr(),
     )
     if keeper is not None:  # lives as long as these values do
         low = torch.frombuffer(keeper, dtype=like.dtype)
-    return lse, means, col_lse, col_means, *counts, attended, like.new(), low, col_low
+    return lse, means, col_lse, col_means, *counts, attended, like.new(), low, col_low, partner
 
 
 def row_stats_backward(
@@ -90,6 +94,7 @@ def row_stats_backward(
     grad_mean: Tensor | None,
     grad_col_lse: Tensor | None,
     grad_col_mean: Tensor | None,
+    grad_partner: Tensor | None,
     normalize: bool,
     needs: list[bool],
     together: bool,
@@ -101,7 +106,8 @@ def row_stats_backward(
     columns = _upstream(
         given.keys, given.like.dtype, col_lse, col_lse_low, col_mean, grad_col_lse, grad_col_mean
     )
-    return _backward(given, x, y, scale, bias, rows, columns, attended.contiguous(), needs)
+    attended = attended.contiguous()
+    return _backward(given, x, y, scale, bias, rows, columns, attended, grad_partner, needs)
 
 
 def row_softplus(
@@ -116,8 +122,9 @@ def row_softplus(
     threshold: Tensor | None,
     normalize: bool,
     attend: list[bool],
+    aligned: bool,
 ) -> tuple[Tensor, ...]:
-    """(value, rank, total, count, dx, dy, dscale, dbias)."""
+    """(value, rank, total, count, dx, dy, dscale, dbias, partner)."""
     if y is None:
         raise ValueError("row_softplus needs y")
     if any(attend):
@@ -125,9 +132,11 @@ def row_softplus(
     given = operands(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize)
     value = given.like.new_empty(given.rows)
     counts, addresses, _held = _counts(threshold, given)
+    partner = _partner(given, x, y, keep_rows, aligned)
     to = (value.data_ptr(), 0, 0, 0)
-    _cpu.forward(given.pairs, _SOFTPLUS, False, to, _NOWHERE, addresses)
-    return value, *counts, x.new(), y.new(), scale.new(), x.new() if bias is None else bias.new()
+    _cpu.forward(given.pairs, _SOFTPLUS, False, to, _NOWHERE, addresses, partner.data_ptr())
+    dbias = x.new() if bias is None else bias.new()
+    return value, *counts, x.new(), y.new(), scale.new(), dbias, partner
 
 
 def row_softplus_backward(
@@ -140,12 +149,13 @@ def row_softplus_backward(
     keep_rows: Tensor | None,
     keep_cols: Tensor | None,
     grad: Tensor,
+    grad_partner: Tensor | None,
     normalize: bool,
     needs: list[bool],
 ) -> Gradients:
     given = operands(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize)
     rows = _upstream(given.rows, given.like.dtype, None, None, None, grad, None)
-    return _backward(given, x, y, scale, bias, rows, None, None, needs)
+    return _backward(given, x, y, scale, bias, rows, None, None, grad_partner, needs)
 
 
 def row_dot(x: Tensor, y: Tensor, ends: Tensor | None, normalize: bool) -> Tensor:
@@ -171,6 +181,18 @@ def row_dot_backward(
 def _vectors(count: int, like: Tensor, size: int, wanted: bool) -> tuple[Tensor, ...]:
     """Vectors to be written, or empty ones, which `new` makes in half the time of `new_empty`."""
     return tuple([like.new_empty(size) if wanted else like.new() for _ in range(count)])
+
+
+def _partner(
+    given: Operands, x: Tensor, y: Tensor | None, keep_rows: Tensor | None, aligned: bool
+) -> Tensor:
+    """Where the logits of the rows that belong together go."""
+    if not aligned:
+        return given.like.new()
+    rows, keys = x.shape[0], 0 if y is None or y.dim() != 2 else y.shape[0]
+    if keep_rows is not None or (rows != keys if given.together else rows > keys):
+        raise ValueError("aligned rows take y (M, D) of as many rows or more, and no keep ids")
+    return given.like.new_empty(given.rows)
 
 
 def _counts(
@@ -216,8 +238,10 @@ def _backward(
     rows: tuple[Tensor | None, ...],
     columns: tuple[Tensor | None, ...] | None,
     attended: Tensor | None,
+    grad_partner: Tensor | None,
     needs: list[bool],
 ) -> Gradients:
+    grad_partner = optional(grad_partner, "grad_partner", given.rows, given.like.dtype)
     need_x, need_y, need_scale, need_bias = needs
     if given.together:  # dx is of the rows of both
         need_x, need_y = need_x or need_y, False
@@ -230,6 +254,7 @@ def _backward(
         tuple(map(address, rows)),
         _NO_UPSTREAM if columns is None else tuple(map(address, columns)),
         address(attended),
+        address(grad_partner),
         (dx.data_ptr(), dy.data_ptr(), need_scale, dbias.data_ptr()),
     )
     dscale = scale.new_full((), slope) if need_scale else scale.new()

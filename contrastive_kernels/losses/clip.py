@@ -9,8 +9,8 @@ from torch import Tensor
 from ..backends import resolve_backend
 from ..checks import check_other_rows, check_reduction, check_views, scalar
 from ..distributed import join
-from ..ops import operands, positives, softplus_sweep
-from ..types import Group, Loss
+from ..ops import operands, softplus_sweep, swept_positives
+from ..types import Group, Loss, known
 from .algebra import add_rows, softplus
 from .base import ContrastiveLoss, loss
 from .info_nce import contrast
@@ -87,21 +87,24 @@ def siglip_loss(
     batch, _ = join(group, n, exchange=exchange)
 
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
-    dot, image_features, text_features = positives(image_features, text_features, **options)
-    pos = scale * dot + bias
-    ids = batch.own_ids(dot.device)
+    aligned, dot, image_features, text_features = swept_positives(
+        image_features, text_features, batch, dots=return_stats, **options
+    )
+    pos = None if dot is None else scale * dot + bias
+    ids = batch.own_ids(image_features.device)
     pairs = operands(
         image_features, text_features, scale=scale, bias=bias, exclude=(ids, ids), batch=batch,
-        **options,
+        aligned=aligned, **options,
     )  # fmt: skip
     threshold = None
     if return_stats:
-        threshold = tie_limit(pos, image_features, text_features, scale, **options)
+        threshold = tie_limit(known(pos), image_features, text_features, scale, **options)
     out = softplus_sweep(pairs, threshold=threshold, summed=reduction != "none")
+    pos = known(out.partner if aligned else pos)
     value = add_rows(out.value, softplus(-pos), reduction, batch)
     if not return_stats:
         return value
-    return value, pair_stats(dot, [out.counts], scale, batch, bias=bias)
+    return value, pair_stats(known(dot), [out.counts], scale, batch, bias=bias)
 
 
 class CLIPLoss(ContrastiveLoss):

@@ -20,7 +20,7 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, join
-from ..ops import count_own, operands, positives, sweep
+from ..ops import count_own, operands, positives, sweep, swept_positives
 from ..sources import NegativeSource
 from ..types import Group, IdPair, Loss, OwnKeys, known
 from .algebra import count_equal_ids, log_add, log_count, replicated, shared_number, softplus
@@ -201,10 +201,13 @@ def contrast(
     """`info_nce` of arguments that fit; `batch` has the rows, `others` the negatives."""
     n = query.shape[0]
     start = n * in_batch  # candidates: `start` keys of the batch, then `negatives`
-    dot, query, key = positives(query, key, normalize=normalize, backend=backend)
-    pos = scale * dot
-    if in_batch and key_bias is not None:
-        pos = pos + key_bias[:n].to(pos.dtype)
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
+    aligned, dot = False, None  # without `dot` the sweep gives the positives
+    if in_batch:
+        aligned, dot, query, key = swept_positives(query, key, batch, dots=return_stats, **options)
+    else:
+        dot, query, key = positives(query, key, **options)
+    options["scale"] = scale
     # ids of the batch's keys, and of the negatives
     batch_ids = more_ids = unmasked = None
     if exclude is not None:
@@ -225,10 +228,13 @@ def contrast(
             alone = Batch(negatives.shape[-2])
             seen.append((more_ids, others if sharded_negatives else alone))
         count = own + _count_negatives(seen, in_batch, unmasked)
-    margin = _log_margin(alpha, count, pos)
-
-    options: dict[str, Any] = {"scale": scale, "normalize": normalize, "backend": backend}
-    threshold = tie_limit(pos, query, key, **options) if return_stats else None
+    threshold = None
+    if dot is not None:
+        pos = scale * dot
+        if in_batch and key_bias is not None:
+            pos = pos + key_bias[:n].to(pos.dtype)
+        if return_stats:
+            threshold = tie_limit(pos, query, key, **options)
     sweeps = []
     if in_batch:
         if batch_ids is None:
@@ -236,9 +242,13 @@ def contrast(
             batch_ids = (ids, ids)
         pairs = operands(
             query, key, exclude=batch_ids, bias=None if key_bias is None else key_bias[:n],
-            batch=batch, **options,
+            batch=batch, aligned=aligned, **options,
         )  # fmt: skip
         sweeps.append(sweep(pairs, columns=symmetric, threshold=threshold))
+        if aligned:
+            pos = known(sweeps[0].partner)
+    margin = _log_margin(alpha, count, pos)
+    if in_batch:
         rows = _rows(sweeps[0].lse, pos, margin, unmasked)
     if negatives is not None:
         on_ranks: Batch | None = others
@@ -264,7 +274,7 @@ def contrast(
         return value
     extra = None if unmasked is None else (unmasked, pos)
     stats = pair_stats(
-        dot, [out.counts for out in sweeps], scale, batch, lse=rows + pos, extra=extra
+        known(dot), [out.counts for out in sweeps], scale, batch, lse=rows + pos, extra=extra
     )
     if key_bias is not None:
         stats = stats._replace(negative_similarity=None)

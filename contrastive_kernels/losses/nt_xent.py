@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, GroupLike, join
-from ..ops import operands, positives, sweep
-from ..types import Group, Loss, Sweep
+from ..ops import operands, sweep, swept_positives
+from ..types import Group, Loss, Sweep, known
 from .algebra import log_count, softplus
 from .base import ContrastiveLoss, loss
 from .stats import mi_lower_bound, pair_stats, tie_limit
@@ -53,7 +53,7 @@ def nt_xent(
     """
     scale = resolve_scale(temperature, scale)
     check_reduction(reduction)
-    views = Views.of(z1, z2, normalize, backend, group, exchange)
+    views = Views.of(z1, z2, normalize, backend, group, exchange, dots=return_stats)
     dot, pos, out = views.positives_and_negatives(scale, return_stats)
     rows = softplus(out.lse - pos)
     value = views.anchors.reduce_rows(rows, reduction)
@@ -100,10 +100,10 @@ def dcl(
         check_positive("sigma", sigma)
         if weight is not None:
             raise ValueError("weight and sigma must not both be given")
-    views = Views.of(z1, z2, normalize, backend, group, exchange, weight)
+    views = Views.of(z1, z2, normalize, backend, group, exchange, weight, dots=return_stats)
     dot, pos, out = views.positives_and_negatives(scale, return_stats)
     if sigma is not None:
-        share = views.batch.softmax(dot / sigma)
+        share = views.batch.softmax(pos.chunk(2)[0] / (scale * sigma))
         weight = (2 - views.batch.total * share).repeat(2)
     if weight is not None:
         pos = weight * pos
@@ -173,7 +173,7 @@ def hcl(
     check_reduction(reduction)
     check_range("tau_plus", tau_plus, 0.0, 1.0)
     check_range("beta", beta, 0.0)
-    views = Views.of(z1, z2, normalize, backend, group, exchange)
+    views = Views.of(z1, z2, normalize, backend, group, exchange, dots=return_stats)
     sharp = (1 + beta) * scale
     dot, pos, out = views.positives_and_negatives(sharp, return_stats)
     pos = pos / (1 + beta)
@@ -206,11 +206,12 @@ class HCL(ContrastiveLoss):
 
 class Views(NamedTuple):
     """Two views z1, z2 (N, D) of the samples of a batch, for sweeps and nothing else, their
-    similarity (N,), and the batch of their 2N anchors."""
+    similarity (N,), unless a sweep is to give its logits, and the batch of their 2N anchors."""
 
     z1: Tensor
     z2: Tensor
-    dot: Tensor
+    dot: Tensor | None
+    aligned: bool
     normalize: bool
     backend: str
     batch: Batch
@@ -225,37 +226,45 @@ class Views(NamedTuple):
         group: GroupLike,
         exchange: str,
         weight: Tensor | None = None,
+        *,
+        dots: bool,
     ) -> Views:
-        """Of arguments of a loss, or raise; `weight` has an entry for each anchor."""
+        """Of arguments of a loss, or raise; `weight` has an entry for each anchor. `dots`: the
+        similarity is needed."""
         n = check_views("z1", z1, "z2", z2, whole=group is None)
         if weight is not None:
             check_vector("weight", weight, 2 * n)
         backend = resolve_backend(backend, z1.device)
         batch, _ = join(group, n, exchange=exchange)
         check_other_rows("z1", batch.total)
-        dot, z1, z2 = positives(z1, z2, normalize=normalize, backend=backend)
-        return Views(z1, z2, dot, normalize, backend, batch, batch.times(2))
+        aligned, dot, z1, z2 = swept_positives(
+            z1, z2, batch, normalize=normalize, backend=backend, dots=dots
+        )
+        return Views(z1, z2, dot, aligned, normalize, backend, batch, batch.times(2))
 
-    def sweep_negatives(self, scale: float | Tensor, threshold: Tensor | None = None) -> Sweep:
+    def sweep_negatives(
+        self, scale: float | Tensor, threshold: Tensor | None = None, aligned: bool = False
+    ) -> Sweep:
         """Statistics of each of the 2N features against all but itself and its positive."""
         ids = self.anchors.own_ids(self.z1.device, repeat=2)
         pairs = operands(
             self.z1, None, more=self.z2, scale=scale, exclude=(ids, ids),
-            normalize=self.normalize, backend=self.backend, batch=self.anchors,
+            normalize=self.normalize, backend=self.backend, batch=self.anchors, aligned=aligned,
         )  # fmt: skip
         return sweep(pairs, threshold=threshold)
 
     def positives_and_negatives(
         self, scale: float | Tensor, ranks: bool
-    ) -> tuple[Tensor, Tensor, Sweep]:
-        """(similarity of the positives (N,), their logits (2N,), the sweep over the negatives)."""
-        pos = (scale * self.dot).repeat(2)
+    ) -> tuple[Any, Tensor, Sweep]:
+        """(similarity of the positives (N,) if it is there, their logits (2N,), the sweep over the
+        negatives)."""
+        pos = None if self.dot is None else scale * self.dot
         limit = None
         if ranks:
             both = self.z1, self.z2
-            limit = tie_limit(scale * self.dot, *both, scale, self.normalize, self.backend)
-            limit = limit.repeat(2)
-        return self.dot, pos, self.sweep_negatives(scale, limit)
+            limit = tie_limit(known(pos), *both, scale, self.normalize, self.backend).repeat(2)
+        out = self.sweep_negatives(scale, limit, self.aligned)
+        return self.dot, known(out.partner) if self.aligned else known(pos).repeat(2), out
 
 
 def _log_debiased(log_r: Tensor, log_nu: Tensor, tau_plus: float) -> Tensor:

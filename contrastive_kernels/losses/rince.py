@@ -18,9 +18,9 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, join
-from ..ops import operands, positives, sweep
+from ..ops import operands, positives, sweep, swept_positives
 from ..sources import NegativeSource
-from ..types import Group, IdPair, Loss, OwnKeys
+from ..types import Group, IdPair, Loss, OwnKeys, known
 from .algebra import replicated, shared_number, softplus
 from .base import ContrastiveLoss, loss
 from .stats import pair_stats, tie_limit
@@ -83,7 +83,11 @@ def rince(
     backend = resolve_backend(backend, query.device)
     batch, others = join(group, n, m, exchange=exchange, negatives=negatives, replicated=True)
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
-    dot, query, key = positives(query, key, **options)
+    aligned, dot = False, None
+    if in_batch:
+        aligned, dot, query, key = swept_positives(query, key, batch, dots=return_stats, **options)
+    else:
+        dot, query, key = positives(query, key, **options)
     key_batch: Batch | None = batch
     exclude: IdPair | None = None
     if in_batch:
@@ -93,10 +97,13 @@ def rince(
     else:
         keys, key_batch = replicated(keys, n, others)
 
-    pos = scale * dot
-    pairs = operands(query, keys, scale=scale, exclude=exclude, batch=key_batch, **options)
-    threshold = tie_limit(pos, query, key, scale, **options) if return_stats else None
+    pairs = operands(
+        query, keys, scale=scale, exclude=exclude, batch=key_batch, aligned=aligned, **options
+    )
+    pos = None if dot is None else scale * dot
+    threshold = tie_limit(known(pos), query, key, scale, **options) if return_stats else None
     out = sweep(pairs, threshold=threshold)
+    pos = known(out.partner if aligned else pos)
     gap = softplus(out.lse - pos)  # that of InfoNCE: log of the denominator less the positive
     # the difference of two exponentials, relative to the larger one
     above = q * (gap + math.log(lam))
@@ -107,7 +114,7 @@ def rince(
     value = batch.reduce_rows(rows, reduction)
     if not return_stats:
         return value
-    return value, pair_stats(dot, [out.counts], scale, batch, lse=gap + pos)
+    return value, pair_stats(known(dot), [out.counts], scale, batch, lse=gap + pos)
 
 
 class RINCE(ContrastiveLoss):

@@ -12,6 +12,7 @@ from .primitives import (
     softplus_sweep,
     squares,
     sweep,
+    swept_positives,
 )
 from .registration import NAMESPACE
 from .rows import sum_rows, take_rows
@@ -35,6 +36,7 @@ __all__ = [
     "squares",
     "sum_rows",
     "sweep",
+    "swept_positives",
     "take_rows",
     "tied",
 ]

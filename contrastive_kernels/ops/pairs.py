@@ -30,7 +30,8 @@ class Pairs(NamedTuple):
     `statistics_dtype(x)`. exclude, keep: ids of
     rows and columns; pairs with equal `exclude` ids are dropped, only equal `keep` ids stay.
     backend: a resolved one. batch: whose rows y are, where ranks share them. together: the rows are
-    those of x and then those of y (M, D), in a symmetric matrix as if y were None.
+    those of x and then those of y (M, D), in a symmetric matrix as if y were None. aligned: the
+    sweep also gives the logits of the rows of x and y that belong together.
     """
 
     x: Tensor
@@ -43,6 +44,7 @@ class Pairs(NamedTuple):
     backend: str = "reference"
     batch: Batch | None = None
     together: bool = False
+    aligned: bool = False
 
     @property
     def keys(self) -> Tensor | NegativeSource | OwnKeys:
@@ -105,6 +107,7 @@ def softmax(
     out = registration.call(
         "row_stats", pairs.backend, **_operands(pairs), threshold=threshold, mean=mean,
         normalize=pairs.normalize, columns=columns, attend=attend, together=pairs.together,
+        aligned=pairs.aligned,
     )  # fmt: skip
     return Sweep(
         lse=out.lse,
@@ -116,6 +119,7 @@ def softmax(
         slope=out.slope if attend else None,
         lse_low=out.lse_low,
         col_lse_low=out.col_lse_low if columns else None,
+        partner=out.partner if pairs.aligned else None,
     )
 
 
@@ -131,10 +135,11 @@ def softplus(
     out = registration.call(
         "row_softplus", pairs.backend, **_operands(pairs._replace(y=pairs.keys)),
         threshold=threshold, normalize=pairs.normalize, attend=list(attend or 4 * (False,)),
+        aligned=pairs.aligned,
     )  # fmt: skip
-    if threshold is None:
-        return SoftplusSweep(out.value)
-    return SoftplusSweep(out.value, Counts(out.rank, out.total, out.count))
+    partner = out.partner if pairs.aligned else None
+    counts = None if threshold is None else Counts(out.rank, out.total, out.count)
+    return SoftplusSweep(out.value, counts, partner)
 
 
 def row_dot(
@@ -171,7 +176,7 @@ def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> 
     out = registration.row_stats_backward(
         pairs.backend, **_operands(pairs), **given, grad_lse=grads.lse,
         grad_mean=grads.mean, grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean,
-        normalize=pairs.normalize, needs=list(needs), together=pairs.together,
+        grad_partner=None, normalize=pairs.normalize, needs=list(needs), together=pairs.together,
     )  # fmt: skip
     return Gradients(*out)
 
@@ -182,7 +187,7 @@ def softplus_backward(pairs: Pairs, grad: Tensor, needs: Needs) -> Gradients:
         return _dense_backward(pairs, None, grad, needs)
     out = registration.call(
         "row_softplus_backward", pairs.backend, **_operands(pairs), grad=grad,
-        normalize=pairs.normalize, needs=list(needs),
+        grad_partner=None, normalize=pairs.normalize, needs=list(needs),
     )  # fmt: skip
     return Gradients(*out)
 

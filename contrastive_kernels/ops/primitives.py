@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from ..backends import can_attend, can_join, can_sum, resolve_backend
+from ..backends import can_align, can_attend, can_join, can_sum, resolve_backend
 from ..checks import check_features, check_id_pair, check_keys, check_pair, finite, scalar
 from ..distributed.shards import Batch, Shards
 from ..sources import NegativeSource, as_source, is_source
@@ -45,14 +45,17 @@ def operands(
     backend: str,
     batch: Batch | None = None,
     more: Tensor | None = None,
+    aligned: bool = False,
 ) -> Pairs:
     """The record of a sweep over z_ij = scale <x_i, y_j> + bias_j, of arguments that fit.
 
     y = None means y = x, computed for half of the pairs where that makes a symmetric matrix: ids of
     rows and columns that are one tensor, no bias. `more`: with y = None, rows that follow those of
-    x, which are not copied where that can be. `backend` is a resolved one. `batch`: y,
-    bias and column ids are this rank's part of those of a group, of `batch.sizes` rows;
-    statistics of rows are over the keys of all ranks, those of this rank's columns over all rows.
+    x, which are not copied where that can be. `aligned`: the sweep gives the logits of row i
+    and its partner too, key i or row i of the other half; see `swept_positives`. `backend` is a
+    resolved one. `batch`: y, bias and column ids are this rank's part of those of a group, of
+    `batch.sizes` rows; statistics of rows are over the keys of all ranks, those of this rank's
+    columns over all rows.
     """
     dtype = statistics_dtype(x)
     if isinstance(scale, Tensor):
@@ -77,7 +80,7 @@ def operands(
         bias = bias.expand(cast(Tensor, y).shape[-2])
     if together:
         y = more
-    return Pairs(x, y, scale, bias, exclude, keep, normalize, backend, batch, together)
+    return Pairs(x, y, scale, bias, exclude, keep, normalize, backend, batch, together, aligned)
 
 
 def checked_operands(
@@ -140,11 +143,7 @@ def sweep(
     if not (mean or columns or y is None or y.dim() == 3 or given.together):
         # the weighted mean of the keys is the gradient of the queries: take it in the same sweep
         frozen = not (y.requires_grad or _requires_grad(given.bias))
-        attend = (
-            given.x.requires_grad
-            and torch.is_grad_enabled()
-            and can_attend(given.backend, given.x, y.dtype, frozen)
-        )
+        attend = not given.aligned and _may_attend(given.x, y, given.backend, frozen)
     out = pairs.softmax(given, mean=mean, columns=columns, threshold=threshold, attend=attend)
     return out._replace(attended=None, slope=None, lse_low=None, col_lse_low=None)
 
@@ -223,6 +222,23 @@ def positives(
     return dot.squeeze(1) if y.shape == x.shape else dot, tied_x, known(tied_y)
 
 
+def swept_positives(
+    x: Tensor, y: Tensor, batch: Batch, *, normalize: bool, backend: str, dots: bool
+) -> tuple[bool, Tensor | None, Tensor, Tensor]:
+    """(aligned, dots, x, y) before a sweep of x (N, D) and the keys y (N, D) of a batch.
+
+    Where it can give the logits of <x_i, y_i> on its way, to be asked for by
+    `operands(aligned=True)`, dots have no gradient and are None unless `dots`; else as `positives`.
+    """
+    can = can_align(backend) and not isinstance(batch, Shards)
+    if not can or _may_attend(x, y, backend, frozen=not y.requires_grad):
+        return False, *positives(x, y, normalize=normalize, backend=backend)
+    made = None
+    if dots:
+        made = row_dot(x.detach(), y.detach(), normalize=normalize, backend=backend)
+    return True, made, x, y
+
+
 def squares(x: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
     """(|x_i|^2, x), x likewise."""
     if not can_tie(backend, x):
@@ -236,6 +252,11 @@ def keeps_frozen_keys(x: Tensor, y: Tensor, backend: str) -> bool:
     must not change before it."""
     needed = torch.is_grad_enabled() and x.requires_grad
     return needed and not can_attend(backend, x, y.dtype, frozen=True)
+
+
+def _may_attend(x: Tensor, y: Tensor, backend: str, frozen: bool) -> bool:
+    needed = torch.is_grad_enabled() and x.requires_grad
+    return needed and can_attend(backend, x, y.dtype, frozen)
 
 
 class _Options(TypedDict, total=False):

@@ -12,6 +12,9 @@ d lse_i / d x_i itself, and there slope (N,), d lse_i / d scale.
 ids, as if they were concatenated. The backward's dx is then of all these rows, since results of an
 operator may not share memory.
 
+`aligned`: row i of x and of y belong together; the result `partner` is their logits, one for each
+row, whether the pair is dropped or not.
+
 lse_low, col_lse_low: what rounding took from lse and col_lse. It may be more than 1 where logits
 are 1e7, and the backward, whose exp(z - lse) have to add up to 1, gets it back.
 """
@@ -42,23 +45,25 @@ _GRADIENTS = "(Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
 _SCHEMAS = {
     "row_stats": (
         f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend, "
-        "bool together) -> (Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, "
-        "Tensor rank, Tensor total, Tensor count, Tensor attended, Tensor slope, Tensor lse_low, "
-        "Tensor col_lse_low)"
+        "bool together, bool aligned) -> (Tensor lse, Tensor mean, Tensor col_lse, "
+        "Tensor col_mean, Tensor rank, Tensor total, Tensor count, Tensor attended, Tensor slope, "
+        "Tensor lse_low, Tensor col_lse_low, Tensor partner)"
     ),
     "row_stats_backward": (
         f"({_PAIRS}, Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor attended, "
         "Tensor slope, Tensor lse_low, Tensor col_lse_low, Tensor? grad_lse, Tensor? grad_mean, "
-        "Tensor? grad_col_lse, Tensor? grad_col_mean, bool normalize, bool[4] needs, "
-        f"bool together) -> {_GRADIENTS}"
+        "Tensor? grad_col_lse, Tensor? grad_col_mean, Tensor? grad_partner, bool normalize, "
+        f"bool[4] needs, bool together) -> {_GRADIENTS}"
     ),
     "row_softplus": (
-        f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend) -> "
+        f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend, bool aligned) -> "
         "(Tensor value, Tensor rank, Tensor total, Tensor count, "
-        "Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
+        "Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, Tensor partner)"
     ),
-    "row_softplus_backward": f"({_PAIRS}, Tensor grad, bool normalize, bool[4] needs) -> "
-    + _GRADIENTS,
+    "row_softplus_backward": (
+        f"({_PAIRS}, Tensor grad, Tensor? grad_partner, bool normalize, bool[4] needs) -> "
+        + _GRADIENTS
+    ),
     "row_dot": "(Tensor x, Tensor y, Tensor? ends, bool normalize) -> (Tensor dot)",
     "row_dot_backward": (
         "(Tensor x, Tensor y, Tensor? ends, Tensor grad, bool normalize, bool[2] needs) -> "
@@ -141,6 +146,7 @@ def _fake_row_stats(backend: str, *inputs: Any) -> Any:
         slope=slope,
         lse_low=_stats(x, rows),
         col_lse_low=_stats(x, keys * given.columns),
+        partner=_stats(x, min(rows, keys) * given.aligned),
     )
 
 
@@ -150,7 +156,8 @@ def _fake_row_softplus(*inputs: Any) -> Any:
     counts = (_stats(x, x.shape[0] * (given.threshold is not None)) for _ in range(3))
     value = _stats(x, 1 if any(given.attend) else x.shape[0])
     gradients = _gradients(given.attend, x, given.y, given.scale, given.bias)
-    return RESULTS["row_softplus"](value, *counts, *gradients)
+    partner = _stats(x, min(x.shape[0], given.y.shape[0]) * given.aligned)
+    return RESULTS["row_softplus"](value, *counts, *gradients, partner)
 
 
 def _fake_pairs_backward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
@@ -196,6 +203,8 @@ def _setup_row_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
         absent.append(out.col_lse)
     if not (given.columns and given.mean):
         absent.append(out.col_mean)
+    if not given.aligned:
+        absent.append(out.partner)
     ctx.mark_non_differentiable(*absent)
     ctx.set_materialize_grads(False)
 
@@ -207,7 +216,8 @@ def _setup_row_softplus(ctx: Any, inputs: tuple, output: tuple) -> None:
         _save(ctx, x=out.dx, y=out.dy, scale=out.dscale, bias=out.dbias)
     else:
         _save(ctx, **dict(zip(_PAIR_NAMES, inputs, strict=False)))
-    ctx.mark_non_differentiable(*output[1:])
+    absent = output[1:-1] if given.aligned else output[1:]
+    ctx.mark_non_differentiable(*absent)
     ctx.set_materialize_grads(False)
 
 
@@ -225,29 +235,33 @@ def _register(backend: str) -> None:
     def differentiate_row_stats(ctx: Any, *grads: Tensor | None) -> Any:
         grad = RESULTS["row_stats"](*grads)
         gradients = _NO_GRADIENTS["row_stats"]
-        if all(g is None for g in (grad.lse, grad.mean, grad.col_lse, grad.col_mean)):
+        given = (grad.lse, grad.mean, grad.col_lse, grad.col_mean, grad.partner)
+        if all(g is None for g in given):
             return gradients
         needs = ARGUMENTS["row_stats"](*ctx.needs_input_grad)
         out = row_stats_backward(
             backend, **_saved(ctx), grad_lse=grad.lse, grad_mean=grad.mean,
-            grad_col_lse=grad.col_lse, grad_col_mean=grad.col_mean, normalize=ctx.normalize,
-            needs=[needs.x, needs.y, needs.scale, needs.bias], together=ctx.together,
+            grad_col_lse=grad.col_lse, grad_col_mean=grad.col_mean, grad_partner=grad.partner,
+            normalize=ctx.normalize, needs=[needs.x, needs.y, needs.scale, needs.bias],
+            together=ctx.together,
         )  # fmt: skip
         return _replace_needed(gradients, needs, out)
 
-    def differentiate_row_softplus(ctx: Any, *grads: Tensor | None) -> Any:
-        grad = RESULTS["row_softplus"](*grads).value
+    def differentiate_row_softplus(ctx: Any, *grads: Any) -> Any:
+        grad, grad_partner = grads[0], grads[-1]
         gradients = _NO_GRADIENTS["row_softplus"]
-        if grad is None:
+        if grad is None and grad_partner is None:
             return gradients
         needs = ARGUMENTS["row_softplus"](*ctx.needs_input_grad)
         if ctx.summed:
             factor = grad.reshape(())  # 0-d, so that it leaves the types alone
             made = {name: t * factor for name, t in _saved(ctx).items()}
             return gradients._replace(**{k: t for k, t in made.items() if getattr(needs, k)})
+        if grad is None:
+            grad = torch.zeros_like(ctx.saved_tensors[0][:, 0], dtype=grad_partner.dtype)
         out = call(
-            "row_softplus_backward", backend, **_saved(ctx), grad=grad, normalize=ctx.normalize,
-            needs=[needs.x, needs.y, needs.scale, needs.bias],
+            "row_softplus_backward", backend, **_saved(ctx), grad=grad, grad_partner=grad_partner,
+            normalize=ctx.normalize, needs=[needs.x, needs.y, needs.scale, needs.bias],
         )  # fmt: skip
         return _replace_needed(gradients, needs, out)
 

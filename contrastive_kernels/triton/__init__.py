@@ -33,9 +33,11 @@ def row_stats(
     columns: bool,
     attend: bool,
     together: bool,
+    aligned: bool,
 ) -> tuple[Tensor, ...]:
-    """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low)."""
-    assert not together  # backends.can_join
+    """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low,
+    partner)."""
+    assert not (together or aligned)  # backends.can_join
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
@@ -47,7 +49,9 @@ def row_stats(
             col = forward.stats(problem, COLUMNS, mean=mean) if columns else Outputs()
         statistics = (row.first, row.second, col.first, col.second)
         counts = (row.rank, row.total, row.pairs)
-        return _or_empty(problem, *statistics, *counts, row.gradient, row.slope, row.low, col.low)
+        return _or_empty(
+            problem, *statistics, *counts, row.gradient, row.slope, row.low, col.low, None
+        )
 
 
 def row_stats_backward(
@@ -71,6 +75,7 @@ def row_stats_backward(
     grad_mean: Tensor | None,
     grad_col_lse: Tensor | None,
     grad_col_mean: Tensor | None,
+    grad_partner: Tensor | None,
     normalize: bool,
     needs: list[bool],
     together: bool,
@@ -113,8 +118,11 @@ def row_softplus(
     threshold: Tensor | None,
     normalize: bool,
     attend: list[bool],
+    aligned: bool,
 ) -> tuple[Tensor, ...]:
-    """(value, rank, total, count, dx, dy, dscale, dbias); gradients of the sum over the rows."""
+    """(value, rank, total, count, dx, dy, dscale, dbias, partner); gradients of the sum over the
+    rows."""
+    assert not aligned
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
@@ -124,7 +132,8 @@ def row_softplus(
         else:
             row = forward.stats(problem, ROWS, softplus=True, threshold=threshold)
             gradients = backward.no_gradients(*problem.inputs, problem.dtype)
-        return *_or_empty(problem, row.first, row.rank, row.total, row.pairs), *gradients
+        values = _or_empty(problem, row.first, row.rank, row.total, row.pairs)
+        return *values, *gradients, problem.empty(0)
 
 
 def row_softplus_backward(
@@ -137,6 +146,7 @@ def row_softplus_backward(
     keep_rows: Tensor | None,
     keep_cols: Tensor | None,
     grad: Tensor,
+    grad_partner: Tensor | None,
     normalize: bool,
     needs: list[bool],
 ) -> Gradients:

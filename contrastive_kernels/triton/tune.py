@@ -127,12 +127,12 @@ def workload(entry: Entry, device: torch.device, n: int) -> Workload:
                 ("mean", "col_lse", "col_lse_low", "col_mean", "attended", "slope"), none
             ),
             "grad_lse": torch.ones(n, **statistics),
-            **dict.fromkeys(("grad_mean", "grad_col_lse", "grad_col_mean")),
+            **dict.fromkeys(("grad_mean", "grad_col_lse", "grad_col_mean", "grad_partner")),
         }
         needs = [True, False, False, False]
         return lambda: (row_stats_backward(**pairs, **upstream, needs=needs).x,)
     options = {"columns": entry.schedule == "two_way", "attend": entry.schedule == "attend"}
-    return lambda: row_stats(**pairs, threshold=None, mean=False, **options)
+    return lambda: row_stats(**pairs, threshold=None, mean=False, aligned=False, **options)
 
 
 def use(entry: Entry, tile: Tile, architecture: int) -> AbstractContextManager:

@@ -46,9 +46,7 @@ def whiten_zca_backward(
     return dx
 
 
-def whiten_newton_schulz(
-    x: Tensor, eps: float, iterations: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def whiten_newton_schulz(x: Tensor, eps: float, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Z, the covariances (G, D, D) and info of the groups x (G, n, D)."""
     made = _results(x, _square(x))
     _call(_cpu.whiten_newton_schulz, x.shape, (eps, iterations), x, *made)
@@ -60,9 +58,7 @@ def whiten_newton_schulz_backward(
 ) -> Tensor:
     """The gradient of the groups x (G, n, D) from that of Z and the covariances."""
     dx = x.new_empty(x.shape)
-    _call(
-        _cpu.whiten_newton_schulz_backward, x.shape, (eps, iterations), grad, x, covariance, dx
-    )
+    _call(_cpu.whiten_newton_schulz_backward, x.shape, (eps, iterations), grad, x, covariance, dx)
     return dx
 
 

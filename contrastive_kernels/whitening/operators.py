@@ -365,9 +365,7 @@ def _setup_newton_schulz(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.mark_non_differentiable(info)
 
 
-def _backward_newton_schulz(
-    ctx: Any, grad: Tensor, *_rest: Any
-) -> tuple[Tensor, None, None, None]:
+def _backward_newton_schulz(ctx: Any, grad: Tensor, *_rest: Any) -> tuple[Tensor, None, None, None]:
     made = whiten_newton_schulz_backward(grad, *ctx.saved_tensors, *ctx.options)
     return made, None, None, None
 

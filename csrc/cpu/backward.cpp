@@ -234,9 +234,18 @@ class BackwardSweep {
       if (half || keys_.given()) b.key = (half ? rows_ : keys_).from(first_key);
       if (key_totals != nullptr) b.key_total = key_totals + first_key;
       p_.kernels.backward(w.tile(), fold_, b);
+      if (in_.grad_partner != nullptr) add_partners(w, half, b);
       use(mirrored);
     };
     for_tiles(p_, w, rows, keys, half, start, push, [](Range) {});
+  }
+
+  void add_partners(Worker<T>& w, bool half, const BackwardTile<T>& b) {
+    w.for_partners([&](int64_t row, int64_t key, T& entry, int64_t i, int64_t j) {
+      const T grad = in_.grad_partner[row] + (half ? in_.grad_partner[key] : T{0});
+      entry += grad * b.row_scale[i] * w.tile().key_scale[j];
+      if (b.key_total != nullptr) b.key_total[j] += grad;
+    });
   }
 
   const PairArguments<T> a_;

@@ -18,6 +18,7 @@ struct BackwardInputs {
   bool softplus = false;
   Upstream<T> rows, columns;
   const T* attended = nullptr;
+  const T* grad_partner = nullptr;  // of the logits of the rows and the keys that belong to them
 };
 
 // Where gradients go, those of features in their dtypes; null: not needed. With y not given, that

@@ -113,7 +113,8 @@ Matrix gather(const Matrix& matrix, const Matrix& more, const std::vector<int64_
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = which[i / each] * each + i % each;
       const Matrix& from = at < matrix.rows ? matrix : more;
-      const char* row = static_cast<const char*>(from.row(at < matrix.rows ? at : at - matrix.rows));
+      const char* row =
+          static_cast<const char*>(from.row(at < matrix.rows ? at : at - matrix.rows));
       char* out = memory.data() + i * length;
       if (from.col_stride == 1)
         std::memcpy(out, row, length);

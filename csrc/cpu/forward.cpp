@@ -16,7 +16,7 @@ struct Subset {
   Subset(const std::vector<int64_t>& which, int64_t d, const Statistics<T>& to)
       : which(which), to(to) {
     const int64_t size = static_cast<int64_t>(which.size());
-    const auto take = [&](T* Statistics<T>::*field, int64_t each) {
+    const auto take = [&](T* Statistics<T>::* field, int64_t each) {
       if (to.*field == nullptr) return;
       memory.emplace_back(size * each);
       own.*field = memory.back().data();
@@ -33,8 +33,8 @@ struct Subset {
     }
   }
 
-  static constexpr T* Statistics<T>::*kNumbers[] = {&Statistics<T>::lse, &Statistics<T>::low,
-                                                    &Statistics<T>::mean};
+  static constexpr T* Statistics<T>::* kNumbers[] = {&Statistics<T>::lse, &Statistics<T>::low,
+                                                     &Statistics<T>::mean};
   const std::vector<int64_t>& which;
   const Statistics<T>& to;
   Statistics<T> own;
@@ -183,7 +183,7 @@ class ForwardSweep {
                      const Shifts<T>& shifts = {}) {
     Workers<T> workers(p_);
     const auto visit = [&](Worker<T>& w, Range row_part, Range key_part) {
-      RowBlock<T> block(p_, w, options_.fold, shift, options_.threshold, shifts);
+      RowBlock<T> block(p_, w, options_.fold, shift, options_.threshold, options_.partner, shifts);
       for_tiles(
           p_, w, row_part, key_part, p_.symmetric, [&](Range) { block.start(); },
           [&](bool mirrored) {
@@ -206,10 +206,9 @@ class ForwardSweep {
                   std::optional<double> shift) {
     Workers<T> workers(p_);
     for_row_blocks(p_, workers, parts, [&](Worker<T>& w, Range row_range, int64_t part) {
-      RowBlock<T> block(p_, w, options_.fold, shift, options_.threshold);
+      RowBlock<T> block(p_, w, options_.fold, shift, options_.threshold, options_.partner);
       T* out = nullptr;
-      if (attended != nullptr)
-        out = attended + (part * p_.x.rows() + row_range.begin) * p_.x.d();
+      if (attended != nullptr) out = attended + (part * p_.x.rows() + row_range.begin) * p_.x.d();
       for_tiles(
           p_, w, row_range, parts[part], false, [&](Range) { block.start(); },
           [&](bool) { block.push(nullptr, false, out); }, [&](Range) { block.finish(rows, part); });

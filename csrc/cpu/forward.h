@@ -22,6 +22,7 @@ struct ForwardOptions {
   Statistics<T> rows = {}, columns = {};
   const T* threshold = nullptr;  // of each row; then rank, total and count of each row are wanted
   T *rank = nullptr, *total = nullptr, *count = nullptr;
+  T* partner = nullptr;  // logits of the rows and the keys that belong to them
 };
 
 // What holds the logits that are kept and stands for rows.low; null: none are.

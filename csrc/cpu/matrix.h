@@ -54,7 +54,8 @@ void for_elements(int64_t size, Run run) {
 
 template <class T>
 void clear(T* data, int64_t size) {
-  for_elements(size, [=](int64_t begin, int64_t end) { std::fill(data + begin, data + end, T{0}); });
+  for_elements(size,
+               [=](int64_t begin, int64_t end) { std::fill(data + begin, data + end, T{0}); });
 }
 
 // out (size) = the sum of `count` vectors one after the other

@@ -45,9 +45,8 @@ IdPair id_pair(const IdTuple& given) {
 }
 
 // The fields of PairArguments, but y_more.
-using PairTuple =
-    std::tuple<MatrixTuple, std::optional<MatrixTuple>, std::optional<MatrixTuple>, int64_t, double,
-               Address, IdTuple, IdTuple, bool>;
+using PairTuple = std::tuple<MatrixTuple, std::optional<MatrixTuple>, std::optional<MatrixTuple>,
+                             int64_t, double, Address, IdTuple, IdTuple, bool>;
 
 template <class T>
 PairArguments<T> pair_arguments(const PairTuple& given) {
@@ -78,7 +77,7 @@ using StatisticsTuple = std::tuple<Address, Address, Address, Address>;
 
 std::unique_ptr<Keeper> forward(const PairTuple& pairs, int fold, bool keep,
                                 const StatisticsTuple& rows, const StatisticsTuple& columns,
-                                const StatisticsTuple& counts) {
+                                const StatisticsTuple& counts, Address partner) {
   return with_compute_type(std::get<0>(pairs), [&](auto t) {
     using T = decltype(t);
     const auto statistics = [](const StatisticsTuple& to) {
@@ -95,6 +94,7 @@ std::unique_ptr<Keeper> forward(const PairTuple& pairs, int fold, bool keep,
                                                           .rank = at<T>(rank),
                                                           .total = at<T>(total),
                                                           .count = at<T>(count),
+                                                          .partner = at<T>(partner),
                                                       });
   });
 }
@@ -105,7 +105,8 @@ using UpstreamTuple = std::tuple<Address, Address, Address, Address, Address>;
 using GradientTuple = std::tuple<Address, Address, bool, Address>;
 
 double backward(const PairTuple& pairs, bool softplus, const UpstreamTuple& rows,
-                const UpstreamTuple& columns, Address attended, const GradientTuple& to) {
+                const UpstreamTuple& columns, Address attended, Address partner,
+                const GradientTuple& to) {
   return with_compute_type(std::get<0>(pairs), [&](auto t) {
     using T = decltype(t);
     const auto upstream = [](const UpstreamTuple& from) {
@@ -113,17 +114,18 @@ double backward(const PairTuple& pairs, bool softplus, const UpstreamTuple& rows
       return Upstream<T>{at<T>(lse), at<T>(low), at<T>(mean), at<T>(grad_lse), at<T>(grad_mean)};
     };
     const auto [x, y, scale, bias] = to;
-    return backward_sweep<T>(pair_arguments<T>(pairs),
-                             {softplus, upstream(rows), upstream(columns), at<T>(attended)},
-                             {at<void>(x), at<void>(y), scale, at<T>(bias)});
+    return backward_sweep<T>(
+        pair_arguments<T>(pairs),
+        {softplus, upstream(rows), upstream(columns), at<T>(attended), at<T>(partner)},
+        {at<void>(x), at<void>(y), scale, at<T>(bias)});
   });
 }
 
 void check_ends(const int64_t* ends, int64_t rows, int64_t total) {
   if (ends[0] >= 0 && std::is_sorted(ends, ends + rows) && ends[rows - 1] == total) return;
   const std::string all = std::to_string(total), got = std::to_string(ends[rows - 1]);
-  throw py::value_error("the keys of the rows must be >= 0 in number and " + all +
-                        " in all, got " + got + " in all");
+  throw py::value_error("the keys of the rows must be >= 0 in number and " + all + " in all, got " +
+                        got + " in all");
 }
 
 template <class T>

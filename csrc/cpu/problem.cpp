@@ -139,8 +139,7 @@ bool Worker<T>::make_tile(Range keys) {
   if (problem_.keep.given() && !problem_.keep.meet(rows_, keys)) return false;
   keys_ = keys;
   tile_.keys = static_cast<int>(keys.size());
-  tile_.key_scale = problem_.paired ? problem_.ones.data()
-                                    : problem_.y.inverse() + keys.begin;
+  tile_.key_scale = problem_.paired ? problem_.ones.data() : problem_.y.inverse() + keys.begin;
   tile_.bias = problem_.bias + keys.begin;
   tile_.masked = exclude || problem_.keep.given();
   if (tile_.masked) {
@@ -188,8 +187,7 @@ void Worker<T>::make_logits(Range keys) {
       const uint16_t* bits = problem_.y.bits(keys, bits_buffer_, &stride);
       gemm(keys.size(), tile_.rows, problem_.x.d(), bits, stride,
            reinterpret_cast<const uint16_t*>(packed), tile_.rows, tile_.data, tile_.ld);
-      problem_.kernels.scale_rows(tile_.data, tile_.ld, tile_.keys, tile_.rows,
-                                  row_scale_.data());
+      problem_.kernels.scale_rows(tile_.data, tile_.ld, tile_.keys, tile_.rows, row_scale_.data());
       y_rows_ = nullptr;
       return;
     }
@@ -214,8 +212,7 @@ void Worker<T>::make_paired_tile() {
     y_rows_ = problem_.y.read({first, first + keys_.size()}, buffer, &y_stride_);
     problem_.kernels.dots(x_rows_ + i * x_stride_, y_rows_, y_stride_, problem_.normalize,
                           problem_.scale * problem_.x.inverse()[rows_.begin + i], keys_.size(),
-                          problem_.x.d(), tile_.data + i, pair_inverse_.data() + i,
-                          tile_.ld);
+                          problem_.x.d(), tile_.data + i, pair_inverse_.data() + i, tile_.ld);
   }
 }
 

@@ -82,6 +82,9 @@ struct Problem {
   int64_t block_rows, block_keys;
   KeptLogits kept;
   bool keeps = false;  // tiles go there; else they come from there
+
+  // the key that belongs to a row: of joined rows that of the other half, which is mutual
+  int64_t partner(int64_t row) const { return symmetric ? (row + keys / 2) % keys : row; }
 };
 
 // One thread's tile and its buffers; the rows of a block stay while tiles of keys pass.
@@ -97,6 +100,14 @@ class Worker {
   bool make_tile(Range keys);
 
   const Tile<T>& tile() const { return tile_; }
+  // use(row, key, their entry of the tile, its row there, its key there) for the partners in a tile
+  template <class Use>
+  void for_partners(Use use) {
+    for (int64_t row = rows_.begin; row < rows_.end; ++row) {
+      const int64_t key = problem_.partner(row), i = row - rows_.begin, j = key - keys_.begin;
+      if (j >= 0 && key < keys_.end) use(row, key, tile_.data[j * tile_.ld + i], i, j);
+    }
+  }
   Range rows() const { return rows_; }
   Range keys() const { return keys_; }
   int padded_rows() const { return tile_.rows; }

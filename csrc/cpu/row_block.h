@@ -21,12 +21,13 @@ class RowBlock {
  public:
   // no shift: it follows the largest logit met so far
   RowBlock(const Problem<T>& problem, Worker<T>& worker, Fold fold, std::optional<double> shift,
-           const T* threshold, const Shifts<T>& shifts = {})
+           const T* threshold, T* partner, const Shifts<T>& shifts = {})
       : p_(problem),
         w_(worker),
         fold_(fold),
         fixed_(shift),
         threshold_(threshold),
+        partner_(partner),
         shifts_(shifts) {
     sums_.resize(kFields * p_.block_rows);
   }
@@ -49,6 +50,7 @@ class RowBlock {
   // Adds the worker's tile; to `keys` as well, and to `attended` (rows, D) the weighted keys. A
   // mirrored tile counts for its keys too.
   void push(Sums* keys, bool mirrored, T* attended) {
+    if (partner_ != nullptr) set_partners(mirrored);
     if (threshold_ != nullptr) push_counts(mirrored ? keys : nullptr);
     ForwardSums<T> sums{};
     sums.shift = w_.lane_buffer(kShiftLanes);
@@ -107,6 +109,13 @@ class RowBlock {
     return subtract;
   }
 
+  void set_partners(bool mirrored) {
+    w_.for_partners([&](int64_t row, int64_t key, T entry, int64_t, int64_t j) {
+      partner_[row] = entry * w_.tile().key_scale[j] + w_.tile().bias[j];
+      if (mirrored) partner_[key] = partner_[row];
+    });
+  }
+
   void push_counts(Sums* keys) {
     Counts<T> counts{};
     counts.row_threshold = w_.lane_buffer(kThresholdLanes);
@@ -128,6 +137,7 @@ class RowBlock {
   Fold fold_;
   std::optional<double> fixed_;
   const T* threshold_;
+  T* partner_;
   Shifts<T> shifts_;
   bool first_ = true;
   std::vector<double> sums_;

@@ -10,7 +10,8 @@ constexpr int64_t kBlock = 64;  // keys
 // A thread's memory: for a row, for its keys, and for their gradients.
 template <class T>
 struct Room {
-  explicit Room(int64_t d) : row(d), keys(kBlock * d), row_gradient(d, T{0}), gradients(kBlock * d) {}
+  explicit Room(int64_t d)
+      : row(d), keys(kBlock * d), row_gradient(d, T{0}), gradients(kBlock * d) {}
   Buffer<T> row, keys, row_gradient, gradients;
 };
 

@@ -72,13 +72,13 @@ def test_opcheck(backend, kind):
     threshold = oracles.randn(6, seed=5)
     opcheck(
         OPERATORS["row_stats", backend],
-        (*pairs, threshold, True, True, kind == "shared", False, False),
+        (*pairs, threshold, True, True, kind == "shared", False, False, False),
     )
-    opcheck(OPERATORS["row_stats", backend], (*pairs, None, False, False, False, False, False))
+    opcheck(OPERATORS["row_stats", backend], (*pairs, None, *6 * (False,)))
     if kind != "self":
-        opcheck(OPERATORS["row_softplus", backend], (*pairs, threshold, True, [False] * 4))
+        opcheck(OPERATORS["row_softplus", backend], (*pairs, threshold, True, [False] * 4, False))
     if kind == "shared" and can_sum(backend):
-        opcheck(OPERATORS["row_softplus", backend], (*pairs, None, True, [True] * 4))
+        opcheck(OPERATORS["row_softplus", backend], (*pairs, None, True, [True] * 4, False))
     if kind == "paired":
         opcheck(OPERATORS["row_dot", backend], (pairs[0], pairs[1], None, True))
 
@@ -86,7 +86,7 @@ def test_opcheck(backend, kind):
 @pytest.mark.parametrize("backend", FUSED)
 def test_opcheck_with_frozen_keys(backend):
     x, y, scale, _, *ids = operator_arguments("shared")
-    arguments = (x, y.detach(), scale, None, *ids, None, False, True, False, True, False)
+    arguments = (x, y.detach(), scale, None, *ids, None, False, True, False, True, False, False)
     opcheck(OPERATORS["row_stats", backend], arguments)
 
 
