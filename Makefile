@@ -63,6 +63,7 @@ bench: setup $(VENV)/peers.stamp
 report: setup
 	@$(RUN) -m benchmarks.report
 	@$(RUN) -m benchmarks.scaling --plot
+	@$(RUN) -m benchmarks.grid
 	@$(RUN) -m benchmarks.negatives --plot --report
 	@$(RUN) -m benchmarks.infomin --plot --report
 

@@ -15,10 +15,12 @@ from contrastive_kernels.backends import unusable_reason
 
 from .baselines.baseline import Baseline
 from .baselines.loading import Lazy
+from .cases import grid as grid_cases
 from .cases import table
 from .cases.case import Case
 from .cases.step import DTYPES, PASSES
 from .gpu import cases as gpu_cases
+from .grid import order
 
 PROGRAM = "python -m contrastive_kernels bench"
 SIZES = ("n", "m", "d", "k")
@@ -35,12 +37,17 @@ examples:
   {PROGRAM} --group whitening --pass forward --dtype float64
   {PROGRAM} --device cuda --case info_nce --backend triton
   {PROGRAM} --base main --case info_nce nt_xent dcl_small
+  {PROGRAM} --grid --minutes 10 --dtype float32
 
 --peer takes the beginning of a baseline's name: dense, torch.compile, lightly. Those of other
 packages are optional: pip install 'contrastive_kernels[bench]'
 
 --base builds the commit in build/base the first time, and measures its package and this one in turn
-with the cases of this checkout: ours and base in milliseconds, and ours / base. No peak memory."""
+with the cases of this checkout: ours and base in milliseconds, and ours / base. No peak memory.
+
+--grid goes on with the file of this processor in benchmarks/results/grid, which --quick, --peer,
+--pass and --backend leave alone. It measures coarsely first: stop it at any time.
+ATEN_CPU_CAPABILITY=avx2 before it measures that instruction set, into a file of its own."""
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
@@ -58,6 +65,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
             raise ValueError("--device cuda needs a GPU: torch.cuda.is_available() is False")
         if options.base and options.peer:
             raise ValueError("--base takes the place of the baselines: --peer does not go with it")
+        _check_grid(options)
         for flag, path in (("--json", options.json), ("--plot", options.plot)):
             _check_file(flag, path)
         return options, chosen(options)
@@ -90,7 +98,20 @@ def _parser() -> argparse.ArgumentParser:
         "--base", metavar="REF",
         help="the cases on the build of this git commit, or in this folder, instead of baselines",
     )  # fmt: skip
+    what.add_argument(
+        "--grid", action="store_true",
+        help="losses over N, D and dtype beside dense torch, eager and compiled, for hours",
+    )  # fmt: skip
     what.add_argument("--list", action="store_true", help="print the cases and their baselines")
+
+    grid = parser.add_argument_group("with --grid")
+    grid.add_argument(
+        "--minutes", type=_positive, metavar="INT",
+        help="points begin that should end by then, spread over the grid",
+    )  # fmt: skip
+    grid.add_argument(
+        "--again", action="store_true", help="measure the points that the file has, too"
+    )
 
     how = parser.add_argument_group("sizes and circumstances (several values: every combination)")
     for name, meaning in zip(
@@ -130,6 +151,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_grid(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: an option does not go with the grid, or with anything else.
+    """
+    if not options.grid:
+        alone = {"--minutes": options.minutes, "--again": options.again}
+        given = [flag for flag, value in alone.items() if value]
+        if given:
+            raise ValueError(f"{given[0]} goes with --grid")
+        return
+    others = {
+        "--base": options.base, "--group": options.group, "--device cuda": options.device == "cuda",
+        "-M": options.m, "-K": options.k,
+    }  # fmt: skip
+    for flag, value in others.items():
+        if value:
+            raise ValueError(f"{flag} does not go with --grid")
+
+
 def _check_file(flag: str, path: Path | None) -> None:
     """Makes the folder of a file that is to be written: better now than after the first case.
 
@@ -164,14 +205,27 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     Raises:
         ValueError: an option does not go with the table, or with another.
     """
+    if options.grid:
+        options = _with_grid(options)
     cases = [changed for case in _rows(options) for changed in _changed(case, options)]
-    return list(_with_baselines(cases, options))
+    cases = list(_with_baselines(cases, options))
+    return order.coarse_first(cases) if options.grid else cases
+
+
+def _with_grid(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with the sizes and dtypes of the grid where none are given."""
+    sizes = order.QUICK if options.quick else order.WHOLE
+    given = vars(options)
+    whole = {name: given[name] or list(values) for name, values in sizes._asdict().items()}
+    return argparse.Namespace(**given | whole)
 
 
 def _rows(options: argparse.Namespace) -> list[Case]:
     """The rows of the table."""
     cases = (gpu_cases if options.device == "cuda" else table).CASES
-    if not named(options):
+    if options.grid:
+        cases = grid_cases.CASES
+    if not named(options) or options.grid and not (options.loss or options.case):
         return list(cases.values())
     losses = _losses(cases.values())
     groups: dict[str, list[Case]] = {}
@@ -203,7 +257,7 @@ def _one(flag: str, values: dict, name: str):
 
 def _changed(case: Case, options: argparse.Namespace) -> Iterator[Case]:
     """A row with the sizes, dtypes, pass and backend that were asked for."""
-    if options.quick:
+    if options.quick and not options.grid:
         case = replace(case.resized(case.sizes.quick()), bfloat16_at_most=None)
         case = replace(case, baselines=case.baselines[:2])
     if options.backend != "auto":
@@ -236,9 +290,9 @@ def _resized(case: Case, options: argparse.Namespace) -> Iterator[Case]:
     for values in product(*given.values()):
         sizes = dict(zip(given, values, strict=True))
         made = case.sizes
-        if "n" in sizes and "m" not in case.inputs.sizes:
+        if "n" in sizes and (options.grid or "m" not in case.inputs.sizes):
             made = made.with_rows(sizes["n"])
-        yield replace(case.resized(replace(made, **sizes)), memory=True)
+        yield replace(case.resized(replace(made, **sizes)), memory=not options.grid)
 
 
 def _with_baselines(cases: list[Case], options: argparse.Namespace) -> Iterator[Case]:

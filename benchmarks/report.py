@@ -1,5 +1,5 @@
-"""Writes the tables of README.md, and the gains in docs/integrations.md, from
-benchmarks/results/*.json: python -m benchmarks.report
+"""Writes the tables of README.md and docs/grid.md, and the gains in docs/integrations.md, from
+benchmarks/results/: python -m benchmarks.report
 
 With --check it writes nothing and exits with 1 when they disagree with the results.
 """
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 
 from .gpu import report as gpu_report
+from .grid import report as grid_report
 from .harness import pages
 from .harness.markdown import brief, milliseconds, share, table, versions
 from .harness.paths import DOCS, RESULTS, ROOT
@@ -226,7 +227,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only compare; 1 when they disagree")
     options = parser.parse_args()
     return pages.update(
-        {README: updated, INTEGRATIONS: with_gains},
+        {
+            README: lambda page: grid_report.with_picture(updated(page)),
+            INTEGRATIONS: with_gains,
+            grid_report.PAGE: grid_report.updated,
+        },
         "python -m benchmarks.report",
         check=options.check,
     )

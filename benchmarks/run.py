@@ -20,6 +20,8 @@ from .cases.table import MEMORY_LIMIT_MB
 from .gpu import instruments as gpu_instruments
 from .gpu import measure as gpu_measure
 from .gpu import report as gpu_report
+from .grid import point as grid_point
+from .grid import run as grid_run
 from .harness import measure as cpu_measure
 from .harness import memory
 from .harness.console import HEAD, rows, summary
@@ -42,6 +44,8 @@ def main(argv: list[str]) -> int:
     if options.list:
         print("\n".join(_listed(case) for case in cases))
         return 0
+    if options.grid:
+        return _on_grid(options, cases)
     begin = _on_gpu if options.device == "cuda" else _on_cpu
     if options.base:
         begin = _against_base
@@ -73,7 +77,12 @@ def command_line(options: argparse.Namespace) -> str:
         flag = (
             f"-{name.upper()}" if name in SIZES else "--pass" if name == "passes" else f"--{name}"
         )
-        left_out = name in ("json", "plot", "list") or value in (None, False, "auto", "cpu")
+        left_out = name in ("json", "plot", "list", "again") or value in (
+            None,
+            False,
+            "auto",
+            "cpu",
+        )
         if name == "memory":
             words += [] if value else ["--no-memory"]
         elif name == "threads" and options.device == "cuda" or left_out:
@@ -210,6 +219,47 @@ def _on_cpu(options: argparse.Namespace, cases: list[Case]) -> Iterator[tuple[di
         "memory_limit_mb": MEMORY_LIMIT_MB,
     }
     yield head, measure
+
+
+def _on_grid(options: argparse.Namespace, cases: list[Case]) -> int:
+    """The run of the grid; the exit status."""
+    torch.set_num_threads(options.threads)
+    environment = describe(options.threads, ())
+    environment |= {"isa": grid_run.isa(environment)}
+    part = options.quick or options.peer or options.passes or options.backend != "auto"
+    path = options.json
+    if path is None and IN_CHECKOUT and not part:
+        path = grid_run.result_path(environment)
+    try:
+        run = grid_run.Run(cases, path, _head(options, environment), again=options.again)
+    except ValueError as reason:
+        print(f"--grid: {reason}", file=sys.stderr)
+        return UNUSABLE
+    print(", ".join(grid_run.identity(environment)) + f", commit {environment['commit']}")
+    _warn_of_load(environment)
+    if run.skipped:
+        print(f"{run.skipped} of {len(cases)} points are in {path.name}")
+    effort = grid_point.QUICK if options.quick else grid_point.FULL
+    seconds = None if options.minutes is None else 60.0 * options.minutes
+    records: list[dict] = []
+    try:
+        for record, rest in run.measure(effort, seconds):
+            records.append(record)
+            print(grid_run.row(record, rest), flush=True)
+    except KeyboardInterrupt:
+        print(f"\nstopped: {len(records)} of {len(run.left)} points are measured")
+        status = INTERRUPTED
+    else:
+        print(f"{len(records)} of {len(run.left)} points are measured")
+        status = int(any("failed" in record for record in records))
+    print(grid_run.told(run.result["points"]))
+    if options.plot is not None and run.result["points"]:
+        from .grid.plot import draw  # its packages are optional
+
+        print("drew " + ", ".join(file.name for file in draw(run.result, options.plot)))
+    if path is not None and records:
+        print(f"wrote {path.name}")
+    return status
 
 
 @contextmanager

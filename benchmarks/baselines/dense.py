@@ -16,6 +16,11 @@ from torch import Tensor
 LOW = -1e30
 
 
+def low(logits: Tensor) -> float:
+    """LOW, or the least number of a dtype that has it not."""
+    return max(LOW, torch.finfo(logits.dtype).min)
+
+
 def own_index(rows: Tensor) -> Tensor:
     """Target of a cross entropy whose positive is on the diagonal."""
     return torch.arange(len(rows), device=rows.device)
@@ -55,6 +60,12 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def mnrl(query: Tensor, documents: Tensor, *, scale: float = 20.0) -> Tensor:
+    """Cross entropy of the first N documents (M, D), each against all others."""
+    query, documents = scale * F.normalize(query, dim=1), F.normalize(documents, dim=1)
+    return F.cross_entropy(query @ documents.T, own_index(query))
+
+
 def siglip_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
 ) -> Tensor:
@@ -68,7 +79,8 @@ def siglip_loss(
 def sup_con(features: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
     """L_out with the positives picked by a label mask."""
     features = F.normalize(features, dim=1)
-    logits = ((features / temperature) @ features.T).fill_diagonal_(LOW)
+    logits = (features / temperature) @ features.T
+    logits.fill_diagonal_(low(logits))
     positive = (labels[:, None] == labels[None, :]).fill_diagonal_(False)
     mean_positive = (logits * positive).sum(1) / positive.sum(1).clamp(min=1)
     return ((logits.logsumexp(1) - mean_positive) * positive.any(1)).mean()
@@ -77,7 +89,8 @@ def sup_con(features: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> Tensor:
     """Cross entropy of the other view among the 2N - 1 other features."""
     z = F.normalize(torch.cat([z1, z2]), dim=1)
-    logits = ((z / temperature) @ z.T).fill_diagonal_(LOW)
+    logits = (z / temperature) @ z.T
+    logits.fill_diagonal_(low(logits))
     return F.cross_entropy(logits, own_index(z).roll(len(z1)))
 
 
@@ -88,7 +101,7 @@ def negative_logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor,
     z = torch.cat([z1, z2])
     sample = own_index(z1).repeat(2)
     logits = (z / temperature) @ z.T
-    return positive, logits.masked_fill_(sample[:, None] == sample[None, :], LOW)
+    return positive, logits.masked_fill_(sample[:, None] == sample[None, :], low(logits))
 
 
 def dcl(z1: Tensor, z2: Tensor, *, temperature: float, sigma: float | None = None) -> Tensor:
@@ -147,7 +160,7 @@ def repulsion(query: Tensor, negatives: Tensor, own: Tensor | None, t_neg: float
     distance = 2 - 2 * (query @ negatives.T)
     logits = -t_neg * distance
     if own is not None:
-        logits.masked_fill_(own, LOW)
+        logits.masked_fill_(own, low(logits))
     return -(torch.softmax(logits, 1) * distance).sum(1).mean()
 
 

@@ -10,7 +10,7 @@ from ..baselines.baseline import Baseline, Loss
 from ..baselines.loading import Lazy
 from .inputs import Inputs, Sizes
 from .oracle import Oracle, Tensors, Truth
-from .step import DTYPES, BackwardStep, Step
+from .step import DTYPES, LOSS_SCALES, BackwardStep, Step
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,24 @@ class Case:
                 tensors[name] = leaf.requires_grad_(self.backward and name not in self.frozen)
         return tensors
 
+    @property
+    def loss_scale(self) -> float:
+        """Of the upstream gradient."""
+        return LOSS_SCALES.get(self.dtype, 1.0)
+
     def baseline(self, name: str) -> Baseline:
         return next(each for each in self.baselines if each.name == name)
 
     def truth(self, tensors: Tensors) -> Truth:
         """What the oracle says of these inputs."""
-        return self.oracle(tensors, self.options, self.backward)
+        truth = self.oracle(tensors, self.options, self.backward)
+        scaled = {name: self.loss_scale * g for name, g in truth.gradients.items()}
+        return truth._replace(gradients=scaled)
 
     def step(self, loss: Loss, tensors: Tensors) -> Step:
         """One call of a loss, ours or a baseline's."""
         kind = BackwardStep if self.passes == "backward" else Step
-        return kind(loss, tensors, self.options, self.backward)
+        return kind(loss, tensors, self.options, self.backward, self.loss_scale)
 
     def resized(self, sizes: Sizes) -> "Case":
         """The case with sizes that are not the table's: without bounds."""

@@ -115,11 +115,19 @@ def image_text_bias(sizes: Sizes, generator: torch.Generator) -> Tensors:
 
 
 @of_sizes("nd")
+def ranked(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """n queries, and the document of each; then as many of nobody."""
+    tensors = pairs("query", "documents")(sizes, generator)
+    others = torch.randn(sizes.n, sizes.d, generator=generator)
+    return tensors | {"documents": torch.cat([tensors["documents"], others])}
+
+
+@of_sizes("nd")
 def labelled(sizes: Sizes, generator: torch.Generator) -> Tensors:
-    """n features of 100 classes, no class with a single feature."""
+    """n features of 100 classes, fewer where a class would have a single feature."""
     return {
         "features": torch.randn(sizes.n, sizes.d, generator=generator),
-        "labels": torch.randperm(sizes.n, generator=generator) % 100,
+        "labels": torch.randperm(sizes.n, generator=generator) % min(100, max(1, sizes.n // 2)),
     }
 
 

@@ -9,8 +9,11 @@ from ..baselines.baseline import Loss
 from .oracle import Tensors
 
 DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64,
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "float64": torch.float64,
 }  # fmt: skip
+# Upstream gradients, as those who train in float16 scale the loss: it has no smaller ones.
+LOSS_SCALES = {torch.float16: 2.0**15}
 
 # What a step times: the forward pass under no_grad, the backward pass, or one after the other.
 PASSES = ("forward", "backward", "both")
@@ -24,14 +27,19 @@ class Step:
     tensors: Tensors
     options: dict
     backward: bool = True
+    loss_scale: float = 1.0
 
     def __call__(self) -> Tensor:
         self.clear()
         with torch.set_grad_enabled(self.backward):
             value = self.loss(**self.tensors, **self.options)
         if self.backward:
-            value.backward()
+            self.differentiate(value)
         return value.detach()
+
+    def differentiate(self, value: Tensor) -> None:
+        """The backward pass, which nothing is added to without a loss scale."""
+        value.backward(None if self.loss_scale == 1 else torch.full_like(value, self.loss_scale))
 
     def clear(self) -> None:
         for t in self.tensors.values():
@@ -55,5 +63,5 @@ class BackwardStep(Step):
             self.prepare()
         self.clear()
         value = self.graph.pop()
-        value.backward()
+        self.differentiate(value)
         return value.detach()

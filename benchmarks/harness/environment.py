@@ -124,7 +124,12 @@ def results_path(environment: dict) -> Path:
     name = environment["device"]
     if "threads" in environment:
         name += f" {environment['threads']} threads"
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    return RESULTS / file_name(name)
+
+
+def file_name(text: str) -> str:
+    """Of a JSON that is named by what was measured."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") + ".json"
 
 
 def save(path: Path, result: dict) -> None:

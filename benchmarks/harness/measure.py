@@ -106,11 +106,17 @@ def _with_timings(
         ratio = timings[OURS_BFLOAT16].median / ours.median
         result["bfloat16"] |= entry(OURS_BFLOAT16, torch.bfloat16)
         result["bfloat16"] |= {"at_most": at_most, "ratio": ratio}
-    for record in result["peers"]:
+    add_ratios(result["peers"], timings)
+    return result
+
+
+def add_ratios(records: list[dict], timings: dict[str, Timing]) -> None:
+    """Puts the times of baselines, and ours over them, in their records."""
+    for record in records:
         if record["name"] in timings:
             timing = timings[record["name"]]
-            record |= {"milliseconds": timing._asdict(), "ratio": ours.median / timing.median}
-    return result
+            ratio = timings[OURS].median / timing.median
+            record |= {"milliseconds": timing._asdict(), "ratio": ratio}
 
 
 def _memory(case: Case, threads: int, progress: Progress) -> dict:

@@ -87,6 +87,8 @@ def gemm_flops(dtype: torch.dtype) -> float:
     torch.mm calls MKL for float32, and oneDNN, which `cpublas::brgemm` runs on, may be faster (it
     is twice as fast on AMD): the better of both is the yardstick.
     """
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        dtype = torch.float32  # it is widened, where torch.mm goes number by number
     best = 0.0
     one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if dtype == torch.float64:  # which oneDNN has not

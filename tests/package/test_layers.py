@@ -30,7 +30,7 @@ LAYERS = {
         ("baselines",),
         ("cases",),
         ("harness",),
-        ("traffic", "gpu", "scaling", "negatives", "infomin"),
+        ("traffic", "gpu", "grid", "scaling", "negatives", "infomin"),
         ("base", "options", "report"),
         ("run",),
         ("conftest", "test_cases"),

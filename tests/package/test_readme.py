@@ -14,6 +14,16 @@ def test_the_tables_agree_with_the_results():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_pages_show_pictures_that_there_are():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = [
+        page.parent / target
+        for page in pages
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())
+    ]
+    assert len(shown) > 5 and [path for path in shown if not path.exists()] == []
+
+
 def test_guarantees_name_tests_that_there_are():
     text = (ROOT / "docs" / "guarantees.md").read_text()
     found = re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", text)

@@ -1,0 +1,1 @@
+"""Where ours is faster: losses over rows, features and dtypes, `bench --grid`."""
