@@ -10,7 +10,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from ..harness import pictures
-from .verdict import Places, by_loss, dtypes, number, verdict
+from .verdict import Places, by_loss, columns, dtypes, number, verdict
 
 COLUMNS = 4
 # A ratio of 2^-LIMIT, or 2^LIMIT, has the full colour.
@@ -32,9 +32,8 @@ def draw(result: dict, stem: Path) -> list[Path]:
 
 def figure(result: dict, dtype: str) -> Figure:
     losses = by_loss(result["points"], dtype)
-    columns = min(COLUMNS, len(losses))
-    rows = -(-len(losses) // columns)
-    made, axes = pictures.figure(columns, rows, width=3.7, height=2.4)
+    across = min(COLUMNS, len(losses))
+    made, axes = pictures.figure(across, -(-len(losses) // across), width=3.7, height=2.4)
     environment = result["environment"]
     made.suptitle(
         f"Time of ours / the faster of dense eager torch and torch.compile, forward and backward, "
@@ -72,7 +71,5 @@ def panel(axes: Axes, name: str, records: Places) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    sizes = next(iter(records.values()))["sizes"]
-    columns = sizes["m"] // sizes["n"]
-    axes.set_title(f"{name}, N x {'' if columns == 1 else columns}N", fontsize=9)
+    axes.set_title(f"{name}, {columns(records)}", fontsize=9)
     axes.set(xlabel="features D", ylabel="rows N")

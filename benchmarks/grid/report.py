@@ -8,7 +8,7 @@ from ..harness import pages
 from ..harness.markdown import table, versions
 from ..harness.paths import DOCS, IMAGES
 from .run import FOLDER, told
-from .verdict import Places, by_loss, cell, dtypes, number
+from .verdict import Places, by_loss, cell, columns, dtypes, number
 
 PAGE = DOCS / "grid.md"
 NAME = "grid"
@@ -49,14 +49,6 @@ def against_chunks(record: dict) -> str:
     return MISSING
 
 
-def columns(record: dict) -> str:
-    """How many columns the similarities have."""
-    sizes = record["sizes"]
-    times = sizes["m"] // sizes["n"]
-    text = "M = N" if times == 1 else f"M = {times} N"
-    return text if sizes["k"] == 1 else f"{text}, K = {sizes['k']}"
-
-
 def heading(environment: dict) -> str:
     return f"{environment['device']}, {environment['threads']} threads, {environment['capability']}"
 
@@ -82,7 +74,7 @@ def section(stem: str, result: dict) -> list[str]:
         same = [point for point in points if point["dtype"] == dtype]
         lines += [f"#### {dtype}", "", told(same), "", shown(stem, dtype, ""), ""]
         for name, records in by_loss(points, dtype).items():
-            lines += [f"`{name}`, {columns(next(iter(records.values())))}:", ""]
+            lines += [f"`{name}`, {columns(records)}:", ""]
             lines += [*loss_table(records, cell), ""]
             if any(against_chunks(record) != MISSING for record in records.values()):
                 lines += [f"`{name}`, ours / {LINEAR_CROSS_ENTROPY.name}:", ""]

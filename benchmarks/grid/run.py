@@ -126,7 +126,8 @@ def key(record: dict) -> tuple:
 def row(record: dict, seconds_left: float) -> str:
     """A point in one line."""
     sizes = record["sizes"]
-    text = f"{seconds_left / 60:5.0f} min left  {record['name']:16s} {record['dtype']:9s}"
+    minutes, seconds = divmod(round(seconds_left), 60)
+    text = f"{minutes:4}:{seconds:02} left  {record['name']:16s} {record['dtype']:9s}"
     text += f"{sizes['n']:>6} x {sizes['d']:<5}"
     if "failed" in record:
         return f"{text} FAILED: {record['failed']}"

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from ..baselines import dense
 from ..baselines.baseline import compiled, eager
+from ..cases.grid import CASES
 from ..harness.markdown import asked_for
 
 # The names of both dense forms, and what they are called in a table.
@@ -64,12 +65,20 @@ def cell(record: dict) -> str:
 
 
 def by_loss(records: list[dict], dtype: str) -> dict[str, Places]:
-    """The records of a dtype, in order."""
-    found: dict[str, Places] = {}
-    for record in sorted(records, key=place):
+    """The records of a dtype, in the order of the table of losses."""
+    found: dict[str, Places] = {name: {} for name in CASES}
+    for record in records:
         if record["dtype"] == dtype:
-            found.setdefault(record["name"], {})[place(record)] = record
-    return found
+            found[record["name"]][place(record)] = record
+    return {name: places for name, places in found.items() if places}
+
+
+def columns(records: Places) -> str:
+    """How many columns the similarities have beside N rows, the same at all places."""
+    sizes = next(iter(records.values()))["sizes"]
+    times = sizes["m"] // sizes["n"]
+    text = "M = N" if times == 1 else f"M = {times}N"
+    return text if sizes["k"] == 1 else f"{text}, K = {sizes['k']}"
 
 
 def dtypes(records: list[dict]) -> list[str]:
