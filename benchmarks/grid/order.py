@@ -1,5 +1,6 @@
 """In which order the points of the grid are measured: the whole of it early, if coarsely."""
 
+from math import ceil, log
 from typing import NamedTuple
 
 from ..cases.case import Case
@@ -22,7 +23,9 @@ QUICK = Grid((256, 1024), (64, 512), ("float32",))
 
 # What a point is thought to take before any is measured: seconds to compile the dense form, calls
 # of all implementations, and a pair of a row and a column costs as much as so many features.
-COMPILE_SECONDS, CALLS, PAIR_FEATURES, RATE = 8.0, 15, 500, 1e11
+COMPILE_SECONDS, CALLS, PAIR_FEATURES, RATE = 8.0, 12, 500, 1e11
+# A point that takes longer than this comes a level later, and another one for every factor.
+LONG_SECONDS, FACTOR = 60.0, 8.0
 
 
 def levels(values: set[int]) -> dict[int, int]:
@@ -43,12 +46,15 @@ def levels(values: set[int]) -> dict[int, int]:
 
 
 def coarse_first(cases: list[Case]) -> list[Case]:
-    """By the larger of the levels of rows and features, cheap ones first within a level."""
+    """By the larger of the levels of rows and features, cheap ones first within a level; long ones
+    come later."""
     rows = levels({case.sizes.n for case in cases})
     features = levels({case.sizes.d for case in cases})
 
     def place(case: Case) -> tuple[int, float]:
-        return max(rows[case.sizes.n], features[case.sizes.d]), guess(case)
+        seconds = guess(case)
+        later = ceil(log(max(1.0, seconds / LONG_SECONDS), FACTOR))
+        return max(rows[case.sizes.n], features[case.sizes.d]) + later, seconds
 
     return sorted(cases, key=place)
 

@@ -65,6 +65,20 @@ def test_the_backward_pass_is_timed_alone():
     assert torch.equal(step.gradients()["x"], torch.ones(4))
 
 
+def test_a_long_call_runs_once_a_round():
+    calls = []
+
+    def slow():
+        calls.append(time.sleep(0.02))
+
+    timings = timing.interleave({"slow": slow}, 0.0, print, min_rounds=3)
+    assert len(calls) == timings["slow"].samples == 3
+    calls.clear()
+    timings = timing.interleave({"slow": slow}, 1.0, print, min_rounds=3)
+    # there is time: the first call is for finding out
+    assert len(calls) == timings["slow"].samples + 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_the_rate_of_matrix_products(dtype, monkeypatch):
     monkeypatch.setattr(timing, "GEMM_SHAPES", ((64, 64, 64),))
