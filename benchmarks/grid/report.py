@@ -56,14 +56,18 @@ def heading(environment: dict) -> str:
 def provenance(result: dict) -> str:
     environment, points = result["environment"], result["points"]
     commits = ", ".join(sorted({point["commit"] for point in points}))
-    variables = "".join(
-        f" {name}={value}" for name, value in environment["isa"].items() if name != "capability"
-    )
     return (
         f"{len(points)} points; {versions(environment)}; backend {environment['backend']}; until "
         f"{max(point['date'] for point in points)}, commit {commits}. Measured with "
-        f"`{(variables + ' ' + result['command']).strip()}`."
+        f"{commands(result)}."
     )
+
+
+def commands(result: dict) -> str:
+    """Those of all runs, with the variables of the instruction set."""
+    isa = result["environment"]["isa"]
+    words = [f"{name}={value}" for name, value in isa.items() if name != "capability"]
+    return ", ".join(f"`{' '.join([*words, command])}`" for command in result["commands"])
 
 
 def section(stem: str, result: dict) -> list[str]:
@@ -103,7 +107,7 @@ def with_picture(readme: str) -> str:
         "",
         shown(stem, "float32", f"{DOCS.name}/"),
         "",
-        f"{told(every[stem])} {heading(result['environment'])}: `{result['command']}`.",
+        f"{told(every[stem])} {heading(result['environment'])}: {commands(result)}.",
         "",
     ]
     return pages.replaced(readme, NAME, "\n".join(lines))

@@ -49,19 +49,19 @@ def identity(environment: dict) -> tuple[str, ...]:
     )
 
 
-def begun(path: Path | None, head: dict) -> list[dict]:
-    """The points that a file has.
+def begun(path: Path | None, head: dict) -> dict:
+    """The commands and the points that a file has.
 
     Raises:
         ValueError: they were measured on something else.
     """
     if path is None or not path.exists():
-        return []
+        return {"commands": [], "points": []}
     known = json.loads(path.read_text())
     before, now = (identity(each["environment"]) for each in (known, head))
     if before != now:
         raise ValueError(f"{path} is of {', '.join(before)}, not of {', '.join(now)}")
-    return known["points"]
+    return known
 
 
 class Run:
@@ -75,8 +75,10 @@ class Run:
 
     def __init__(self, cases: list[Case], path: Path | None, head: dict, *, again: bool) -> None:
         self.path = path
-        self._points = {key(record): record for record in begun(path, head)}
-        self.result = head | {"points": list(self._points.values())}
+        known = begun(path, head)
+        self._points = {key(record): record for record in known["points"]}
+        commands = list(dict.fromkeys([*known["commands"], head["command"]]))
+        self.result = head | {"commands": commands, "points": list(self._points.values())}
         self.left = [case for case in cases if again or not self._has(case)]
         self.skipped = len(cases) - len(self.left)
 

@@ -1,4 +1,4 @@
-"""The grid: the order of its points, what a later run goes on with, what is left out, its page."""
+"""The grid: the order of its points, what a later run goes on with, what is left out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from allocations import peak_of
+from grid_records import CHUNKS, COMPILED, EAGER, head, record_of, timed
 from oracles import DEVICE
 
 from benchmarks import options, run
@@ -15,9 +16,9 @@ from benchmarks.baselines import dense
 from benchmarks.baselines.baseline import Baseline
 from benchmarks.cases.grid import CASES, dense_bytes
 from benchmarks.cases.inputs import Sizes
-from benchmarks.grid import order, plot, point, report
+from benchmarks.grid import order, point
 from benchmarks.grid import run as grid_run
-from benchmarks.grid.verdict import DENSE_FORMS, cell, verdict
+from benchmarks.grid.verdict import verdict
 from benchmarks.harness import timing
 from benchmarks.harness.measure import Effort
 
@@ -25,37 +26,11 @@ pytestmark = [
     pytest.mark.usefixtures("short"),
     pytest.mark.skipif(DEVICE != "cpu", reason="the grid is of a CPU"),
 ]
-EAGER, COMPILED = DENSE_FORMS
-CHUNKS = "F.linear_cross_entropy, automatic chunks"
 NOTHING = Effort(0.0, 3)
 
 
 def chosen(*arguments: str):
     return options.parse(["--grid", *arguments])[1]
-
-
-def timed(name: str, ms: float, ratio: float) -> dict:
-    return {"name": name, "at_most": None, "ratio": ratio, "milliseconds": {"median": ms}}
-
-
-def record_of(n: int, d: int, *peers: dict, name: str = "info_nce", **entries) -> dict:
-    case = CASES[name].resized(replace(CASES[name].sizes.with_rows(n), d=d))
-    stamps = {"date": "2026-01-02", "commit": "abc"}
-    ours = {"milliseconds": {"median": 1.0}}
-    return case.record() | {"ours": ours, "peers": list(peers)} | stamps | entries
-
-
-def head(**changes) -> dict:
-    environment = {
-        "device": "Imaginary CPU, family 1 model 2", "capability": "AVX9", "threads": 2,
-        "backend": "cpu", "versions": {"torch": "2.99"}, "commit": "abc",
-        "isa": {"capability": "AVX9"},
-    }  # fmt: skip
-    return {
-        "command": "python -m contrastive_kernels bench --grid",
-        "date": "2026-01-02",
-        "environment": environment | changes,
-    }
 
 
 # The order of the points
@@ -176,14 +151,15 @@ def test_what_failed_or_lacks_a_baseline_is_measured_again(made_up, tmp_path):
     cases = chosen("--case", "info_nce", "-N", "16", "-D", "4", "8", "12", "--dtype", "float32")
     whole = [timed(name, 2.0, 0.5) for name in (EAGER, COMPILED, CHUNKS)]
     kept = [record_of(16, 4, *whole[:1]), record_of(16, 8, failed="why"), record_of(16, 12, *whole)]
-    path.write_text(json.dumps(head() | {"points": kept}))
+    path.write_text(json.dumps(head() | {"commands": ["before"], "points": kept}))
     go(path, cases)
     assert sorted(made_up) == [(16, 4), (16, 8)]
+    assert json.loads(path.read_text())["commands"] == ["before", "bench --grid"]
 
 
 def test_results_of_something_else_are_not_mixed(tmp_path, monkeypatch):
     path = tmp_path / "grid.json"
-    path.write_text(json.dumps(head() | {"points": []}))
+    path.write_text(json.dumps(head() | {"commands": [], "points": []}))
     for other in ({"capability": "AVX2"}, {"threads": 1}, {"versions": {"torch": "3"}}):
         with pytest.raises(ValueError, match="grid.json is of Imaginary CPU.*, not of Imaginary"):
             grid_run.Run([], path, head(**other), again=False)
@@ -364,65 +340,3 @@ def test_what_is_far_slower_is_left_out(monkeypatch):
     assert verdict(record_of(1, 1, *slow)) == (None, "dense too slow", True)
     monkeypatch.setattr(point, "expected_seconds", lambda case, name, earlier: 10.0)
     assert point._left_out(case, (), 0.1) == {}
-
-
-# What it says
-
-
-def results() -> list[dict]:
-    unfit = [{"name": name, "fits": False, "reason": "r"} for name in (EAGER, COMPILED)]
-    half = timed(EAGER, 4.0, 0.25)
-    return [
-        record_of(1024, 8, timed(EAGER, 2.0, 0.5), timed(COMPILED, 1.6, 0.625)),
-        record_of(256, 8, timed(EAGER, 0.5, 2.0), timed(COMPILED, 0.8, 1.25)),
-        record_of(1024, 16, *unfit, timed(CHUNKS, 4.0, 0.25)),
-        record_of(256, 8, failed="why", name="nt_xent"),
-        record_of(256, 8, half, {"name": COMPILED, "reason": "differs"}, dtype="bfloat16"),
-    ]
-
-
-def test_the_faster_dense_form_counts():
-    assert [cell(record) for record in results()] == [
-        "0.62 compiled", "**2.00 eager**", "dense does not fit", "FAILED", "0.25 eager"
-    ]  # fmt: skip
-    assert grid_run.told(results()) == (
-        "Ours is faster at 3 of 4 points, at 1 of them because the dense form does not fit or "
-        "takes too long."
-    )
-    line = grid_run.row(results()[0], 120.0)
-    assert line.split()[:2] == ["2:00", "left"] and "0.62 of compiled" in line
-
-
-def test_a_picture_for_each_dtype_and_a_panel_for_each_loss(tmp_path):
-    result = head() | {"points": results()}
-    files = plot.draw(result, tmp_path / "grid.svg")
-    assert [file.name for file in files] == [
-        f"grid_{dtype}.{suffix}" for dtype in ("float32", "bfloat16") for suffix in ("svg", "png")
-    ]
-    text = files[0].read_text()
-    for words in ("info_nce, M = N", "nt_xent, M = 2N", "0.62", "2.00", "no fit", "Imaginary CPU"):
-        assert words in text
-    (mesh,) = plot.figure(result, "float32").axes[0].collections
-    colors = mesh.get_array()
-    # rows 256 and 1024, features 8 and 16
-    assert colors[0, 0] == 1.0 and colors[1, 0] < 0 and colors[1, 1] == -plot.LIMIT
-    assert colors.mask[0, 1]
-
-
-def test_the_page_and_the_picture_of_the_readme(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "FOLDER", tmp_path)
-    empty = "a\n<!-- grid:begin -->\nold\n<!-- grid:end -->\nb"
-    none = "a\n<!-- grid:begin -->\n<!-- grid:end -->\nb"
-    assert report.updated(empty) == report.with_picture(empty) == none
-    isa = {"ATEN_CPU_CAPABILITY": "avx9", "capability": "AVX9"}
-    (tmp_path / "x.json").write_text(json.dumps(head(isa=isa) | {"points": results()}))
-    page = report.updated(empty)
-    assert "| N \\ D | 8 | 16 |" in page and "| 256 | **2.00 eager** | – |" in page
-    assert "| 1,024 | 0.62 compiled | dense does not fit |" in page
-    assert "`info_nce`, ours / F.linear_cross_entropy" in page and "| 1,024 | – | 0.25 |" in page
-    assert "`ATEN_CPU_CAPABILITY=avx9 python -m contrastive_kernels bench --grid`" in page
-    assert "](images/grid_x_bfloat16.png)" in page
-    readme = report.with_picture(empty)
-    assert "](docs/images/grid_x_float32.png)" in readme and "bfloat16" not in readme
-    assert report.updated(page) == page
-    assert report.with_picture(readme) == readme
