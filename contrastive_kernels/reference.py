@@ -81,7 +81,9 @@ def masked_softmax_stats(z: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     exp = torch.exp(masked - shift[..., None])
     norm = torch.where(nonempty, exp.sum(-1), 1.0)
     lse = torch.where(nonempty, shift + norm.log(), -torch.inf)
-    return lse, (exp * torch.where(masked == -torch.inf, 0.0, z)).sum(-1) / norm
+    # the mean relative to the shift: of large logits its derivative would keep no digit of z - mean
+    above = torch.where(masked == -torch.inf, 0.0, z - shift[..., None])
+    return lse, shift + (exp * above).sum(-1) / norm
 
 
 def threshold_stats(z: Tensor, kept: Tensor, threshold: Tensor | None) -> Counts | None:

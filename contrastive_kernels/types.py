@@ -78,9 +78,10 @@ class Sweep(NamedTuple):
     """What one sweep over a similarity matrix gives; what was not asked for is None.
 
     lse, mean and counts have one entry per row, col_lse and col_mean one per column; partner, of
-    `aligned` operands, the logit of each row and its partner. attended
-    (N, D), slope (N,), lse_low and col_lse_low are what a forward sweep leaves to its backward: see
-    `ops/registration.py`.
+    `aligned` operands, the logit of each row and its partner. attended (N, D), slope (N,), lse_low
+    and col_lse_low are what a forward sweep leaves to its backward: see `ops/registration.py`.
+    mean_low and col_mean_low are what rounding took from the means of
+    merged blocks.
     """
 
     lse: Tensor
@@ -92,6 +93,8 @@ class Sweep(NamedTuple):
     slope: Tensor | None = None
     lse_low: Tensor | None = None
     col_lse_low: Tensor | None = None
+    mean_low: Tensor | None = None
+    col_mean_low: Tensor | None = None
     partner: Tensor | None = None
 
 

@@ -20,7 +20,7 @@ from ..checks import (
 from ..distributed import Batch, GroupLike, collective, join
 from ..ops import operands, positives, row_dot, softplus_sweep, sweep
 from ..sources import NegativeSource
-from ..types import Group, Loss, OwnKeys, known
+from ..types import Group, Loss, OwnKeys, known, statistics_dtype
 from .algebra import add_rows, log_count, number_of, replicated, shared_number, softplus
 from .base import ContrastiveLoss, loss
 from .stats import pair_stats, tie_limit
@@ -84,8 +84,8 @@ def nce(
     if log_z is None:
         log_z = _estimate(query, key, keys, count, scale, num_data, batch, others, options)
     dot, query, _key = positives(query, key, **options)
-    bias = math.log(num_data) - log_count(count, dot.dtype) - log_z
-    pos = scale * dot + bias
+    bias = math.log(num_data) - log_count(count, torch.float64) - log_z
+    pos = (scale * dot + bias).to(dot.dtype)
     of_pairs = bias.unsqueeze(1) if isinstance(bias, Tensor) and bias.dim() else bias
     pairs = operands(query, keys, scale=scale, bias=of_pairs, batch=others, **options)
     threshold = tie_limit(pos, query, key, scale, **options) if return_stats else None
@@ -95,7 +95,8 @@ def nce(
         return value
     counts = known(out.counts)
     if isinstance(count, Tensor):  # each row has a bias of its own
-        total = counts.total - (bias * counts.pairs).masked_fill(count == 0, 0.0)
+        of_rows = torch.as_tensor(bias).to(dot.dtype)
+        total = counts.total - (of_rows * counts.pairs).masked_fill(count == 0, 0.0)
         counts, bias = counts._replace(total=total), 0.0
     return value, pair_stats(dot, [counts], scale, batch, bias=bias)
 
@@ -119,7 +120,8 @@ def estimate_log_z(
     given = _check(query, key, negatives, negatives_mask, negatives_per_query, num_data, group)
     options = {"normalize": normalize, "backend": resolve_backend(backend, query.device)}
     batch, keys, others = _join(group, query, given, negatives)
-    return _estimate(query, key, keys, number_of(keys), scale, num_data, batch, others, options)
+    found = _estimate(query, key, keys, number_of(keys), scale, num_data, batch, others, options)
+    return found.to(statistics_dtype(query))
 
 
 class NCE(ContrastiveLoss):
@@ -197,8 +199,9 @@ def _estimate(
 ) -> Tensor:
     pos = scale * row_dot(query, key, **options)
     lse = sweep(operands(query, keys, scale=scale, batch=others, **options)).lse
-    total = batch.logsumexp(torch.cat((lse, pos)))
+    # float64: each rounding of a large log Z is one of all logits
+    total = batch.logsumexp(torch.cat((lse, pos))).double()
     every = batch.total_of(count.sum()) if isinstance(count, Tensor) else batch.total * count
     pairs = batch.total + every
-    estimate = total - log_count(pairs, pos.dtype) + math.log(num_data)
+    estimate = total - log_count(pairs, total.dtype) + math.log(num_data)
     return estimate.detach()  # no_grad lets tangents of forward mode through

@@ -153,15 +153,15 @@ class _Softmax(torch.autograd.Function):
         if stats is None:  # there are no rows
             stats = _zeros(x, 0, 1 + chunks.mean)
         lse, low = rounded(stats[:, 0], statistics_dtype(x))
-        rest = stats[:, 1:].to(lse.dtype)
-        mean = rest[:, 0].clone() if chunks.mean else None
-        attended = slope = None
+        mean = mean_low = attended = slope = None
+        if chunks.mean:
+            mean, mean_low = rounded(stats[:, 1], lse.dtype)
         if chunks.attend:
-            attended, slope = rest.tensor_split([x.shape[1]], 1)
+            attended, slope = stats[:, 1:].to(lse.dtype).tensor_split([x.shape[1]], 1)
             attended, slope = attended.contiguous(), slope.flatten().contiguous()
         counts = [t.to(lse.dtype) for t in counts]
         ctx.chunks = chunks
-        _save(ctx, x, scale, bias, ids, lse, low, mean, attended, slope)
+        _save(ctx, x, scale, bias, ids, lse, low, mean, mean_low, attended, slope)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*counts)
         return lse, mean, *(counts or 3 * (None,))
@@ -173,10 +173,12 @@ class _Softmax(torch.autograd.Function):
     def backward(
         ctx: Any, grad_lse: Tensor | None, grad_mean: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        x, scale, bias, ids, (lse, low, mean, attended, slope) = _saved(ctx)
+        x, scale, bias, ids, (lse, low, mean, mean_low, attended, slope) = _saved(ctx)
         if grad_lse is None and grad_mean is None:
             return 6 * (None,)
-        stats = Sweep(known(lse), mean, attended=attended, slope=slope, lse_low=low)
+        stats = Sweep(
+            known(lse), mean, attended=attended, slope=slope, lse_low=low, mean_low=mean_low
+        )
         grad_lse = torch.zeros_like(stats.lse) if grad_lse is None else grad_lse
         if mean is not None and grad_mean is None:
             grad_mean = torch.zeros_like(mean)

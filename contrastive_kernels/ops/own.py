@@ -92,7 +92,7 @@ def _logits(given: Pairs) -> Logits:
     z = given.scale * dots
     if given.bias is not None:
         of_rows = layout.counts is not None and given.bias.dim() == 2
-        z = z + (layout.spread(given.bias.squeeze(1)) if of_rows else given.bias)
+        z = (z + (layout.spread(given.bias.squeeze(1)) if of_rows else given.bias)).to(z.dtype)
         if kept is not None:
             z = z.masked_fill(~kept, 0.0)
     return Logits(z, kept, _number(layout, kept), layout)

@@ -164,6 +164,12 @@ def row_dot(
 
 def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> Gradients:
     """The gradients of the operands from those of (lse, mean, col_lse, col_mean)."""
+    # z - mean comes with a factor grad_mean, beside grad_lse
+    if stats.mean_low is not None and grads.mean is not None:
+        grads = grads._replace(lse=known(grads.lse) - grads.mean * stats.mean_low)
+    if stats.col_mean_low is not None and grads.col_mean is not None:
+        corrected = known(grads.col_lse) - grads.col_mean * stats.col_mean_low
+        grads = grads._replace(col_lse=corrected)
     if pairs.backend == "reference":
         return _dense_backward(pairs, stats, grads, needs)
     empty = pairs.x.new_empty(0, dtype=statistics_dtype(pairs.x))
@@ -197,10 +203,10 @@ def exact(lse: Tensor, low: Tensor | None) -> Tensor:
     return lse.double() if low is None else lse.double() + low
 
 
-def rounded(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(lse in `dtype`, what rounding takes from it)."""
-    high = lse.clone(memory_format=torch.contiguous_format).to(dtype)
-    return high, (lse - high).nan_to_num(0.0).to(dtype)  # -inf - -inf of a row without a pair
+def rounded(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(a statistic in `dtype`, what rounding takes from it)."""
+    high = exact.clone(memory_format=torch.contiguous_format).to(dtype)
+    return high, (exact - high).nan_to_num(0.0).to(dtype)  # -inf - -inf of a row without a pair
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -237,9 +243,11 @@ def _dense_backward(
             stats = known(stats)
             out = softmax(block, mean=grads.mean is not None, columns=grads.col_lse is not None)
             given = [
-                *_shares(out.lse, out.mean, stats.lse, stats.mean, grads.lse, grads.mean),
                 *_shares(
-                    out.col_lse, out.col_mean, stats.col_lse, stats.col_mean,
+                    out.lse, out.mean, stats.lse, stats.lse_low, stats.mean, grads.lse, grads.mean
+                ),
+                *_shares(
+                    out.col_lse, out.col_mean, stats.col_lse, stats.col_lse_low, stats.col_mean,
                     grads.col_lse, grads.col_mean,
                 ),
             ]  # fmt: skip
@@ -252,6 +260,7 @@ def _shares(
     lse: Tensor | None,
     mean: Tensor | None,
     whole_lse: Tensor | None,
+    whole_lse_low: Tensor | None,
     whole_mean: Tensor | None,
     grad_lse: Tensor | None,
     grad_mean: Tensor | None,
@@ -259,8 +268,8 @@ def _shares(
     """(output, its gradient) of the lse and mean of a part of each row, from those of the whole."""
     if grad_lse is None:
         return []
-    lse, whole_lse = known(lse), known(whole_lse)
-    share = (lse.detach() - whole_lse.masked_fill(whole_lse == -torch.inf, 0.0)).exp()
+    lse, whole = known(lse), exact(known(whole_lse), whole_lse_low)
+    share = (lse.detach() - whole.masked_fill(whole == -torch.inf, 0.0)).exp().to(lse.dtype)
     if mean is None or grad_mean is None or whole_mean is None:
         return [(lse, share * grad_lse)]
     rest = grad_lse + grad_mean * (mean.detach() - whole_mean)

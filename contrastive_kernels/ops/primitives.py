@@ -62,8 +62,8 @@ def operands(
         scale = scale.to(device=x.device, dtype=dtype)
     else:
         scale = torch.full((), scale, dtype=dtype, device=x.device)
-    if isinstance(bias, Tensor):
-        bias = bias.to(device=x.device, dtype=dtype)
+    if isinstance(bias, Tensor):  # a float64 one of rows stays so until it has met the logits
+        bias = bias.to(x.device, bias.dtype if isinstance(y, OwnKeys) else dtype)
     elif bias is not None:
         bias = None if bias == 0 else torch.full((), bias, dtype=dtype, device=x.device)
     symmetric = y is None and bias is None and _same_ids(exclude) and _same_ids(keep)

@@ -145,8 +145,9 @@ class _Softmax(torch.autograd.Function):
             if key_stats is not None and block.y is not None:
                 found = _whole(key_stats[:, : 1 + mean], mean, dtype)
                 whole = whole._replace(
-                    col_lse=found.lse, col_mean=found.mean, col_lse_low=found.lse_low
-                )
+                    col_lse=found.lse, col_mean=found.mean, col_lse_low=found.lse_low,
+                    col_mean_low=found.mean_low,
+                )  # fmt: skip
                 columns = _columns(key_stats[:, 1 + mean :], mean, dtype)
                 upstream = upstream._replace(col_lse=columns[0], col_mean=columns[1])
             return pairs.softmax_backward(block, whole, upstream, needs)
@@ -294,7 +295,8 @@ def _columns(stats: Tensor, mean: bool, dtype: torch.dtype) -> tuple[Tensor, Ten
 def _whole(stats: Tensor, mean: bool, dtype: torch.dtype) -> Sweep:
     """Merged statistics as those of rows."""
     lse, low = rounded(stats[:, 0], dtype)
-    return Sweep(lse, _columns(stats, mean, dtype)[1], lse_low=low)
+    row_mean, mean_low = rounded(stats[:, 1], dtype) if mean else (None, None)
+    return Sweep(lse, row_mean, lse_low=low, mean_low=mean_low)
 
 
 def _stacked(lse: Tensor, mean: Tensor | None) -> Tensor:

@@ -6,31 +6,93 @@ with the bits of those of the forward pass, and an lse that is not rounded to fl
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from loss_calls import by_rows, dense, inputs, ours, with_backends
 from oracles import BACKENDS, randn, rms, value_and_gradients
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
+from contrastive_kernels.losses.cases import call
 from contrastive_kernels.losses.table import CASES
 
-# whose definition holds exp of a logit, which overflows
-OVERFLOWS = ("rince", "hcl", "debiased")
-# an estimated log Z meets the log of each row's number before the logit: up to 70 times dense
-WORSE = ("nce ragged",)
 SCALES = ("scale", "logit_scale")
 NAMES = [
     name
     for name, (row, case) in CASES.items()
-    if row.name not in OVERFLOWS
-    and name not in WORSE
-    and (row.takes("temperature") or any(s in case.inputs for s in SCALES))
+    if row.takes("temperature") or any(s in case.inputs for s in SCALES)
 ]
-INTERPRETED = ("info_nce symmetric", "info_nce shared", "clip_loss", "siglip_loss", "nt_xent")
+SHARP = [
+    name
+    for name, (row, case) in CASES.items()
+    if row.takes("t_neg") and "t_neg" not in case.options
+]
+INTERPRETED = (
+    "info_nce symmetric", "info_nce shared", "clip_loss", "siglip_loss", "nt_xent", "hcl", "rince",
+    "nce ragged", "cacr rbf", "cacr rbf negatives", "cct",
+)  # fmt: skip
+EPS = torch.finfo(torch.float32).eps
 parametrize_scales = pytest.mark.parametrize("scale", [1e3, 1e5, 1e7])
+
+
+def hcl(z1, z2, *, temperature=0.5, tau_plus=0.1, beta=1.0, normalize=True, reduction="mean"):
+    """The definition in logarithms, where that of the reference overflows."""
+    s, positive, negative = reference.two_views(z1, z2, normalize)
+    s, positive = s / temperature, positive / temperature
+
+    def over_negatives(z):
+        return z.masked_fill(~negative, -torch.inf).logsumexp(1)
+
+    log_ratio = over_negatives((1 + beta) * s) - over_negatives(beta * s) - positive
+    log_n = math.log(len(s) - 2)
+    log_g = log_n + log_ratio
+    if tau_plus > 0:
+        above = log_ratio > math.log(tau_plus)
+        rest = torch.where(above, log_ratio - math.log(tau_plus), 1.0)
+        log_g = torch.where(above, log_g + torch.log(-torch.expm1(-rest)), -torch.inf)
+    log_g = torch.maximum(log_g - math.log1p(-tau_plus), log_n - 1 / temperature - positive)
+    return reference.reduce(-F.logsigmoid(-log_g), reduction)
+
+
+def rince(query, key, *, scale=None, temperature=0.1, q=0.5, lam=0.01, reduction="mean", **given):
+    """Likewise; by the row of InfoNCE, which is the log of the denominator less the positive."""
+    scale = 1 / temperature if scale is None else scale
+    gap = reference.info_nce(query, key, scale=scale, reduction="none", **given)
+    positive = q * scale * reference.row_dot(query, key, normalize=True)
+    rows = (positive + q * (gap + math.log(lam))).exp() - positive.exp()
+    return reference.reduce(rows / q, reduction)
+
+
+IN_LOGARITHMS = {"hcl": hcl, "debiased": partial(hcl, beta=0.0), "rince": rince}
+
+
+def exact(name: str, **options):
+    """The definition, in logarithms where it otherwise overflows."""
+    row, case = CASES[name]
+    if row.name not in IN_LOGARITHMS:
+        return dense(name, **options)
+    function = IN_LOGARITHMS[row.name]
+    return lambda *given: call(
+        function, case, dict(zip(case.inputs, given, strict=True)), whole=True, **options
+    )
+
+
+def scaled(name: str, scale: float):
+    """(inputs of a case, options) with logits of that size."""
+    row, case = CASES[name]
+    given, options = inputs(name, torch.float32, N=19), {"reduction": by_rows(name)}
+    learned = [i for i, argument in enumerate(case.inputs) if argument in SCALES]
+    for i in learned:
+        given[i] = torch.full_like(given[i], scale).requires_grad_()
+    if not learned and "scale" in case.options:
+        options["scale"] = scale
+    elif not learned:
+        options["temperature"] = 1 / scale
+    return given, options
 
 
 def assert_as_dense(actual, expected, given, scale: float, slack: float = 16.0) -> None:
@@ -45,7 +107,7 @@ def assert_as_dense(actual, expected, given, scale: float, slack: float = 16.0) 
     for which, (a, b, e) in enumerate(zip(*results, exact, strict=True)):
         error, eager = (rms(t.double() - e) for t in (a, b))
         size = rms(e) + (scale if which == 0 else 1e-9)
-        budget = 10 * eager + slack * torch.finfo(torch.float32).eps * size
+        budget = 10 * eager + slack * EPS * size
         assert error <= budget, f"output {which}: error {error:.1e}, budget {budget:.1e}"
 
 
@@ -53,17 +115,57 @@ def assert_as_dense(actual, expected, given, scale: float, slack: float = 16.0) 
 @parametrize_scales
 def test_every_loss(name, backend, scale):
     row, case = CASES[name]
-    given = inputs(name, torch.float32, N=19)
-    options = {"reduction": by_rows(name)}
-    learned = [i for i, argument in enumerate(case.inputs) if argument in SCALES]
-    for i in learned:
-        given[i] = torch.full_like(given[i], scale).requires_grad_()
-    if not learned and "scale" in case.options:
-        options["scale"] = scale
-    elif not learned:
-        options["temperature"] = 1 / scale
-    fused, definition = ours(name, backend=backend, **options), dense(name, **options)
+    given, options = scaled(name, scale)
+    if row.takes("lam") and row.name in IN_LOGARITHMS:
+        options["q"] = 10 / scale  # exp(q s) is a number of float32
+    fused, definition = ours(name, backend=backend, **options), exact(name, **options)
     assert_as_dense(fused, definition, given, scale, slack=case.slack / 4)
+
+
+@with_backends([name for name in NAMES if CASES[name][0].takes("q")], interpreted=("rince",))
+def test_infinite_where_it_is(name, backend):
+    given, options = scaled(name, 1e3)
+    options["q"] = 0.1
+    with torch.no_grad():
+        right = exact(name, **options)(
+            *(t.double() if t.is_floating_point() else t for t in given)
+        ).float()
+        value = ours(name, backend=backend, **options)(*given)
+    assert value.isinf().any() and value.isfinite().any()
+    assert torch.equal(value.isinf(), right.isinf()) and not value.isnan().any()
+    torch.testing.assert_close(value, right, rtol=0.1 * 1e3 * 64 * EPS, atol=0)
+
+
+@with_backends(SHARP, interpreted=INTERPRETED)
+@pytest.mark.parametrize(("t_neg", "equal"), [(24.0, False), (1e3, True), (1e6, False)])
+def test_sharp_weights(name, backend, t_neg, equal):
+    """Weights softmax(-t_neg d): no number of the size of t_neg costs digits of d."""
+    given = inputs(name, torch.float32, N=19)
+    if equal:
+        given = [equal_rows(t) if t.dim() == 2 else t for t in given]
+    options = {"reduction": by_rows(name), "t_neg": t_neg}
+    fused, definition = ours(name, backend=backend, **options), dense(name, **options)
+    wide = [t.double() for t in given]
+    moved = [t * (1 + EPS * randn(*t.shape, seed=i)) for i, t in enumerate(wide)]
+    right, near = (value_and_gradients(definition, tensors) for tensors in (wide, moved))
+    results = (value_and_gradients(f, given) for f in (fused, definition))
+    # the operators round their mean, which meets the logits again in the backward
+    length = 1.0 if CASES[name][1].options.get("normalize", True) else longest(wide)
+    of_mean = 0.0 if backend == "reference" else t_neg * length**2
+    largest = max(rms(e) for e in right[1:])  # what a gradient that cancels is made of
+    for which, (a, b, c, e) in enumerate(zip(*results, near, right, strict=True)):
+        error, eager, rounding = (rms(t.double() - e) for t in (a, b, c))
+        slack, size = (8 + of_mean, largest) if which > 0 else (8, rms(e) + length**2)
+        budget = 4 * torch.maximum(eager, rounding) + slack * EPS * size
+        assert error <= budget, f"output {which}: error {error:.1e}, budget {budget:.1e}"
+
+
+def longest(given) -> float:
+    return max(t.detach().norm(dim=-1).max().item() for t in given)
+
+
+def equal_rows(t):
+    return t.detach()[torch.arange(len(t)) % 5].contiguous().requires_grad_(t.requires_grad)
 
 
 LOSSES = {
@@ -86,7 +188,7 @@ def test_tiles_and_equal_features(backend, loss, normalize, equal, scale):
     n, dim = (35 if backend == "triton" else 301), 24
     z1, z2 = (randn(n, dim, seed=seed, dtype=torch.float32) for seed in (1, 2))
     if equal:
-        z1, z2 = (t[torch.arange(n) % 5].contiguous() for t in (z1, z2))
+        z1, z2 = (equal_rows(t) for t in (z1, z2))
     options = {"normalize": normalize, "reduction": "none"}
 
     def run(function, x, y, log_scale):
