@@ -23,13 +23,13 @@ from ..checks import (
     check_range,
     check_reduction,
 )
-from ..distributed import Batch, join
-from ..ops import operands, row_dot, squares, sweep
+from ..distributed import Batch, Shards, join
+from ..ops import operands, row_dot, sweep
 from ..sources import NegativeSource, as_source, is_source
 from ..types import Group, IdPair, Loss, LossStats, Sweep, known, statistics_dtype
 from .algebra import add_up, log_count, replicated, unit
 from .base import ContrastiveLoss, loss, loss_like
-from .distances import distances
+from .distances import distances, from_products, shortfall, times, total_bias
 from .stats import is_first, tie_limit
 
 
@@ -131,7 +131,7 @@ def cacr(
         similarity = row_dot(query, positives, normalize=normalize, backend=backend)
     stats = _stats(batch.mean(similarity), [out], options, batch)
     if k == 1:
-        rank = known(out.counts).rank
+        rank = known(out.counts).rank.long()
         first = is_first(rank, distance.detach()[:, 0])
         stats = stats._replace(accuracy=batch.mean(first.to(value.dtype)), rank=rank)
     return value, stats
@@ -305,29 +305,35 @@ def _repulsion(
 ) -> tuple[Tensor, Sweep]:
     """The repulsion, (N,) or 0-d for "rbf", and its sweep, counted above `limit` if given.
 
-    With logits z = 2 t <q, k> - t |k|^2, d = |q|^2 - z / t; on the unit sphere z = 2 t <q, k> and
-    d = 2 - z / t do without the bias.
+    With logits z = t (2 <q, k> + bias), d = shift - z / t.
     """
     t_neg, normalize = options.t_neg, options.normalize
-    shift: float | Tensor = 2.0
-    bias = None
-    if not normalize:
-        shift, query = squares(query, backend=options.backend)
-        bias, keys = _key_squares(keys, query.device, options.backend)
-        bias = -bias
+    shift, bias, query, keys = from_products(
+        query, keys, normalize, options.backend, shared=isinstance(key_batch, Shards)
+    )
 
     def at(t: float, **asked: Any) -> Sweep:
         pairs = operands(
-            query, keys, scale=2 * t, bias=None if bias is None else t * bias, exclude=ids,
-            normalize=normalize, backend=options.backend, batch=key_batch,
+            query, keys, scale=2 * t, bias=times(t, bias), exclude=ids, normalize=normalize,
+            backend=options.backend, batch=key_batch,
         )  # fmt: skip
         return sweep(pairs, **asked)
+
+    def counted(out: Sweep) -> Sweep:
+        """The counts of 2 t_neg <q, k> alone, where they are used for its mean."""
+        if out.counts is None or bias is None or not normalize:
+            return out
+        every, dropped = total_bias(bias, keys, ids)
+        every = every if key_batch is None else key_batch.total_of(every)
+        total = out.counts.total - t_neg * (every - dropped)
+        counts = out.counts._replace(total=total)
+        return out._replace(counts=counts)
 
     if options.cost == "euclidean":
         out = at(t_neg, mean=True, threshold=limit)
         mean = known(out.mean)
         mean = _with_gradient(mean, out.lse) if options.detach else mean
-        return mean / t_neg - shift, out
+        return mean / t_neg - shift, counted(out)
     t, near = t_neg + options.rbf_t, None
     sharp = t_neg >= SHARP * options.rbf_t and statistics_dtype(query) == torch.float32
     if options.detach or not sharp:
@@ -344,27 +350,20 @@ def _repulsion(
         log_cost = known(near) - (out.lse - t_neg * shift)
     if options.detach:
         log_cost = _with_gradient(log_cost, (options.rbf_t / t) * known(near))
-    return batch.logsumexp(log_cost) - log_count(batch.total, log_cost.dtype), out
+    return batch.logsumexp(log_cost) - log_count(batch.total, log_cost.dtype), counted(out)
 
 
 def _tie_limit(query: Tensor, positive: Tensor, distance: Tensor, options: Options) -> Tensor:
     """`tie_limit` of the logits of `_repulsion`, for positives (N, D) at a distance (N,)."""
     t, normalize, backend = options.t_neg, options.normalize, options.backend
     if normalize:
-        return tie_limit(t * (2.0 - distance), query, positive, 2 * t, normalize, backend)
+        short = shortfall(query)
+        shift = 2.0 if short is None else 2.0 - short
+        return tie_limit(t * (shift - distance), query, positive, 2 * t, normalize, backend)
     of_query, of_positive = (unit(x, False).square().sum(-1) for x in (query, positive))
     size = t * (of_query.sqrt() + of_positive.sqrt()).square()
     logit = t * (of_query - distance)
     return tie_limit(logit, query, positive, 2 * t, normalize, backend, size.detach())
-
-
-def _key_squares(
-    keys: Tensor | NegativeSource, device: torch.device, backend: str
-) -> tuple[Tensor, Tensor | NegativeSource]:
-    """|key|^2 of all keys, and the keys for sweeps."""
-    if not is_source(keys):
-        return squares(keys, backend=backend)
-    return torch.cat([squares(part.to(device), backend=backend)[0] for part in keys]), keys
 
 
 def _with_gradient(value: Tensor, source: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
-"""Squared distances of queries and their positives."""
+"""Squared distances: of queries and their positives, and by the products of a sweep."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..ops import can_tie, tied
-from ..types import known, statistics_dtype
+from ..autograd import in_transform
+from ..ops import KeyBias, can_tie, squares, tied
+from ..sources import NegativeSource, is_source
+from ..types import IdPair, known, statistics_dtype
 from .algebra import unit
 
 
@@ -25,11 +28,70 @@ def distances(
     return difference.square().sum(-1), query, positives
 
 
+def from_products(
+    query: Tensor, keys: Tensor | NegativeSource, normalize: bool, backend: str, shared: bool
+) -> tuple[float | Tensor, Tensor | KeyBias | None, Tensor, Tensor | NegativeSource]:
+    """(shift (N,), bias (M,), query, keys), |q_i - k_j|^2 being shift_i - (2 <q_i, k_j> + bias_j);
+    the features are for sweeps and nothing else.
+
+    On the unit sphere that is 2 and no bias, of which a row of zeros lacks 1. `shared`: the keys
+    are one rank's, and whether there is a bias must not depend on them.
+    """
+    if normalize:
+        short, of_keys = shortfall(query), partial(shortfall, look=not shared)
+        bias = of_keys if is_source(keys) else of_keys(keys)
+        return 2.0 if short is None else 2.0 - short, bias, query, keys
+    shift, query = squares(query, backend=backend)
+    if is_source(keys):
+        return shift, lambda part: -squares(part, backend=backend)[0], query, keys
+    bias, keys = squares(keys, backend=backend)
+    return shift, -bias, query, keys
+
+
+def times(t: float, bias: Tensor | KeyBias | None) -> Tensor | KeyBias | None:
+    """A bias of `from_products` for logits t (2 <q, k> + bias)."""
+    if bias is None or isinstance(bias, Tensor):
+        return None if bias is None else t * bias
+    of_chunk = bias
+
+    def scaled(part: Tensor) -> Tensor | None:
+        made = of_chunk(part)
+        return None if made is None else t * made
+
+    return scaled
+
+
+def total_bias(
+    bias: Tensor | KeyBias, keys: Tensor | NegativeSource, ids: IdPair | None
+) -> tuple[Tensor, Tensor]:
+    """Sums of the bias: over all keys (0-d), and over those that each row drops, which with `ids`
+    are as many of the keys in turn."""
+    if not isinstance(bias, Tensor):
+        found = [bias(part) for part in cast(NegativeSource, keys)]
+        every = torch.stack([torch.zeros(()) if b is None else b.sum().cpu() for b in found]).sum()
+        return every, every.new_zeros(())
+    every = bias.sum()
+    rows = 0 if ids is None else len(ids[0])
+    return every, bias.view(rows, -1).sum(1) if rows else every.new_zeros(())
+
+
+def shortfall(x: Tensor, look: bool = True) -> Tensor | None:
+    """1 - |u|^2 (M,) of normalised rows u, without gradient: 0, but 1 of a row of zeros, and more
+    than 0 of one below 1e-12. None: 0 throughout, where a `look` may tell."""
+    x = x.detach()
+    look = look and x.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
+    if look and not (x[..., 0].abs() <= TINY).any():  # TINY is 0 in float16
+        return None
+    found = _shortfall(torch.linalg.vector_norm(x, dim=-1, dtype=statistics_dtype(x)))
+    return None if look and not found.any() else found
+
+
 class _Distances(NamedTuple):
     """|p - q|^2, of normalised p and q or as they are.
 
-    With r = p - q on the sphere, <r, p> = -<r, q> = d / 2, so that the gradients, tangential and
-    divided by the norms, are 2 ((1 - d/2) r - (d/2) q) / |p| and -2 (r + (d/2) q) / |q|.
+    With r = p - q and a = <r, p> = (d + |p|^2 - |q|^2) / 2, b = -<r, q> = d - a, which are d / 2 on
+    the sphere, the gradients, tangential and divided by the norms, are 2 ((1 - a) r - a q) / |p|
+    and -2 (r + b q) / |q|. A norm that was raised to 1e-12 is a constant: a or b counts as 0.
     """
 
     normalize: bool
@@ -49,20 +111,29 @@ class _Distances(NamedTuple):
             grad_x = -2 * (grad.unsqueeze(-1) * difference).sum(1)
         if not self.normalize:
             return grad_x, 2 * grad.unsqueeze(-1) * difference if needs[1] else None
-        half = 0.5 * values
+        norm_x, norm_y = _norm(x), _norm(y)
+        along_y = 0.5 * (values + _shortfall(norm_x) - _shortfall(norm_y).squeeze(-1))
         if grad_x is not None:
-            grad_x = grad_x - (2 * grad * half).sum(1, keepdim=True) * direction
-            grad_x = grad_x / _norm(x)
+            along_x = (grad * (values - along_y)).sum(1, keepdim=True)
+            grad_x = grad_x - 2 * along_x.masked_fill(norm_x < TINY, 0.0) * direction
+            grad_x = grad_x / norm_x.clamp(min=TINY)
         if needs[1]:
-            factor = 2 * grad.unsqueeze(-1) / _norm(y)
-            half = half.unsqueeze(-1)
+            factor = 2 * grad.unsqueeze(-1) / norm_y.clamp(min=TINY)
+            along = along_y.unsqueeze(-1).masked_fill(norm_y < TINY, 0.0)
             grad_y = torch.addcmul(
-                (factor * (1 - half)) * difference, factor * half, direction.unsqueeze(1), value=-1
-            )
+                (factor * (1 - along)) * difference, factor * along, direction.unsqueeze(1),
+                value=-1,
+            )  # fmt: skip
         return grad_x, grad_y
 
 
+TINY = 1e-12  # norms are at least that, as in F.normalize
+
+
 def _norm(x: Tensor) -> Tensor:
-    """L2 norm of the rows, at least 1e-12 as in F.normalize, with a last dimension of 1."""
-    x = x.to(statistics_dtype(x))
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+    """L2 norm of the rows, with a last dimension of 1."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
+
+
+def _shortfall(norm: Tensor) -> Tensor:
+    return (1 - (norm / TINY).square()).clamp(min=0)

@@ -1,7 +1,7 @@
 """The primitives of all losses, and the registered operators behind them."""
 
 from .own import count_own
-from .pairs import full_precision, row_dot
+from .pairs import KeyBias, full_precision, row_dot
 from .primitives import (
     checked_operands,
     keeps_frozen_keys,
@@ -21,6 +21,7 @@ from .rowwise import BLOCK_ELEMENTS, can_tie, own_gradient, tied
 __all__ = [
     "BLOCK_ELEMENTS",
     "NAMESPACE",
+    "KeyBias",
     "can_tie",
     "checked_operands",
     "count_own",

@@ -20,7 +20,7 @@ from ..backends import can_attend
 from ..sources import NegativeSource
 from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
 from . import pairs
-from .pairs import Gradients, Needs, Pairs, exact, merge, operand_dtype, rounded
+from .pairs import Gradients, KeyBias, Needs, Pairs, exact, merge, operand_dtype, rounded
 
 Columns = slice  # the place of a chunk among the keys
 
@@ -29,6 +29,7 @@ class Chunks(NamedTuple):
     """The source, and what does not change from chunk to chunk or from forward to backward.
 
     dtype: that of the keys, under autocast.
+    bias: makes that of a chunk, if it is not a tensor of all.
     attend: whether the gradient of the queries comes with the forward.
     """
 
@@ -36,6 +37,7 @@ class Chunks(NamedTuple):
     backend: str
     normalize: bool
     dtype: torch.dtype
+    bias: KeyBias | None = None
     mean: bool = False
     attend: bool = False
 
@@ -61,12 +63,15 @@ class Chunks(NamedTuple):
                 break
             if len(chunk) == 0:
                 continue
+            keys = chunk.to(x.device, self.dtype)
             of_keys = bias
-            if bias is not None:
+            if self.bias is not None:
+                of_keys = self.bias(keys)
+            elif bias is not None:
                 of_keys = bias[columns] if bias.dim() else bias.expand(len(chunk))
             yield columns, Pairs(
-                x, chunk.to(x.device, self.dtype), scale, of_keys, _part(ids.exclude, columns),
-                _part(ids.keep, columns), self.normalize, self.backend,
+                x, keys, scale, of_keys, _part(ids.exclude, columns), _part(ids.keep, columns),
+                self.normalize, self.backend,
             )  # fmt: skip
         if stop != total:
             more = "at least " if stop > total else ""
@@ -111,7 +116,8 @@ def softplus(given: Pairs, *, threshold: Tensor | None) -> SoftplusSweep:
 def _operands(given: Pairs) -> tuple[Tensor, Chunks]:
     x, source = given.x, cast(NegativeSource, given.y)
     of_rows, of_keys = (operand_dtype(given.backend, t.dtype, x.device) for t in (x, source))
-    return x.to(of_rows), Chunks(source, given.backend, given.normalize, of_keys)
+    chunks = Chunks(source, given.backend, given.normalize, of_keys, given.chunk_bias)
+    return x.to(of_rows), chunks
 
 
 def _apply(

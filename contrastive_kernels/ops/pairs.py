@@ -7,7 +7,8 @@ The functions ending in `_backward` are for who does the work of autograd by han
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from ..distributed.shards import Batch
 from ..sources import NegativeSource
 from ..types import Counts, IdPair, OwnKeys, SoftplusSweep, Sweep, known, statistics_dtype
 from . import registration
+
+# the bias (m,), without gradient, of a chunk of keys (m, D) when it comes; None: 0
+KeyBias: TypeAlias = Callable[[Tensor], Tensor | None]
 
 
 class Pairs(NamedTuple):
@@ -31,7 +35,8 @@ class Pairs(NamedTuple):
     rows and columns; pairs with equal `exclude` ids are dropped, only equal `keep` ids stay.
     backend: a resolved one. batch: whose rows y are, where ranks share them. together: the rows are
     those of x and then those of y (M, D), in a symmetric matrix as if y were None. aligned: the
-    sweep also gives the logits of the rows of x and y that belong together.
+    sweep also gives the logits of the rows of x and y that belong together. chunk_bias: with y in
+    chunks, what makes the bias.
     """
 
     x: Tensor
@@ -45,6 +50,7 @@ class Pairs(NamedTuple):
     batch: Batch | None = None
     together: bool = False
     aligned: bool = False
+    chunk_bias: KeyBias | None = None
 
     @property
     def keys(self) -> Tensor | NegativeSource | OwnKeys:

@@ -29,7 +29,7 @@ from ..types import (
     statistics_dtype,
 )
 from . import chunked, own, pairs, registration, sharded
-from .pairs import Needs, Pairs, row_dot
+from .pairs import KeyBias, Needs, Pairs, row_dot
 from .rowwise import by_rows, can_tie, tied
 
 
@@ -38,7 +38,7 @@ def operands(
     y: Tensor | NegativeSource | OwnKeys | None,
     *,
     scale: float | Tensor = 1.0,
-    bias: float | Tensor | None = None,
+    bias: float | Tensor | KeyBias | None = None,
     exclude: IdPair | None = None,
     keep: IdPair | None = None,
     normalize: bool = False,
@@ -52,17 +52,20 @@ def operands(
     y = None means y = x, computed for half of the pairs where that makes a symmetric matrix: ids of
     rows and columns that are one tensor, no bias. `more`: with y = None, rows that follow those of
     x, which are not copied where that can be. `aligned`: the sweep gives the logits of row i
-    and its partner too, key i or row i of the other half; see `swept_positives`. `backend` is a
-    resolved one. `batch`: y, bias and column ids are this rank's part of those of a group, of
-    `batch.sizes` rows; statistics of rows are over the keys of all ranks, those of this rank's
-    columns over all rows.
+    and its partner too, key i or row i of the other half; see `swept_positives`. A `KeyBias` is
+    for y in chunks. `backend` is a resolved one. `batch`: y, bias and column ids are this rank's
+    part of those of a group, of `batch.sizes` rows; statistics of rows are over the keys of all
+    ranks, those of this rank's columns over all rows.
     """
     dtype = statistics_dtype(x)
     if isinstance(scale, Tensor):
         scale = scale.to(device=x.device, dtype=dtype)
     else:
         scale = torch.full((), scale, dtype=dtype, device=x.device)
-    if isinstance(bias, Tensor):  # a float64 one of rows stays so until it has met the logits
+    chunk_bias = None
+    if callable(bias):
+        bias, chunk_bias = None, bias
+    elif isinstance(bias, Tensor):  # a float64 one of rows stays so until it has met the logits
         bias = bias.to(x.device, bias.dtype if isinstance(y, OwnKeys) else dtype)
     elif bias is not None:
         bias = None if bias == 0 else torch.full((), bias, dtype=dtype, device=x.device)
@@ -80,7 +83,9 @@ def operands(
         bias = bias.expand(cast(Tensor, y).shape[-2])
     if together:
         y = more
-    return Pairs(x, y, scale, bias, exclude, keep, normalize, backend, batch, together, aligned)
+    return Pairs(
+        x, y, scale, bias, exclude, keep, normalize, backend, batch, together, aligned, chunk_bias
+    )
 
 
 def checked_operands(
