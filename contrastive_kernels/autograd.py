@@ -71,7 +71,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     it is made of, the gradients from above and the saved tensors.
 
     torch's decorator of this name does not tie the result to these, so that a second derivative
-    could be 0 in silence.
+    could be 0 in silence. `ctx.ready_made`: it is made of tensors that are not saved.
     """
 
     @wraps(backward)
@@ -86,6 +86,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return made  # no create_graph=True
         of = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        if getattr(ctx, "ready_made", False):  # something of which a derivative may be asked
+            of.append(torch.zeros((), requires_grad=True))
         if not of:
             return made
         if isinstance(made, Tensor):

@@ -112,11 +112,11 @@ class LossStats(NamedTuple):
     A mean over pairs is nan when there is no such pair.
 
     accuracy: share of rows whose positive ranks first (0-d): of rank 0, and not NaN.
-    rank: number of negatives with a logit above the positive's, for each row. Ties do not count: a
-        negative equal to the positive, or above it by no more than two such products may differ
-        through rounding, (D / 2 + 8) eps |scale| |x| |y| (eps of `lse`'s dtype, |x| = |y| = 1 for
-        normalised features; and 2^-9 |scale| |x| |y| where products are of TF32). NaN counts as
-        above everything, and everything as above NaN.
+    rank: number of negatives with a logit above the positive's, for each row, int64. Ties do not
+        count: a negative equal to the positive, or above it by no more than two such products may
+        differ through rounding, (D / 2 + 8) eps |scale| |x| |y| (eps of `lse`'s dtype, |x| = |y| =
+        1 for normalised features; and 2^-9 |scale| |x| |y| where products are of TF32). NaN counts
+        as above everything, and everything as above NaN.
     positive_similarity, negative_similarity: mean similarity of the pairs (0-d).
     lse: log of the denominator of each row, EqCo margin included.
     mi_lower_bound: log(K + 1) - loss in nats (0-d), only for losses that are a bound of the mutual

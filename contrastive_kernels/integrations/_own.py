@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 class Own:
@@ -58,6 +59,8 @@ class Own:
             if isinstance(value, Tensor) or value not in values:
                 shown = "a tensor" if isinstance(value, Tensor) else repr(value)
                 return f"{path}{name} is {shown}"
+        if self.called and _has_any_global_hook():
+            return "torch has hooks of all modules"
         if self.called and (
             thing._forward_hooks
             or thing._forward_pre_hooks

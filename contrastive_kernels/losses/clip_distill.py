@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import in_transform, no_second_order, precise, refuse_tangents
+from ..autograd import in_transform, once_differentiable, precise
 from ..backends import resolve_backend, runs_dense
 from ..checks import check_other_rows, check_reduction, check_views, scalar
 from ..distributed import join
@@ -128,7 +128,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor,
     ) -> Tensor:  # fmt: skip
         features = x, y, teacher_x, teacher_y
-        ctx.summed = summed
+        ctx.summed = ctx.ready_made = summed
         needs = ctx.needs_input_grad[2:] if summed and recorded else (False,) * 4
         grads = _zeros(features, needs)
         loss = x.new_empty(x.shape[0])
@@ -139,14 +139,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return loss.sum() if summed else loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once, as activation checkpointing wants it
-        refuse_tangents((grad, *saved))
-        if torch.is_grad_enabled():  # create_graph=True: a summed loss has its gradient, ready made
-            no_second_order()
         if ctx.summed:
-            return None, None, *(None if g is None else g * grad for g in saved)
-        features = saved
+            return None, None, *(None if g is None else g * grad for g in ctx.saved_tensors)
+        features = ctx.saved_tensors
         grads = _zeros(features, ctx.needs_input_grad[2:])
         for rows, log_p, q, spare in _blocks(*features):
             torch.mul(q, log_p, out=spare)

@@ -85,7 +85,7 @@ def pair_stats(
     total, count = batch.total_of(torch.stack((total, count)))
     return LossStats(
         accuracy=batch.mean(is_first(rank, dot.detach()).to(dot.dtype)),
-        rank=rank,
+        rank=rank.long(),
         positive_similarity=batch.mean(dot),
         negative_similarity=((total / count - bias) / scale).detach(),
         lse=None if lse is None else lse.detach(),

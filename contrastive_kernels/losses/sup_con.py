@@ -220,7 +220,11 @@ def _class_products(
 
 class _ClassProducts(torch.autograd.Function):
     """(`_class_products` of features among themselves, the features for a sweep and nothing else),
-    a few columns of the features at a time. Its gradient is added to that of the sweep in place."""
+    a few columns of the features at a time. Its gradient is added to that of the sweep in place.
+
+    `_class_products` makes the same sums in plain torch, for autograd, compilers, other candidates
+    and ranks. It could serve here too, but keeps three copies of the features until the backward.
+    """
 
     @staticmethod
     def forward(

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..types import Counts, IdPair, OwnKeys, SoftplusSweep, Sweep, known
 from .pairs import Pairs, row_dot
+from .rows import take_rows
 
 
 class Layout(NamedTuple):
@@ -26,8 +27,8 @@ class Layout(NamedTuple):
     owners: Tensor | None = None
 
     def spread(self, t: Tensor) -> Tensor:
-        """What rows (N,) have, for their pairs."""
-        return t.unsqueeze(1) if self.owners is None else t[self.owners]
+        """What rows (N,) have, without gradient, for their pairs."""
+        return t.unsqueeze(1) if self.owners is None else t.index_select(0, self.owners)
 
     def sum(self, t: Tensor) -> Tensor:
         """Of the pairs of each row, in their order, 0 where there is none."""
@@ -90,9 +91,11 @@ def _logits(given: Pairs) -> Logits:
     if kept is not None:
         dots = dots.masked_fill(~kept, 0.0)  # before the scale, whose gradient they would reach
     z = given.scale * dots
-    if given.bias is not None:
-        of_rows = layout.counts is not None and given.bias.dim() == 2
-        z = (z + (layout.spread(given.bias.squeeze(1)) if of_rows else given.bias)).to(z.dtype)
+    bias = given.bias
+    if bias is not None:
+        if layout.owners is not None and bias.dim() == 2:  # of rows, with a gradient
+            bias = take_rows(bias, layout.owners, given.backend).squeeze(1)
+        z = (z + bias).to(z.dtype)
         if kept is not None:
             z = z.masked_fill(~kept, 0.0)
     return Logits(z, kept, _number(layout, kept), layout)

@@ -45,6 +45,49 @@ def ways(function: Callable[[Tensor], Tensor], batch: bool) -> dict[str, Tensor]
     return found
 
 
+EMBEDDINGS = "sentence_transformers.sentence_transformer.losses"
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("which", [0, 1])
+def test_ranking_of_sentence_transformers(negatives, which):
+    pytest.importorskip("sentence_transformers")
+    fused = import_module("contrastive_kernels.integrations.sentence_transformers")
+    others = [clustered(6, 5, seed=2 + i) for i in range(1 + negatives)]
+
+    def of(package):
+        loss = package.MultipleNegativesRankingLoss(None)
+        return lambda x: loss.compute_loss_from_embeddings(
+            [*others[:which], x, *others[which:]], None
+        )
+
+    expected = ways(of(import_module(EMBEDDINGS)), batch=True)
+    for how, got in ways(of(fused), batch=True).items():
+        torch.testing.assert_close(got, expected[how], rtol=1e-8, atol=1e-8, msg=how)
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
+def test_models_of_transformers(name):
+    """By their images, and vmap of it."""
+    pytest.importorskip("transformers")
+    from test_transformers import PEERS, batch, model
+
+    fused = import_module("contrastive_kernels.integrations.transformers")
+    given, results = batch(name, 3), []
+    pixels = given.pop("pixel_values")
+    for cls in (getattr(fused, name), PEERS[name]):
+        net = model(cls, name)
+        net.set_attn_implementation("eager")
+
+        def run(x, net=net):
+            return net(**given, pixel_values=x, return_loss=True)[0]
+
+        made = [grad(run)(pixels), vjp(run, pixels)[1](torch.ones((), dtype=pixels.dtype))[0]]
+        results.append([*made, vmap(grad(run))(torch.stack((pixels, 0.5 * pixels)))])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize(("name", "module", "loss", "more"), CALLS)
 def test_as_the_peer(name, module, loss, more):
     pytest.importorskip(module.split(".")[0])

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from torch.nn.modules import module as hooks
 
 import contrastive_kernels as ck
 from contrastive_kernels.integrations import swap
@@ -299,6 +300,47 @@ def test_what_is_replaced(change, reason):
     change(whole)
     assert own().replaced(whole) == reason
     assert own().replaced(copy.deepcopy(whole)) == reason
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        hooks.register_module_forward_pre_hook,
+        hooks.register_module_forward_hook,
+        hooks.register_module_full_backward_pre_hook,
+        hooks.register_module_full_backward_hook,
+    ],
+)
+def test_hooks_of_all_modules(register):
+    """They may change what a part gives, as its own may."""
+    named = own()
+    handle = register(other)
+    try:
+        assert named.replaced(Whole()) == "torch has hooks of all modules"
+        named.parts["part"].called = False
+        assert named.replaced(Whole()) is None
+    finally:
+        handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+def test_a_hook_of_all_modules_changes_the_number_as_it_does_the_peers():
+    lightly = pytest.importorskip("lightly.loss")
+    from contrastive_kernels.integrations.lightly import NTXentLoss
+
+    views = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    plain = NTXentLoss()(*views)
+
+    def double(module, inputs, output):
+        return 2 * output if isinstance(module, torch.nn.CrossEntropyLoss) else None
+
+    handle = hooks.register_module_forward_hook(double)
+    try:
+        ours, theirs = NTXentLoss()(*views), lightly.NTXentLoss()(*views)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, 2 * plain)
 
 
 @pytest.mark.parametrize("name", ["method", "static", "held"])

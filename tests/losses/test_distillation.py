@@ -169,10 +169,20 @@ def test_features_of_zero():
     assert all(t.isfinite().all() for t in value_and_gradients(clip_distill, inputs))
 
 
-def test_second_order_needs_the_reference():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_order_needs_the_reference(reduction):
     inputs = [t.requires_grad_() for t in student_and_teacher(3, 2, 2, scale=1.0)]
+    found = [
+        torch.autograd.grad(
+            clip_distill(*inputs, reduction=reduction, backend=backend).sum(), inputs[0],
+            create_graph=True,
+        )[0]
+        for backend in ("auto", "reference")
+    ]  # fmt: skip
+    torch.testing.assert_close(*found)
+    found[1].sum().backward()
     with pytest.raises(NotImplementedError, match='need backend="reference"'):
-        torch.autograd.grad(clip_distill(*inputs), inputs[0], create_graph=True)
+        (found[0].sum() + inputs[0].sum()).backward()
 
 
 def x(*shape: int, **options) -> Tensor:
