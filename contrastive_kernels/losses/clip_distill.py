@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import in_transform, once_differentiable, precise
+from ..autograd import in_forward_mode, in_transform, once_differentiable, precise
 from ..backends import resolve_backend, runs_dense
 from ..checks import check_other_rows, check_reduction, check_views, scalar
 from ..distributed import join
 from ..ops import full_precision
 from ..types import Group
-from .algebra import gather_only, row_blocks, unit
+from .algebra import add_up, gather_only, row_blocks, unit
 from .base import ContrastiveLoss, loss
 
 
@@ -106,7 +106,14 @@ class CLIPDistill(ContrastiveLoss):
 
 
 def _dense(summed: bool, x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor) -> Tensor:
-    return _dense_cross_entropy(x, y, teacher_x, teacher_y, "sum" if summed else "none")
+    reduction = "sum" if summed else "none"
+    if not in_forward_mode():
+        return _dense_cross_entropy(x, y, teacher_x, teacher_y, reduction)
+    parts = [
+        _dense_cross_entropy(x[rows], y, teacher_x[rows], teacher_y, reduction)
+        for rows in row_blocks(x.shape[0], y.shape[0])
+    ]
+    return add_up(parts) if summed else torch.cat(parts)
 
 
 @precise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..autograd import precise
+from ..autograd import in_forward_mode, precise
 from ..distributed.shards import Batch
 from ..sources import NegativeSource
 from ..types import Counts, IdPair, OwnKeys, SoftplusSweep, Sweep, known, statistics_dtype
@@ -62,6 +62,9 @@ class Pairs(NamedTuple):
         return cast("Tensor | None", self.y)
 
 
+FORWARD_PAIRS = 2**20  # of a block of rows in forward mode
+
+
 class Needs(NamedTuple):
     """Which gradients are asked for."""
 
@@ -103,11 +106,15 @@ def softmax(
 ) -> Sweep:
     """Softmax statistics of tensors; `attend` as the operators take it."""
     if pairs.backend == "reference":
-        return precise(reference.sweep)(
-            pairs.x, pairs.tensor, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
-            keep=pairs.keep, normalize=pairs.normalize, mean=mean, columns=columns,
-            threshold=threshold,
-        )  # fmt: skip
+        parts = [
+            precise(reference.sweep)(
+                block.x, block.tensor, scale=block.scale, bias=block.bias, exclude=block.exclude,
+                keep=block.keep, normalize=block.normalize, mean=mean, columns=columns,
+                threshold=level,
+            )
+            for block, level in _row_blocks(pairs, threshold)
+        ]  # fmt: skip
+        return parts[0] if len(parts) == 1 else _joined(parts)
     if columns and pairs.y is None:
         pairs = pairs._replace(y=pairs.x)
     out = registration.call(
@@ -134,10 +141,14 @@ def softplus(
 ) -> SoftplusSweep:
     """Row sums of softplus; with `attend` their sum, 0-d, with these gradients made on the way."""
     if pairs.backend == "reference":
-        return precise(reference.softplus_sweep)(
-            pairs.x, pairs.tensor, scale=pairs.scale, bias=pairs.bias, exclude=pairs.exclude,
-            keep=pairs.keep, normalize=pairs.normalize, threshold=threshold,
-        )  # fmt: skip
+        parts = [
+            precise(reference.softplus_sweep)(
+                block.x, block.tensor, scale=block.scale, bias=block.bias, exclude=block.exclude,
+                keep=block.keep, normalize=block.normalize, threshold=level,
+            )
+            for block, level in _row_blocks(pairs, threshold)
+        ]  # fmt: skip
+        return parts[0] if len(parts) == 1 else _below(parts)
     out = registration.call(
         "row_softplus", pairs.backend, **_operands(pairs._replace(y=pairs.keys)),
         threshold=threshold, normalize=pairs.normalize, attend=list(attend or 4 * (False,)),
@@ -146,6 +157,56 @@ def softplus(
     partner = out.partner if pairs.aligned else None
     counts = None if threshold is None else Counts(out.rank, out.total, out.count)
     return SoftplusSweep(out.value, counts, partner)
+
+
+def _row_blocks(pairs: Pairs, threshold: Tensor | None) -> list[tuple[Pairs, Tensor | None]]:
+    """All pairs, with the threshold; or, in forward mode, which keeps no block for later, blocks of
+    rows of a bounded number of pairs."""
+    n, m = pairs.x.shape[0], cast(Tensor, pairs.keys).shape[-2]
+    size = max(1, FORWARD_PAIRS // max(1, m))
+    if n <= size or not in_forward_mode():
+        return [(pairs, threshold)]
+    y = cast(Tensor, pairs.keys)
+
+    def of(ids: IdPair | None, rows: slice) -> IdPair | None:
+        return None if ids is None else (ids[0][rows], ids[1])
+
+    return [
+        (
+            pairs._replace(
+                x=pairs.x[rows], y=y[rows] if y.dim() == 3 else y,
+                exclude=of(pairs.exclude, rows), keep=of(pairs.keep, rows),
+            ),
+            None if threshold is None else threshold[rows],
+        )
+        for rows in (slice(i, i + size) for i in range(0, n, size))
+    ]  # fmt: skip
+
+
+def _joined(parts: list[Sweep]) -> Sweep:
+    """The statistics of blocks of rows as those of all."""
+    columns = [part for part in parts if part.col_lse is not None]
+    out = _below([part._replace(col_lse=None, col_mean=None) for part in parts])
+    if not columns:
+        return out
+    lses = torch.stack([known(part.col_lse) for part in columns], 1)
+    lse = reference.masked_softmax_stats(lses, torch.ones_like(lses, dtype=torch.bool))[0]
+    out = out._replace(col_lse=lse)
+    if columns[0].col_mean is None:
+        return out
+    weight = (lses - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(1)).exp()
+    means = torch.stack([known(part.col_mean) for part in columns], 1)
+    return out._replace(col_mean=(weight * means).sum(1))
+
+
+def _below(parts: list[Any]) -> Any:
+    """Records of tensors of rows as one."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    return type(first)(*(_below(list(each)) for each in zip(*parts, strict=True)))
 
 
 def row_dot(

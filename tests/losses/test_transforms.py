@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import contrastive_kernels as ck
+from contrastive_kernels import reference
 from contrastive_kernels.losses.cases import tensors
 from contrastive_kernels.losses.table import CASES
+from contrastive_kernels.ops import pairs
 
 CHUNKS = [name for name in CASES if name.endswith("chunks")]
 AT_HAND = [name for name in CASES if name not in CHUNKS]
@@ -98,6 +100,45 @@ def in_dual_level(function: Callable[..., Tensor], at: tuple, along: tuple) -> T
     with forward_ad.dual_level():
         dual = (forward_ad.make_dual(t, d) for t, d in zip(at, along, strict=True))
         return forward_ad.unpack_dual(function(*dual)).tangent
+
+
+@pytest.mark.parametrize("name", AT_HAND)
+def test_forward_mode_in_blocks(name, monkeypatch):
+    """Of rows, the last one shorter: no matrix has all pairs."""
+    problem = Problem(name, "auto", seed=1)
+    leaves, along = problem.leaves, problem.directions(seed=7)
+
+    def ways() -> list:
+        found = [jvp(problem.rows, leaves, along)]
+        if name in FIRST_NAMES:
+            found.append(jvp(grad(problem.total, problem.numbers), leaves, along))
+        if CASES[name][0].takes("return_stats"):
+            with forward_ad.dual_level():
+                stats = ours(name, return_stats=True)(*(t.detach() for t in problem.given))[1]
+            found.append([t for t in stats if t is not None])
+        return found
+
+    expected = ways()
+    monkeypatch.setattr(pairs, "FORWARD_PAIRS", 25)
+    torch.testing.assert_close(ways(), expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def test_forward_mode_is_never_dense(monkeypatch):
+    sizes = []
+    sweep = reference.sweep
+
+    def seen(x, y, **options):
+        sizes.append(len(x))
+        return sweep(x, y, **options)
+
+    monkeypatch.setattr(reference, "sweep", seen)
+    monkeypatch.setattr(pairs, "FORWARD_PAIRS", 40)
+    x, y = randn(17, 3, seed=1), randn(17, 3, seed=2)
+    jvp(lambda t: ck.info_nce(t, y), (x,), (y,))
+    assert sizes == 8 * [2] + [1]
+    sizes.clear()
+    ck.info_nce(x, y, backend="reference")
+    assert sizes == [17]
 
 
 @pytest.mark.parametrize("name", AT_HAND)
