@@ -82,14 +82,13 @@ def test_gradients_are_rounded_as_torch_rounds(dtype):
     y = torch.cat((torch.from_numpy(bits.view(np.int32)).view(FLOAT), near, near * 1.00048828125))
     y = y.view(-1, 1, 1)
     x = torch.ones(len(y), 1, dtype=dtype)
-    (dx, dy) = torch.ops.contrastive_kernels.row_dot_backward_cpu(
-        x, y, None, torch.ones(len(y), 1), False, [True, True]
+    dx, _ = torch.ops.contrastive_kernels.row_dot_backward_cpu(
+        x, y, None, torch.ones(len(y), 1), False, [True, False]
     )
     wanted = (y.view(-1, 1) + 0.0).to(dtype)  # a sum that begins with 0 is not -0
     nan = wanted.isnan()
     assert dx.dtype == dtype and torch.equal(dx.isnan(), nan) and nan.any() and not nan.all()
     assert torch.equal(dx.view(torch.int16)[~nan], wanted.view(torch.int16)[~nan])
-    assert torch.equal(dy, torch.ones_like(dy))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
