@@ -16,6 +16,13 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
+// Calls visit(block) for the blocks of `range`.
+template <class Visit>
+void for_blocks(Range range, int64_t block, Visit visit) {
+  for (int64_t i = range.begin; i < range.end; i += block)
+    visit(Range{i, std::min(range.end, i + block)});
+}
+
 // Elements to read before waking another thread pays.
 constexpr int64_t kSerialWork = 1 << 17;
 

@@ -65,7 +65,7 @@ Problem<T>::Problem(const PairArguments<T>& a)
       symmetric(!a.y.given()),
       paired(a.own_keys > 0),
       keys(paired ? a.own_keys : y.rows()),
-      bits(!paired && has_bfloat16_products() && x.has_bits() && y.has_bits()),
+      bits(!paired && bfloat16_kernels() != nullptr && x.has_bits() && y.has_bits()),
       normalize(a.normalize),
       scale(a.scale),
       zeros(a.bias == nullptr ? keys : 0, T{0}),
@@ -83,13 +83,20 @@ Problem<T>::Problem(const PairArguments<T>& a)
   block_keys = d <= 512 ? 128 : 64;
 }
 
+// A cache line more than a tile's rows: the entries of one row, which a product walks through,
+// would all fall into a few sets of the cache.
+template <class T>
+int64_t tile_stride(int64_t rows) {
+  return rows + 64 / static_cast<int64_t>(sizeof(T));
+}
+
 template <class T>
 Worker<T>::Worker(const Problem<T>& problem) : problem_(problem) {
   const int64_t rows = problem.block_rows, keys = problem.block_keys, d = problem.x.d();
   packed_ = Buffer<T>(d * rows);
-  logits_ = Buffer<T>(keys * rows);
+  logits_ = Buffer<T>(keys * tile_stride<T>(rows));
   if (!problem.x.direct()) x_buffer_ = Buffer<T>(rows * d);
-  if (problem.paired) pair_inverse_ = Buffer<T>(keys * rows);
+  if (problem.paired) pair_inverse_ = Buffer<T>(keys * tile_stride<T>(rows));
   if (!problem.y.direct()) y_buffer_ = Buffer<T>(keys * d);
   lanes_ = Buffer<T>(kSlots * rows);
   row_scale_ = Buffer<T>(rows, T{0});
@@ -103,25 +110,20 @@ void Worker<T>::take_rows(Range rows) {
   rows_ = rows;
   const int64_t count = rows.size();
   tile_.rows = static_cast<int>(divide_up(count, kRowPadding) * kRowPadding);
-  tile_.ld = tile_.rows;
+  tile_.ld = tile_stride<T>(tile_.rows);
   T* buffer = x_buffer_.data();
   x_rows_ = problem_.x.read(rows, buffer, &x_stride_);
   T* scales = row_scale_.data();
   for (int64_t i = 0; i < count; ++i)
     scales[i] = problem_.scale * problem_.x.inverse()[rows.begin + i];
-  T* packed = packed_.data();
   if (problem_.paired)
     std::fill_n(tile_.data, problem_.block_keys * tile_.ld, T{0});  // padded rows stay so
   else if (problem_.bits) {                                         // pairs of features move as one
     int64_t stride;
     const uint16_t* bits = problem_.x.bits(rows, bits_buffer_, &stride);
-    problem_.kernels.pack(reinterpret_cast<const T*>(bits), stride / 2, static_cast<int>(count),
-                          problem_.x.d() / 2, nullptr, packed, tile_.rows);
+    pack(reinterpret_cast<const T*>(bits), stride / 2, problem_.x.d() / 2, nullptr);
   } else {
-    for (int64_t i = 0; i < count; i += kPanel)
-      problem_.kernels.pack(x_rows_ + i * x_stride_, x_stride_,
-                            static_cast<int>(std::min<int64_t>(kPanel, count - i)), problem_.x.d(),
-                            scales + i, packed + i * problem_.x.d(), kPanel);
+    pack(x_rows_, x_stride_, problem_.x.d(), scales);
   }
   if (!problem_.exclude.given() && !problem_.keep.given()) return;
   Id* ids = ids_.data();
@@ -131,6 +133,15 @@ void Worker<T>::take_rows(Range rows) {
     if (problem_.keep.given())
       ids[problem_.block_rows + i] = real ? problem_.keep.rows()[rows.begin + i] : 0;
   }
+}
+
+template <class T>
+void Worker<T>::pack(const T* x, int64_t stride, int64_t d, const T* scales) {
+  for_blocks({0, rows_.size()}, kPanel, [&](Range part) {
+    problem_.kernels.pack(x + part.begin * stride, stride, static_cast<int>(part.size()), d,
+                          scales == nullptr ? nullptr : scales + part.begin,
+                          packed_.data() + part.begin * d, kPanel);
+  });
 }
 
 template <class T>
@@ -185,8 +196,11 @@ void Worker<T>::make_logits(Range keys) {
     if (problem_.bits) {
       int64_t stride;
       const uint16_t* bits = problem_.y.bits(keys, bits_buffer_, &stride);
-      gemm(keys.size(), tile_.rows, problem_.x.d(), bits, stride,
-           reinterpret_cast<const uint16_t*>(packed), tile_.rows, tile_.data, tile_.ld);
+      const int64_t pairs = problem_.x.d() / 2;
+      bfloat16_kernels()->multiply(
+          keys.size(), tile_.rows, pairs, {reinterpret_cast<const uint32_t*>(bits), stride / 2, 1},
+          {reinterpret_cast<const uint32_t*>(packed), kPanel, pairs * kPanel},
+          {tile_.data, tile_.ld}, false);
       problem_.kernels.scale_rows(tile_.data, tile_.ld, tile_.keys, tile_.rows, row_scale_.data());
       y_rows_ = nullptr;
       return;
@@ -262,8 +276,10 @@ template <class T>
 void Worker<T>::add_to_rows(T* out, bool accumulate) {
   if (y_rows_ == nullptr) read_keys();
   const int64_t d = problem_.x.d();
-  problem_.kernels.multiply(rows_.size(), d, keys_.size(), {tile_.data, 1, tile_.ld},
-                            {y_rows_, y_stride_}, {out, d}, accumulate);
+  for_blocks({0, rows_.size()}, kPanel, [&](Range part) {  // of the tile as much as a cache holds
+    problem_.kernels.multiply(part.size(), d, keys_.size(), {tile_.data + part.begin, 1, tile_.ld},
+                              {y_rows_, y_stride_}, {out + part.begin * d, d}, accumulate);
+  });
 }
 
 template <class T>

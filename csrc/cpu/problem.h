@@ -6,10 +6,10 @@
 #include <optional>
 #include <vector>
 
+#include "bfloat16.h"
 #include "buffer.h"
 #include "feature_rows.h"
 #include "fold.h"
-#include "gemm.h"
 #include "matrix.h"
 #include "tile.h"
 #include "workspace.h"
@@ -128,6 +128,8 @@ class Worker {
   static constexpr int kSlots = 8;
 
  private:
+  // the block's rows x (of row length d) into panels of columns, times scales
+  void pack(const T* x, int64_t stride, int64_t d, const T* scales);
   void make_paired_tile();
   void make_logits(Range keys);
   // the tile out to, or in from, its place among the logits that are kept

@@ -1,8 +1,9 @@
-// Products of matrices on the calling thread, for the instruction set that tile.cpp is compiled
-// for.
+// Products of matrices on the calling thread, for the instruction set they are compiled for.
 //
-// An element of c is summed in registers over kTerms terms at a time, from the first on, and those
-// sums are added up in c: its bits depend on k alone, not on m, n or where the element lies.
+// What is multiplied is a term of `Op`: a number, or a pair of bfloat16 numbers (bfloat16.h), whose
+// products are added to a sum. An element of c is summed in registers over kTerms terms at a time,
+// from the first on, and those sums are added up in c: its bits depend on k alone, not on m, n or
+// where the element lies.
 #pragma once
 
 #include <utility>
@@ -23,17 +24,25 @@ constexpr int kSumVectors = 12, kSumWidth = 2;
 constexpr int kMostSumRows = 8;  // each needs an address
 
 // as many rows of a panel of b as stay in the first-level cache
+template <class Term>
+constexpr int64_t kTerms = 32768 / (kPanel * sizeof(Term));
+
 template <class T>
-constexpr int64_t kTerms = 32768 / (kPanel * sizeof(T));
+struct Numbers {
+  using Term = T;
+  using Sum = T;
+  static CK_FOLD Vec<T> add(Vec<T> sums, Term a, Vec<T> b) { return sums + a * b; }
+};
 
 // Some columns of a panel of c, and all that makes them.
-template <class T>
+template <class Op>
 struct Columns {
+  using Term = typename Op::Term;
   int64_t terms;
-  LeftMatrix<T> a;
-  const T* b;
+  LeftMatrix<Term> a;
+  const Term* b;
   int64_t b_row;
-  T* c;
+  typename Op::Sum* c;
   int64_t c_row;
   int count;
   bool add;
@@ -56,12 +65,14 @@ CK_FOLD void in_pieces(int count, Visit visit) {
 }
 
 // M rows and N vectors of c
-template <class T, int M, int N>
-void sum_block(const Columns<T>& o) {
+template <class Op, int M, int N>
+void sum_block(const Columns<Op>& o) {
+  using T = typename Op::Sum;
+  using Term = typename Op::Term;
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
   V sums[M][N]{};
-  const T *a = o.a.data, *b = o.b;
+  const Term *a = o.a.data, *b = o.b;
   const int64_t a_row = o.a.row, a_col = o.a.col, b_row = o.b_row;
   for (int64_t p = 0; p < o.terms; ++p, a += a_col, b += b_row) {
     V row[N];
@@ -70,7 +81,8 @@ void sum_block(const Columns<T>& o) {
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
-      for (int q = 0; q < N; ++q) sums[r][q] += a[r * a_row] * row[q];
+      for (int q = 0; q < N; ++q)
+        sums[r][q] = Op::add(sums[r][q], load<Term>(a + r * a_row), row[q]);
   }
   const int last = o.count - (N - 1) * W;  // columns of the last vector
 #pragma GCC unroll 8
@@ -90,66 +102,69 @@ void sum_block(const Columns<T>& o) {
   }
 }
 
-template <class T, int N, int... M>
-CK_FOLD void sum_last_rows(int64_t m, const Columns<T>& o, std::integer_sequence<int, M...>) {
-  ((m == M + 1 ? sum_block<T, M + 1, N>(o) : void()), ...);
+template <class Op, int N, int... M>
+CK_FOLD void sum_last_rows(int64_t m, const Columns<Op>& o, std::integer_sequence<int, M...>) {
+  ((m == M + 1 ? sum_block<Op, M + 1, N>(o) : void()), ...);
 }
 
-template <class T, int N>
-void sum_rows(int64_t m, Columns<T> o) {
+template <class Op, int N>
+void sum_rows(int64_t m, Columns<Op> o) {
   constexpr int M = kSumVectors / N < kMostSumRows ? kSumVectors / N : kMostSumRows;
   for (; m >= M; m -= M) {
-    sum_block<T, M, N>(o);
+    sum_block<Op, M, N>(o);
     o.a.data += M * o.a.row;
     o.c += M * o.c_row;
   }
-  sum_last_rows<T, N>(m, o, std::make_integer_sequence<int, M - 1>{});
+  sum_last_rows<Op, N>(m, o, std::make_integer_sequence<int, M - 1>{});
 }
 
-template <class T, int... N>
-CK_FOLD void sum_columns(int64_t m, Columns<T> o, std::integer_sequence<int, N...>) {
-  constexpr int W = kLanes<T>;
+template <class Op, int... N>
+CK_FOLD void sum_columns(int64_t m, Columns<Op> o, std::integer_sequence<int, N...>) {
+  using Term = typename Op::Term;
+  using V = Vec<typename Op::Sum>;
+  constexpr int W = kLanes<typename Op::Sum>;
   const int vectors = (o.count + W - 1) / W;
-  T copy[kTerms<T> * kSumWidth * W];
+  Term copy[kTerms<Term> * kSumWidth * W];
   if (o.count % W != 0) {  // nothing beyond b is read
-    T* to = copy;
+    Term* to = copy;
     for (int64_t p = 0; p < o.terms; ++p, to += vectors * W) {
-      const T* from = o.b + p * o.b_row;
-      for (int q = 0; q < vectors - 1; ++q) store(to + q * W, load<Vec<T>>(from + q * W));
+      const Term* from = o.b + p * o.b_row;
+      for (int q = 0; q < vectors - 1; ++q) store(to + q * W, load<V>(from + q * W));
       const int whole = (vectors - 1) * W;
-      store(to + whole, Vec<T>{});
-      in_pieces<T, W / 2>(o.count - whole, [&](auto piece, int l) {
+      store(to + whole, V{});
+      in_pieces<Term, W / 2>(o.count - whole, [&](auto piece, int l) {
         store(to + whole + l, load<decltype(piece)>(from + whole + l));
       });
     }
     o.b = copy;
     o.b_row = vectors * W;
   }
-  ((vectors == N + 1 ? sum_rows<T, N + 1>(m, o) : void()), ...);
+  ((vectors == N + 1 ? sum_rows<Op, N + 1>(m, o) : void()), ...);
 }
 
-template <class T>
-void multiply(int64_t m, int64_t n, int64_t k, LeftMatrix<T> a, PanelMatrix<const T> b,
-              PanelMatrix<T> c, bool add) {
-  constexpr int64_t kWidth = kSumWidth * kLanes<T>;
+template <class Op, class Term = typename Op::Term, class Sum = typename Op::Sum>
+void multiply(int64_t m, int64_t n, int64_t k, LeftMatrix<Term> a, PanelMatrix<const Term> b,
+              PanelMatrix<Sum> c, bool add) {
+  constexpr int64_t kWidth = kSumWidth * kLanes<Sum>;
+  constexpr int64_t kMost = kTerms<Term>;
   static_assert(kPanel % kWidth == 0);
   for (int64_t panel = 0; panel * kPanel < n; ++panel) {
     const int64_t left = n - panel * kPanel, width = left < kPanel ? left : kPanel;
     int64_t p = 0;
     do {  // once for k = 0 too
-      const int64_t terms = k - p < kTerms<T> ? k - p : kTerms<T>;
+      const int64_t terms = k - p < kMost ? k - p : kMost;
       for (int64_t j = 0; j < width; j += kWidth) {
         const int count = static_cast<int>(width - j < kWidth ? width - j : kWidth);
-        sum_columns<T>(m,
-                       {terms,
-                        {a.data + p * a.col, a.row, a.col},
-                        b.data + panel * b.panel + p * b.row + j,
-                        b.row,
-                        c.data + panel * c.panel + j,
-                        c.row,
-                        count,
-                        add || p > 0},
-                       std::make_integer_sequence<int, kSumWidth>{});
+        sum_columns<Op>(m,
+                        {terms,
+                         {a.data + p * a.col, a.row, a.col},
+                         b.data + panel * b.panel + p * b.row + j,
+                         b.row,
+                         c.data + panel * c.panel + j,
+                         c.row,
+                         count,
+                         add || p > 0},
+                        std::make_integer_sequence<int, kSumWidth>{});
       }
       p += terms;
     } while (p < k);

@@ -102,13 +102,6 @@ void for_half_pairs(const Problem<T>& problem, Workers<T>& workers, Visit visit)
     });
 }
 
-// Calls visit(block) for the blocks of `range`.
-template <class Visit>
-void for_blocks(Range range, int64_t block, Visit visit) {
-  for (int64_t i = range.begin; i < range.end; i += block)
-    visit(Range{i, std::min(range.end, i + block)});
-}
-
 // Walks the part rows x keys of the matrix tile by tile: start(rows) for each block of rows,
 // push(mirrored) for each tile made, finish(rows) after a block. With `half`, for a symmetric
 // matrix, a tile stands for its transpose too (mirrored); in a part on the diagonal tiles left of

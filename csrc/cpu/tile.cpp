@@ -2,13 +2,14 @@
 // standard library here, so that no inline function built for a newer machine leaks elsewhere.
 #include "tile.h"
 
-#include <utility>
+#include <type_traits>
 
 #include "columns.h"
 #include "convert.h"
 #include "eigen.h"
 #include "product.h"
 #include "simd.h"
+#include "transpose.h"
 #include "vectors.h"
 
 #define CK_STRING_(x) #x
@@ -272,28 +273,6 @@ void add_counts(const Tile<T>& tile, const Counts<T>& counts) {
   }
 }
 
-// swaps the off-diagonal step x step blocks of rows i and i + step
-template <int Step, class V, std::size_t... L>
-CK_FOLD void swap_blocks(V& a, V& b, std::index_sequence<L...>) {
-  constexpr int W = sizeof...(L);
-  const V low = __builtin_shufflevector(a, b, ((L & Step) == 0 ? L : W + L - Step)...);
-  const V high = __builtin_shufflevector(a, b, ((L & Step) == 0 ? L + Step : W + L)...);
-  a = low;
-  b = high;
-}
-
-template <int Step, class T>
-CK_FOLD void transpose_steps(Vec<T>* rows) {
-  constexpr int W = kLanes<T>;
-  if constexpr (Step < W) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i)
-      if ((i & Step) == 0)
-        swap_blocks<Step>(rows[i], rows[i + Step], std::make_index_sequence<W>{});
-    transpose_steps<Step * 2, T>(rows);
-  }
-}
-
 template <class T>
 void pack(const T* x, int64_t stride, int rows, int64_t d, const T* scale, T* out, int64_t ld) {
   constexpr int W = kLanes<T>;
@@ -346,7 +325,7 @@ const TileKernels<T>& kernels() {
       .dots = dots<T>,
       .project = project<T>,
       .add_scaled = add_scaled<T>,
-      .multiply = multiply<T>,
+      .multiply = multiply<Numbers<T>>,
       .center = center<T>,
       .column_squares = column_squares<T>,
       .eliminate = eliminate<T>,

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "cpu"
-COMPILER = shutil.which("c++")
+from tests import compiled
+
 NVCC = shutil.which("nvcc")
-CPUINFO = Path("/proc/cpuinfo")
 
 HOST = r"""
 #include <cmath>
@@ -98,12 +96,6 @@ int main() {
 }
 """
 
-# What CMakeLists.txt gives the compiler, and how this processor calls it.
-ISAS = {
-    "baseline": ([], None),
-    "avx2": (["-mavx2", "-mfma"], "avx2"),
-    "avx512": (["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], "avx512f"),
-}
 VECTORS = r"""
 #include <cmath>
 #include <cstdio>
@@ -193,29 +185,21 @@ __global__ void fold(const float* z, int keys, float* out) {
 """
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+@compiled.needs_compiler
 def test_folds_are_monoids_with_right_derivatives(tmp_path):
     (tmp_path / "fold.cpp").write_text(HOST)
-    command = [COMPILER, "-std=c++17", "-I", HEADERS, tmp_path / "fold.cpp", "-o"]
-    subprocess.run([*command, tmp_path / "fold"], check=True)
-    done = subprocess.run([tmp_path / "fold"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "ok\n", (done.returncode, done.stdout)
+    compiled.build(tmp_path / "fold.cpp", tmp_path / "fold", "-std=c++17")
+    compiled.run(tmp_path / "fold")
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
-@pytest.mark.skipif(not CPUINFO.exists(), reason="cannot tell what the processor has")
-@pytest.mark.parametrize("isa", ISAS)
+@compiled.needs_compiler
+@pytest.mark.parametrize("isa", compiled.ISAS)
 def test_functions_of_vectors(tmp_path, isa):
     """Precision over the whole range, exact values at both infinities, and NaN of any bits."""
-    flags, capability = ISAS[isa]
-    if capability is not None and capability not in CPUINFO.read_text().split():
-        pytest.skip(f"no {capability} here")
+    flags = compiled.isa_flags(isa)
     (tmp_path / "vectors.cpp").write_text(VECTORS)
-    command = [COMPILER, "-std=c++20", "-O2", "-fno-math-errno", "-fno-trapping-math", *flags]
-    command += [f"-DCK_ISA={isa}", "-I", HEADERS, tmp_path / "vectors.cpp", "-o"]
-    subprocess.run([*command, tmp_path / "vectors"], check=True)
-    done = subprocess.run([tmp_path / "vectors"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "ok\n", (done.returncode, done.stdout)
+    compiled.build(tmp_path / "vectors.cpp", tmp_path / "vectors", *flags)
+    compiled.run(tmp_path / "vectors")
 
 
 @pytest.mark.skipif(NVCC is None, reason="no CUDA compiler here")
@@ -223,7 +207,15 @@ def test_functions_of_vectors(tmp_path, isa):
 def test_cuda_can_include_the_folds(tmp_path, architecture):
     source = tmp_path / "fold.cu"
     source.write_text(DEVICE)
-    command = [NVCC, "-std=c++17", f"-arch={architecture}", "-I", HEADERS, "-cubin", source]
+    command = [
+        NVCC,
+        "-std=c++17",
+        f"-arch={architecture}",
+        "-I",
+        compiled.HEADERS,
+        "-cubin",
+        source,
+    ]
     done = subprocess.run([*command, "-o", tmp_path / "fold.cubin"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "fold.cubin").stat().st_size > 0
