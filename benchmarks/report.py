@@ -83,6 +83,15 @@ def bfloat16_row(record: dict) -> list[str]:
     ]
 
 
+def bfloat16_table(records: list[dict]) -> list[str]:
+    """The lines of the cases that were timed with bfloat16 too."""
+    half = [record for record in records if "bfloat16" in record]
+    if not half:
+        return []
+    head = ["case", "float32", "bfloat16", "bfloat16 / float32", "of GEMM rate"]
+    return ["bfloat16 inputs beside float32:", "", *table(head, map(bfloat16_row, half)), ""]
+
+
 def small_row(record: dict) -> list[str]:
     if "failed" in record:
         return [title(record), "FAILED: " + record["failed"], "", ""]
@@ -161,17 +170,14 @@ def section(result: dict) -> list[str]:
         lines += ["Forward and backward, float32, D = 128; medians, interleaved. A number is shown"]
         lines += ["only after value and gradients agreed with float64 in the same run.", ""]
         lines += [*large_table(groups["large"]), ""]
-        half = [record for record in groups["large"] if "bfloat16" in record]
-        if half:
-            lines += ["bfloat16 inputs beside float32:", ""]
-            head = ["case", "float32", "bfloat16", "bfloat16 / float32", "of GEMM rate"]
-            lines += [*table(head, map(bfloat16_row, half)), ""]
+        lines += bfloat16_table(groups["large"])
     if "whitening" in groups:
         lines += [
             "Whitening, forward and backward, float32: N groups of n x D; for `w_mse` N samples"
         ]
         lines += ["in groups of n x D, K views, 4 iterations.", ""]
         lines += [*large_table(groups["whitening"]), ""]
+        lines += bfloat16_table(groups["whitening"])
     if "swap" in groups:
         lines += [
             "Drop-in losses of `contrastive_kernels.integrations` against the peers' own, forward"

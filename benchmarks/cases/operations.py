@@ -34,6 +34,20 @@ def whiten_flops(sizes: Sizes, passes: str = "both") -> float:
     return sizes.n * (units * sizes.m * sizes.d**2 + inverse)
 
 
+def whiten_zca_flops(sizes: Sizes, passes: str = "both") -> float:
+    """The same with eigenvectors, without the operations that find them."""
+    forward = 3 * sizes.m * sizes.d**2 + sizes.d**3
+    backward = 6 * sizes.m * sizes.d**2 + 9 * sizes.d**3
+    return sizes.n * {"forward": forward, "backward": backward, "both": forward + backward}[passes]
+
+
+def whiten_newton_schulz_flops(sizes: Sizes, passes: str = "both") -> float:
+    """The same with five Newton-Schulz steps, of 12 symmetric products forward and 36 backward."""
+    forward = 3 * sizes.m * sizes.d**2 + 12 * sizes.d**3
+    backward = 6 * sizes.m * sizes.d**2 + 36 * sizes.d**3
+    return sizes.n * {"forward": forward, "backward": backward, "both": forward + backward}[passes]
+
+
 def w_mse_flops(sizes: Sizes, passes: str = "both") -> float:
     """Four iterations of whitening k views, n / m groups each."""
     return 4 * sizes.k * whiten_flops(Groups(sizes.n // sizes.m, sizes.m, sizes.d), passes)

@@ -347,14 +347,12 @@ W_MSE_CASES = {
         {"group_size": 6, "method": "zca"},
         {"N": 12, "D": 3, "V": 2, "P": 2},
         unit=6,
-        backends=BATCHED,
     ),
     "w_mse newton": Case(
         PERMUTED,
         {"group_size": 12, "method": "newton_schulz"},
         {"D": 3, "V": 2, "P": 1},
         unit=12,
-        backends=BATCHED,
     ),
 }
 INTL_CASES = {
@@ -456,7 +454,7 @@ LOSSES = (
     Row(cacr_views, CACRViews, CACR_VIEWS_CASES),
     Row(cct, CCT, CCT_CASES),
     Row(w_mse, WMSE, W_MSE_CASES, exchanges=(), backends=("reference", "cpu")),
-    Row(intl, INTL, INTL_CASES, exchanges=(), backends=BATCHED, second_order=BATCHED),
+    Row(intl, INTL, INTL_CASES, exchanges=(), backends=BATCHED),
     Row(nce, NCE, NCE_CASES, exchanges=(), two_views=("query", "key"), alone=True),
 )
 CASES = {name: (row, case) for row in LOSSES for name, case in row.cases.items()}

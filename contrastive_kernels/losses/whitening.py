@@ -15,10 +15,10 @@ from ..backends import resolve_backend, runs_dense
 from ..checks import check_features, check_ids, check_range, check_reduction
 from ..distributed import Batch, Shards, join
 from ..types import Group, Loss, LossStats, statistics_dtype
+from ..whitening.dense import approximate_root
 from ..whitening.errors import check as check_info
 from ..whitening.operators import (
     PermuteRows,
-    approximate_root,
     dense_view_distance,
     permute_rows,
     permute_rows_backward,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import in_transform
-from .operators import FINE, NOT_FINITE
+from .dense import FINE, NOT_FINITE
 
 _CURE = "its features must be linearly independent; use eps > 0, larger groups or fewer features"
 

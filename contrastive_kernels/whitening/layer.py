@@ -12,8 +12,8 @@ from ..checks import check_features, check_range
 from ..distributed import world_size
 from ..ops import full_precision
 from ..types import known, statistics_dtype
+from .dense import approximate_root, invert_cholesky, invert_root, shrink_diagonal
 from .errors import check
-from .operators import approximate_root, invert_cholesky, invert_root, shrink_diagonal
 from .whiten import METHODS, whiten
 
 

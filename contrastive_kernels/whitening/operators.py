@@ -31,6 +31,18 @@ from torch import Tensor
 from ..autograd import define, no_second_order, register_rules
 from ..backends import CPU_ERROR
 from ..ops import NAMESPACE
+from .dense import (
+    FINE,
+    NOT_DEFINITE,
+    approximate_root,
+    center,
+    eigen,
+    invert_cholesky,
+    less_mean,
+    newton_schulz,
+    shrink_diagonal,
+    trace_of,
+)
 
 try:
     from . import cuda
@@ -39,7 +51,6 @@ except ImportError:  # not built
 if CPU_ERROR is None:
     from . import cpu
 
-FINE, NOT_DEFINITE, NOT_FINITE = 0, 1, 2
 TOLERANCE = 0.1  # of a variance of the result
 # Multiply-adds of a group from which it is shared among threads where there are fewer groups.
 _LARGE_GROUP = 2**22
@@ -83,7 +94,7 @@ def whiten_cholesky_backward(
     product = grad.mT @ z
     mirrored = product.tril() + product.tril(-1).mT
     shrunk = torch.baddbmm(grad, z, mirrored, alpha=-(1 - eps) / (z.shape[1] - 1))
-    return _less_mean(shrunk @ inverse, failed=inverse[:, 0, 0].isnan())
+    return less_mean(shrunk @ inverse, failed=inverse[:, 0, 0].isnan())
 
 
 @define(_library)
@@ -93,7 +104,7 @@ def whiten_zca(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor, Tens
     if _takes_cpu_kernel(x, kernel):
         return cpu.whiten_zca(x, eps)
     centered, covariance, _mean = center(x, eps)
-    vectors, roots, info = _eigen(covariance)
+    vectors, roots, info = eigen(covariance)
     z = ((centered @ vectors.mT) / roots[:, None]) @ vectors
     return z, vectors, roots, info
 
@@ -109,7 +120,7 @@ def whiten_zca_backward(
     product = roots[:, :, None] * (z.mT @ grad)
     mixed = (product + product.mT) / (roots[:, :, None] + roots[:, None])
     shrunk = torch.baddbmm(grad, z, mixed, alpha=-(1 - eps) / (z.shape[1] - 1))
-    return _less_mean((shrunk / roots[:, None]) @ vectors, failed=roots[:, 0].isnan())
+    return less_mean((shrunk / roots[:, None]) @ vectors, failed=roots[:, 0].isnan())
 
 
 @define(_library)
@@ -136,18 +147,18 @@ def whiten_newton_schulz_backward(
     centered = x - x.mean(1, keepdim=True)
     product = centered.mT @ grad
     along = (product + product.mT) / 2
-    trace = _trace(covariance)
+    trace = trace_of(covariance)
     # constant features, or a group that failed
     zero = ~(trace > 0)
     trace = torch.where(zero, 1.0, trace)
-    root, slope = _newton_schulz(covariance / trace, iterations, along)
+    root, slope = newton_schulz(covariance / trace, iterations, along)
     inner = (slope * covariance).sum((1, 2), keepdim=True) / trace
     inner = inner + (along * root).sum((1, 2), keepdim=True) / 2
     slope = shrink_diagonal(slope, -inner) / trace**1.5
     made = torch.baddbmm(
         grad @ (root * trace.rsqrt()), centered, slope, alpha=2 * (1 - eps) / (x.shape[1] - 1)
     )
-    return _less_mean(made, failed=zero.flatten())
+    return less_mean(made, failed=zero.flatten())
 
 
 @define(_library)
@@ -230,104 +241,6 @@ def dense_view_distance(z: Tensor, normalize: bool) -> Tensor:
     unit = F.normalize(z, dim=-1) if normalize else z
     # the sum over the pairs is V times that of the squared distances to the mean of the views
     return (unit - unit.mean(0)).square().sum((0, -1)) * (2 / (z.shape[0] - 1))
-
-
-def center(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Xc, C = (1 - eps) Xc^T Xc / (n - 1) + eps I and the mean of the groups x (G, n, D)."""
-    mean = x.mean(1, keepdim=True)
-    centered = x - mean
-    covariance = (centered.mT @ centered) * ((1 - eps) / (x.shape[1] - 1))
-    return centered, shrink_diagonal(covariance, eps), mean
-
-
-def shrink_diagonal(covariance: Tensor, eps: float | Tensor) -> Tensor:
-    """covariance + eps I; eps may be (G, 1, 1)."""
-    if isinstance(eps, float) and eps == 0:
-        return covariance
-    dim = covariance.shape[-1]
-    return covariance + eps * torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
-
-
-def invert_cholesky(covariance: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(L^-1, info) of C = L L^T (G, D, D); `mean` (G, 1, D) is that of the features."""
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    noise = 10 * torch.finfo(covariance.dtype).eps
-    # what is left of a variance below this is rounding, of the elimination or of the mean
-    lowest = noise * covariance.diagonal(dim1=-2, dim2=-1)
-    if mean is not None:
-        lowest = torch.maximum(lowest, (noise * mean[:, 0]).square())
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    info = _info(covariance, (failed == 0) & (pivots > lowest).all(-1))
-    fine = (info == FINE)[:, None, None]
-    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    identity = identity.expand_as(covariance)
-    inverse = torch.linalg.solve_triangular(
-        torch.where(fine, factor, identity), identity, upper=False
-    )
-    return torch.where(fine, inverse, torch.nan).contiguous(), info
-
-
-def invert_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """(C^-1/2, info) of the covariances C (G, D, D)."""
-    vectors, roots, info = _eigen(covariance)
-    return (vectors.mT / roots[:, None]) @ vectors, info
-
-
-def approximate_root(covariance: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """(P close to C^-1/2, info) of the covariances C (G, D, D), by Newton-Schulz steps."""
-    trace = _trace(covariance)
-    info = torch.where(trace.isfinite(), FINE, NOT_FINITE).to(torch.int32).flatten()
-    constant = trace == 0
-    trace = trace.clamp(min=torch.finfo(covariance.dtype).tiny)
-    # what was made of constant features is 0, and so is their gradient
-    scale = torch.where(constant, 0.0, trace.rsqrt())
-    return _newton_schulz(covariance / trace, iterations)[0] * scale, info
-
-
-def _newton_schulz(
-    root: Tensor, iterations: int, slope: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """What `iterations` steps make of S = `root` (G, D, D), close to S^-1/2, and their derivative in
-    the direction `slope`."""
-    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-    # P <- P (3 I - P P S) / 2 loses P S = S P to rounding and diverges after about 15 steps;
-    # the coupled pair Y = S P, P stays stable and costs no more
-    inverse, of_root, of_inverse = identity.expand_as(root), slope, torch.zeros_like(root)
-    for step in range(iterations):
-        factor = 1.5 * identity - 0.5 * (inverse @ root)
-        if of_root is not None:
-            of_factor = -0.5 * (of_inverse @ root + inverse @ of_root)
-            of_inverse = of_factor @ inverse + factor @ of_inverse
-            of_root = of_root @ factor + root @ of_factor
-        inverse = factor @ inverse
-        if step + 1 < iterations:
-            root = root @ factor
-    return inverse, of_inverse
-
-
-def _trace(covariance: Tensor) -> Tensor:
-    return covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-
-
-def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(U^T, square roots of the eigenvalues, info)."""
-    finite = torch.isfinite(covariance).all(-1).all(-1)
-    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], covariance, 0.0))
-    noise = 10 * torch.finfo(covariance.dtype).eps * values[:, -1]
-    info = _info(covariance, values[:, 0] > noise)
-    roots = torch.where(info[:, None] == FINE, values, torch.nan).sqrt()
-    return vectors.mT.contiguous(), roots, info
-
-
-def _info(covariance: Tensor, definite: Tensor) -> Tensor:
-    finite = torch.isfinite(covariance).all(-1).all(-1)
-    info = torch.where(finite, torch.where(definite, FINE, NOT_DEFINITE), NOT_FINITE)
-    return info.to(torch.int32)
-
-
-def _less_mean(gradient: Tensor, failed: Tensor) -> Tensor:
-    gradient = gradient - gradient.mean(1, keepdim=True)
-    return gradient.masked_fill_(failed[:, None, None], 0.0)
 
 
 def _use_cpu_kernel(x: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -13,13 +12,8 @@ from ..backends import resolve_backend, runs_dense
 from ..checks import check_choice, check_features, check_range
 from ..types import statistics_dtype
 from . import errors
-from .operators import (
-    FINE,
-    has_cuda_kernel,
-    whiten_cholesky,
-    whiten_newton_schulz,
-    whiten_zca,
-)
+from .dense import FINE
+from .operators import has_cuda_kernel, whiten_cholesky, whiten_newton_schulz, whiten_zca
 
 METHODS = ("cholesky", "zca", "newton_schulz")
 # backends that have kernels; "auto" takes batched library calls where there is none
