@@ -65,7 +65,7 @@ CASES = (
     whiten(16, 512, 256, 0.45),
     whiten_by("zca", 64, 128, 64, 0.5),
     whiten_by("zca", 32, 256, 128, 0.7),
-    whiten_by("newton_schulz", 64, 128, 64, 0.5),
+    whiten_by("newton_schulz", 64, 128, 64, 0.6),
     whiten_by("newton_schulz", 32, 256, 128, 0.6),
     Case(
         "w_mse",

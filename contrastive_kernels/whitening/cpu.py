@@ -77,10 +77,15 @@ def view_distance_backward(grad: Tensor, z: Tensor, normalize: bool) -> Tensor:
 
 
 def _call(kernel: Callable[..., None], shape: torch.Size, options: tuple, *tensors: Tensor) -> None:
+    dtype = tensors[0].dtype
+    if dtype not in (torch.float32, torch.float64) or any(
+        t.dtype not in (dtype, torch.int32) for t in tensors
+    ):
+        types = ", ".join(str(t.dtype) for t in tensors)
+        raise TypeError(f"tensors must all be float32 or all be float64, got {types}")
     # what is made is contiguous already, so that the kernel writes into it
     tensors = tuple(t.contiguous() for t in tensors)
-    double_precision = tensors[0].dtype == torch.float64
-    kernel(double_precision, *shape, *options, *(t.data_ptr() for t in tensors))
+    kernel(dtype == torch.float64, *shape, *options, *(t.data_ptr() for t in tensors))
 
 
 def _results(x: Tensor, *shapes: tuple[int, ...]) -> tuple:

@@ -22,6 +22,7 @@ are right. `view_distance` is the rest of W-MSE, one pass over the whitened view
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ if CPU_ERROR is None:
     from . import cpu
 
 TOLERANCE = 0.1  # of a variance of the result
+# Beyond so many features LAPACK finds eigenvectors as fast on one thread.
+_MOST_EIGENVECTORS = 384
 # Multiply-adds of a group from which it is shared among threads where there are fewer groups.
 _LARGE_GROUP = 2**22
 
@@ -101,7 +104,7 @@ def whiten_cholesky_backward(
 def whiten_zca(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(Z, U^T, square roots of the eigenvalues, info) of the groups x (G, n, D); `kernel` is "cpu"
     or "auto"."""
-    if _takes_cpu_kernel(x, kernel):
+    if _takes_cpu_kernel(x, kernel, _MOST_EIGENVECTORS):
         return cpu.whiten_zca(x, eps)
     centered, covariance, _mean = center(x, eps)
     vectors, roots, info = eigen(covariance)
@@ -114,7 +117,7 @@ def whiten_zca_backward(
     grad: Tensor, z: Tensor, vectors: Tensor, roots: Tensor, eps: float, kernel: str
 ) -> Tensor:
     """Gradient of the groups (G, n, D)."""
-    if _takes_cpu_kernel(z, kernel):
+    if _takes_cpu_kernel(z, kernel, _MOST_EIGENVECTORS):
         return cpu.whiten_zca_backward(grad, z, vectors, roots, eps)
     z, grad = z @ vectors.mT, grad @ vectors.mT
     product = roots[:, :, None] * (z.mT @ grad)
@@ -247,13 +250,13 @@ def _use_cpu_kernel(x: Tensor) -> bool:
     return x.device.type == "cpu" and CPU_ERROR is None
 
 
-def _takes_cpu_kernel(groups: Tensor, kernel: str) -> bool:
+def _takes_cpu_kernel(groups: Tensor, kernel: str, most_features: float = math.inf) -> bool:
     """The CPU kernel gives each group one thread, which pays unless few large ones leave threads
     idle."""
     if kernel != "auto" or not _use_cpu_kernel(groups):
         return kernel == "cpu"
     count, n, dim = groups.shape
-    return count >= torch.get_num_threads() or n * dim**2 <= _LARGE_GROUP
+    return dim <= most_features and (count >= torch.get_num_threads() or n * dim**2 <= _LARGE_GROUP)
 
 
 def _setup_whiten(ctx: Any, inputs: tuple, output: Any) -> None:

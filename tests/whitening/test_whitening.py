@@ -18,7 +18,7 @@ from torch import Tensor
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
-from contrastive_kernels.backends import unusable_reason
+from contrastive_kernels.backends import CPU_ERROR, unusable_reason
 from contrastive_kernels.whitening import operators
 
 METHODS = ["cholesky", "zca", "newton_schulz"]
@@ -92,6 +92,15 @@ def test_a_large_group_alone_uses_all_threads():
     x = randn(1, 3000, 40)
     assert operators._takes_cpu_kernel(x, "auto") == (torch.get_num_threads() == 1)
     assert_equal_in_double(ck.whiten, reference.whiten, [x])
+
+
+@pytest.mark.skipif(CPU_ERROR is not None or DEVICE != "cpu", reason="no CPU kernels")
+@pytest.mark.parametrize("method", METHODS)
+def test_kernels_refuse_another_type(method):
+    forward = getattr(operators, f"whiten_{method}")
+    options = (0.1, 4, "cpu") if method == "newton_schulz" else (0.1, "cpu")
+    with pytest.raises(TypeError, match="all be float32 or all be float64, got torch.bfloat16"):
+        forward(randn(2, 6, 3, dtype=torch.bfloat16), *options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -194,6 +203,23 @@ def test_two_runs_give_equal_bits():
             z.square().sum(-1).sin().sum().backward()
             runs.append((z, leaf.grad))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.skipif(CPU_ERROR is not None or DEVICE != "cpu", reason="no CPU kernels")
+@pytest.mark.parametrize("method", METHODS)
+def test_bits_do_not_depend_on_threads(method):
+    """Nor on which groups a thread decomposes at once."""
+    x = randn(7, 40, 16, dtype=torch.float32)
+    threads, runs = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        leaf = x.clone().requires_grad_()
+        z = ck.whiten(leaf, method=method, backend="cpu")
+        z.square().sum(-1).sin().sum().backward()
+        runs.append((z, leaf.grad))
+    torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
