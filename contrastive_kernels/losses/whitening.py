@@ -25,7 +25,7 @@ from ..whitening.operators import (
     view_distance,
     whiten_newton_schulz,
 )
-from ..whitening.whiten import check_method, whiten
+from ..whitening.whiten import KERNELS, check_method, whiten
 from .base import ContrastiveLoss, loss
 
 
@@ -151,7 +151,8 @@ def intl(
         ValueError: an argument that does not fit; also a view whose covariance is not finite, with
             the delay of `whiten`.
         TypeError: views that are no floating tensor.
-        RuntimeError: another backend than "auto" and "reference": there are no kernels.
+        RuntimeError: a backend that cannot run here; kernels are those of "newton_schulz" on a
+            CPU, without a group, whose sums of covariances are left to PyTorch.
 
     Formula and defaults are those of the authors' code (winci-ai/INTL), which gathers the batches
     of all processes first: with a `group` statistics are those of all ranks' samples, from sums of
@@ -166,7 +167,9 @@ def intl(
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     if lam is not None:
         check_range("lam", lam, 0.0)
-    resolve_backend(backend, views.device, kernels=())
+    resolve_backend(
+        backend, views.device, kernels=KERNELS["newton_schulz"] if group is None else ()
+    )
     batch, _ = join(group, views.shape[1], views=views.transpose(0, 1))
     sizes = batch.total, views.shape[2]
     count = sizes[1 - axis]  # of what a variance is taken over
