@@ -72,6 +72,13 @@ void sum_block(const Columns<Op>& o) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
   V sums[M][N]{};
+  if (o.add) {  // c may be far away
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+      for (int q = 0; q < N * W; q += 64 / static_cast<int>(sizeof(T)))
+        __builtin_prefetch(o.c + r * o.c_row + q, 1);
+  }
   const Term *a = o.a.data, *b = o.b;
   const int64_t a_row = o.a.row, a_col = o.a.col, b_row = o.b_row;
   for (int64_t p = 0; p < o.terms; ++p, a += a_col, b += b_row) {
