@@ -241,9 +241,10 @@ class BackwardSweep {
   }
 
   void add_partners(Worker<T>& w, bool half, const BackwardTile<T>& b) {
-    w.for_partners([&](int64_t row, int64_t key, T& entry, int64_t i, int64_t j) {
+    const Tile<T>& tile = w.tile();
+    w.for_partners([&](int64_t row, int64_t key, int64_t i, int64_t j) {
       const T grad = in_.grad_partner[row] + (half ? in_.grad_partner[key] : T{0});
-      entry += grad * b.row_scale[i] * w.tile().key_scale[j];
+      tile.data[j * tile.ld + i] += grad * b.row_scale[i] * tile.key_scale[j];
       if (b.key_total != nullptr) b.key_total[j] += grad;
     });
   }

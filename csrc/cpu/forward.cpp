@@ -74,7 +74,7 @@ class ForwardSweep {
 
   // From now on logits are kept, as far as there is room.
   void keep(bool half) {
-    constexpr int64_t kSmallest = 1 << 18;  // pairs whose product costs more than the memory does
+    constexpr int64_t kSmallest = 1 << 15;  // pairs whose product costs more than the memory does
     if (!options_.keep || options_.fold == Fold::kSoftplus || p_.paired) return;
     if (p_.x.rows() * p_.keys < kSmallest) return;
     keeper_ = take_logits(p_.x.rows(), p_.keys, p_.block_keys, sizeof(T), half);

@@ -163,34 +163,24 @@ bool Worker<T>::make_tile(Range keys) {
     tile_.exclude_key = problem_.exclude.given() ? problem_.exclude.keys() + keys.begin : key_ids;
     if (!problem_.exclude.given()) std::fill_n(key_ids, problem_.block_keys, Id{1});
   }
-  if (problem_.paired) {
-    make_paired_tile();
-    return true;
-  }
+  PanelMatrix<T> logits{tile_.data, tile_.ld};
   const int64_t place = problem_.kept.place(keys.begin, keys.end);
-  if (place >= 0 && !problem_.keeps) {
-    copy_kept(place);
-    y_rows_ = nullptr;
-    return true;
+  if (place >= 0) {
+    const int64_t stride = problem_.kept.stride();
+    T* const memory = static_cast<T*>(problem_.kept.memory);
+    logits = {memory + rows_.begin * stride + place * kPanel, kPanel, stride * kPanel};
   }
-  make_logits(keys);
-  if (place >= 0) copy_kept(place);
+  tile_.logits = {logits.data, logits.row, logits.panel};
+  y_rows_ = nullptr;
+  if (problem_.paired)
+    make_paired_tile();
+  else if (place < 0 || problem_.keeps)
+    make_logits(keys, logits);
   return true;
 }
 
 template <class T>
-void Worker<T>::copy_kept(int64_t place) {
-  T* const memory = static_cast<T*>(problem_.kept.memory);
-  for (int64_t i = 0; i < tile_.rows; i += kRowPadding) {
-    T* kept = memory + (rows_.begin + i) * problem_.kept.stride() + place * kRowPadding;
-    T* tile = tile_.data + i;
-    for (int64_t j = 0; j < keys_.size(); ++j, kept += kRowPadding, tile += tile_.ld)
-      std::copy_n(problem_.keeps ? tile : kept, kRowPadding, problem_.keeps ? kept : tile);
-  }
-}
-
-template <class T>
-void Worker<T>::make_logits(Range keys) {
+void Worker<T>::make_logits(Range keys, const PanelMatrix<T>& out) {
   const T* packed = packed_.data();
   if constexpr (std::is_same_v<T, float>) {
     if (problem_.bits) {
@@ -199,17 +189,17 @@ void Worker<T>::make_logits(Range keys) {
       const int64_t pairs = problem_.x.d() / 2;
       bfloat16_kernels()->multiply(
           keys.size(), tile_.rows, pairs, {reinterpret_cast<const uint32_t*>(bits), stride / 2, 1},
-          {reinterpret_cast<const uint32_t*>(packed), kPanel, pairs * kPanel},
-          {tile_.data, tile_.ld}, false);
-      problem_.kernels.scale_rows(tile_.data, tile_.ld, tile_.keys, tile_.rows, row_scale_.data());
-      y_rows_ = nullptr;
+          {reinterpret_cast<const uint32_t*>(packed), kPanel, pairs * kPanel}, out, false);
+      for (int64_t i = 0; i < tile_.rows; i += kPanel)
+        problem_.kernels.scale_rows(out.data + i / kPanel * out.panel, out.row, tile_.keys, kPanel,
+                                    row_scale_.data() + i);
       return;
     }
   }
   read_keys();
   const int64_t d = problem_.x.d();
   problem_.kernels.multiply(keys.size(), tile_.rows, d, {y_rows_, y_stride_, 1},
-                            {packed, kPanel, d * kPanel}, {tile_.data, tile_.ld}, false);
+                            {packed, kPanel, d * kPanel}, out, false);
 }
 
 template <class T>

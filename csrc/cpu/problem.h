@@ -100,12 +100,12 @@ class Worker {
   bool make_tile(Range keys);
 
   const Tile<T>& tile() const { return tile_; }
-  // use(row, key, their entry of the tile, its row there, its key there) for the partners in a tile
+  // use(row, key, the row in the tile, the key there) for the partners in a tile
   template <class Use>
   void for_partners(Use use) {
     for (int64_t row = rows_.begin; row < rows_.end; ++row) {
       const int64_t key = problem_.partner(row), i = row - rows_.begin, j = key - keys_.begin;
-      if (j >= 0 && key < keys_.end) use(row, key, tile_.data[j * tile_.ld + i], i, j);
+      if (j >= 0 && key < keys_.end) use(row, key, i, j);
     }
   }
   Range rows() const { return rows_; }
@@ -131,9 +131,7 @@ class Worker {
   // the block's rows x (of row length d) into panels of columns, times scales
   void pack(const T* x, int64_t stride, int64_t d, const T* scales);
   void make_paired_tile();
-  void make_logits(Range keys);
-  // the tile out to, or in from, its place among the logits that are kept
-  void copy_kept(int64_t place);
+  void make_logits(Range keys, const PanelMatrix<T>& out);
   void read_keys();
 
   const Problem<T>& problem_;

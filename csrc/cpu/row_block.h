@@ -110,8 +110,11 @@ class RowBlock {
   }
 
   void set_partners(bool mirrored) {
-    w_.for_partners([&](int64_t row, int64_t key, T entry, int64_t, int64_t j) {
-      partner_[row] = entry * w_.tile().key_scale[j] + w_.tile().bias[j];
+    const Tile<T>& tile = w_.tile();
+    w_.for_partners([&](int64_t row, int64_t key, int64_t i, int64_t j) {
+      const T entry =
+          tile.logits.data[i / kPanel * tile.logits.panel + j * tile.logits.row + i % kPanel];
+      partner_[row] = entry * tile.key_scale[j] + tile.bias[j];
       if (mirrored) partner_[key] = partner_[row];
     });
   }

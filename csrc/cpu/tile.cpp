@@ -45,7 +45,8 @@ CK_FOLD IVec<T> kept(const Tile<T>& tile, int i, int j) {
 
 template <class T>
 CK_FOLD Vec<T> logit(const Tile<T>& tile, int i, int j) {
-  return load<Vec<T>>(tile.data + j * tile.ld + i) * tile.key_scale[j] + tile.bias[j];
+  const T* at = tile.logits.data + i / kPanel * tile.logits.panel + i % kPanel;
+  return load<Vec<T>>(at + j * tile.logits.row) * tile.key_scale[j] + tile.bias[j];
 }
 
 template <class T>

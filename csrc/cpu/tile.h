@@ -31,6 +31,15 @@ struct LaneId<double> {
   using type = int64_t;
 };
 
+// entry (i, j) at data[i * row + (j / kPanel) * panel + j % kPanel]; a plain matrix has panel =
+// kPanel
+template <class T>
+struct PanelMatrix {
+  T* data;
+  int64_t row;
+  int64_t panel = kPanel;
+};
+
 template <class T>
 struct Tile {
   using Id = typename LaneId<T>::type;
@@ -38,7 +47,8 @@ struct Tile {
   int64_t ld;
   int rows;  // padded
   int keys;
-  // logit = data * key_scale[j] + bias[j]
+  // where the logits lie, in data or elsewhere: logit = entry (j, i) * key_scale[j] + bias[j]
+  PanelMatrix<const T> logits;
   const T* key_scale;
   const T* bias;
   // a pair is dropped where exclude ids are equal or keep ids differ; only looked at when masked
@@ -95,15 +105,6 @@ template <class T>
 struct LeftMatrix {
   const T* data;
   int64_t row, col;
-};
-
-// entry (i, j) at data[i * row + (j / kPanel) * panel + j % kPanel]; a plain matrix has panel =
-// kPanel
-template <class T>
-struct PanelMatrix {
-  T* data;
-  int64_t row;
-  int64_t panel = kPanel;
 };
 
 template <class T>

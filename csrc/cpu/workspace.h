@@ -12,7 +12,7 @@ namespace ck {
 
 // Those of all rows with some blocks of `block` keys, spread evenly among the `blocks` that there
 // are, so that no thread has more than others. kRowPadding rows lie after the others, in each of
-// them the keys that are kept.
+// them the keys that are kept; products write there and folds read it.
 struct KeptLogits {
   void* memory = nullptr;  // null: none
   int64_t keys = 0, block = 1, blocks = 0, kept = 0;
