@@ -166,7 +166,10 @@ def _reaches_kernel(args: tuple) -> bool:
         return False
     for arg in args:
         if isinstance(arg, Tensor) and (
-            type(arg) not in (Tensor, Parameter) or not arg.is_cpu or arg.is_neg()
+            type(arg) not in (Tensor, Parameter)
+            or not arg.is_cpu
+            or arg.is_neg()
+            or not torch._C._has_storage(arg)  # gradients that are taken as a batch
         ):
             return False
     return True
