@@ -159,9 +159,28 @@ class BackwardSweep {
   }
 
   void sweep_all(Range all_rows, Range all_keys, T* to_rows, T* to_keys, double* key_totals) {
+    const int64_t d = p_.x.d(), size = all_rows.size() * d;
+    const auto parts = parts_of_few_rows(p_, all_rows, all_keys, d * sizeof(T));
     Workers<T> workers(p_);
-    for_all_pairs(p_, workers, all_rows, all_keys, [&](Worker<T>& w, Range rows, Range keys) {
-      part(w, rows, keys, false, to_rows, to_keys, key_totals);
+    if (parts.empty())
+      return for_all_pairs(p_, workers, all_rows, all_keys,
+                           [&](Worker<T>& w, Range rows, Range keys) {
+                             part(w, rows, keys, false, to_rows, to_keys, key_totals);
+                           });
+    // each part has sums of its own for the rows, the first those that are there
+    Buffer<T> memory(to_rows == nullptr ? 0 : (parts.size() - 1) * size);
+    clear(memory.data(), memory.size());
+    for_key_parts(workers, parts, [&](Worker<T>& w, Range keys, int64_t index) {
+      T* own = to_rows;
+      if (own != nullptr && index > 0)
+        own = memory.data() + (index - 1) * size - all_rows.begin * d;
+      part(w, all_rows, keys, false, own, to_keys, key_totals);
+    });
+    if (memory.empty()) return;
+    T* sums = to_rows + all_rows.begin * d;
+    parallel_for(0, size, kSerialWork, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t at = i; at < memory.size(); at += size) sums[i] += memory[at];
     });
   }
 

@@ -127,14 +127,17 @@ class ForwardSweep {
   }
 
   void find_maxima(T* of_rows, T* of_keys) {
+    const int64_t size = p_.x.rows();
+    const auto parts = few_rows(sizeof(T));
+    Buffer<T> largest_of_rows(parts.size() * size, -static_cast<T>(kInfinity));
     Workers<T> workers(p_);
-    const auto visit = [&](Worker<T>& w, Range row_part, Range key_part) {
+    const auto visit = [&](Worker<T>& w, Range row_part, Range key_part, int64_t index) {
       enum Lanes { kMaxLanes, kValidLanes };
       const T* valid = nullptr;
       const auto push = [&](bool mirrored) {
         T* largest = w.lane_buffer(kMaxLanes);
         p_.kernels.row_max(w.tile(), largest);
-        T* out = of_rows + w.rows().begin;
+        T* out = w.rows().begin + (parts.empty() ? of_rows : largest_of_rows.data() + index * size);
         for (int64_t i = 0; i < w.rows().size(); ++i) out[i] = std::max(out[i], largest[i]);
         if (mirrored || !p_.symmetric)
           p_.kernels.raise_key_max(w.tile(), valid, of_keys + w.keys().begin);
@@ -143,7 +146,9 @@ class ForwardSweep {
           p_, w, row_part, key_part, p_.symmetric,
           [&](Range) { valid = w.valid_lanes(kValidLanes); }, push, [](Range) {});
     };
-    visit_pairs(workers, visit);
+    visit_pairs(workers, parts, visit);
+    for (int64_t i = 0; i < largest_of_rows.size(); ++i)
+      of_rows[i % size] = std::max(of_rows[i % size], largest_of_rows[i]);
   }
 
   // Rows only; without a shift, for logits of any size.
@@ -181,25 +186,39 @@ class ForwardSweep {
 
   void rows_and_keys(Sums& rows, Sums& keys, std::optional<double> shift,
                      const Shifts<T>& shifts = {}) {
+    const auto parts = few_rows(kFields * sizeof(double));
+    if (!parts.empty()) rows = Sums(rows.size(), rows.fields(), parts.size());
     Workers<T> workers(p_);
-    const auto visit = [&](Worker<T>& w, Range row_part, Range key_part) {
+    const auto visit = [&](Worker<T>& w, Range row_part, Range key_part, int64_t index) {
       RowBlock<T> block(p_, w, options_.fold, shift, options_.threshold, options_.partner, shifts);
       for_tiles(
           p_, w, row_part, key_part, p_.symmetric, [&](Range) { block.start(); },
           [&](bool mirrored) {
             block.push(p_.symmetric && !mirrored ? nullptr : &keys, mirrored, nullptr);
           },
-          [&](Range) { block.finish(rows, 0); });
+          [&](Range) { block.finish(rows, index); });
     };
-    visit_pairs(workers, visit);
+    visit_pairs(workers, parts, visit);
+    rows.merge();
   }
 
+  std::vector<Range> few_rows(int64_t row_bytes) const {
+    if (p_.symmetric) return {};
+    return parts_of_few_rows(p_, {0, p_.x.rows()}, {0, p_.keys}, row_bytes);
+  }
+
+  // visit(worker, rows, keys, index of the sums that the rows have there)
   template <class Visit>
-  void visit_pairs(Workers<T>& workers, Visit visit) {
+  void visit_pairs(Workers<T>& workers, const std::vector<Range>& parts, Visit visit) {
+    const auto first = [&](Worker<T>& w, Range rows, Range keys) { visit(w, rows, keys, 0); };
     if (p_.symmetric)
-      for_half_pairs(p_, workers, visit);
+      for_half_pairs(p_, workers, first);
+    else if (parts.empty())
+      for_all_pairs(p_, workers, {0, p_.x.rows()}, {0, p_.keys}, first);
     else
-      for_all_pairs(p_, workers, {0, p_.x.rows()}, {0, p_.keys}, visit);
+      for_key_parts(workers, parts, [&](Worker<T>& w, Range keys, int64_t index) {
+        visit(w, Range{0, p_.x.rows()}, keys, index);
+      });
   }
 
   void sweep_rows(Sums& rows, const std::vector<Range>& parts, T* attended,

@@ -80,7 +80,9 @@ Problem<T>::Problem(const PairArguments<T>& a)
   const int64_t share = divide_up(x.rows(), num_threads());
   block_rows =
       std::clamp(divide_up(share, kRowPadding) * kRowPadding, int64_t{kRowPadding}, most_rows);
-  block_keys = d <= 512 ? 128 : 64;
+  // fewer keys where threads would have none
+  const int64_t key_share = divide_up(divide_up(keys, num_threads()), 32) * 32;
+  block_keys = std::clamp<int64_t>(key_share, 32, d <= 512 ? 128 : 64);
 }
 
 // A cache line more than a tile's rows: the entries of one row, which a product walks through,

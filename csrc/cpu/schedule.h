@@ -61,6 +61,19 @@ std::vector<Range> key_parts(const Problem<T>& problem) {
   return cut(problem.keys, num_threads() / blocks, problem.block_keys);
 }
 
+// Parts of the keys for all rows at once, each with sums of its own for the rows: where there are
+// too few rows for `for_all_pairs` to keep all threads busy; else there are none. The sums of a row
+// take `row_bytes`.
+template <class T>
+std::vector<Range> parts_of_few_rows(const Problem<T>& problem, Range all_rows, Range all_keys,
+                                     int64_t row_bytes) {
+  constexpr int64_t kMost = 1 << 24;  // bytes of all sums
+  const int64_t parts = std::min({num_threads(), divide_up(all_keys.size(), problem.block_keys),
+                                  std::max<int64_t>(1, kMost / (all_rows.size() * row_bytes))});
+  if (parts <= divide_up(all_rows.size(), kRowPadding)) return {};
+  return cut(all_keys, parts, problem.block_keys);
+}
+
 // visit(worker, rows, keys) for every pair of parts of `all_rows` and `all_keys`: a Latin square,
 // in whose every round each part of the rows meets another part of the keys.
 template <class T, class Visit>
@@ -76,6 +89,14 @@ void for_all_pairs(const Problem<T>& problem, Workers<T>& workers, Range all_row
     parallel_for(0, parts, 1, [&](int64_t b, int64_t e) {
       for (int64_t p = b; p < e; ++p) visit(workers.mine(), rows[p], keys[(p + round) % parts]);
     });
+}
+
+// visit(worker, keys, index) for each part of the keys
+template <class T, class Visit>
+void for_key_parts(Workers<T>& workers, const std::vector<Range>& parts, Visit visit) {
+  parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t b, int64_t e) {
+    for (int64_t p = b; p < e; ++p) visit(workers.mine(), parts[p], p);
+  });
 }
 
 // visit(worker, a, b) once for every unordered pair of parts of a symmetric matrix, a = b too: a
