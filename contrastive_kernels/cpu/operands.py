@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..types import statistics_dtype
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # tile.h
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # tile.h
 _NO_IDS = (0, 0, False)
 Matrix = tuple[int, int, int, int, int, int]
 
@@ -120,7 +120,7 @@ def contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def matrix(t: Tensor) -> Matrix:
     """Features (N, D) of any strides."""
-    code = _DTYPES.get(t.dtype)
+    code = DTYPES.get(t.dtype)
     if code is None:
         raise TypeError(f"features must be float32, float64, bfloat16 or float16, got {t.dtype}")
     return (t.data_ptr(), *t.shape, *t.stride(), code)

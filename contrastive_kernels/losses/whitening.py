@@ -84,15 +84,17 @@ def w_mse(
         if permutations.device != views.device:
             raise ValueError(f"permutations must be on {views.device}, got {permutations.device}")
     permutations = permutations.long()
-    views = views.to(statistics_dtype(views))
+    drawn, dtype = permutations.shape[0], statistics_dtype(views)
+    # gradients of a sample's several places are added up before they are rounded
+    samples = views if drawn == 1 else views.to(dtype)
     distance: Callable[[Tensor, bool], Tensor] = view_distance
     dense = runs_dense(backend)
     if dense:
         distance = dense_view_distance
-    permuted = _permute(views, permutations, dense)
+    permuted = _permute(samples, permutations, dense)
     groups = permuted.reshape(-1, group_size, dim)
     if n == 0:  # a rank without samples
-        z = groups.view(v, 0, dim)
+        z = groups.view(v, 0, dim).to(dtype)
         pairs = z.flatten()
     else:
         z = whiten(groups, method=method, eps=eps, backend=backend).view(v, -1, dim)
@@ -100,7 +102,6 @@ def w_mse(
     if not normalize:
         pairs = pairs / dim
     # only now: a rank that cannot whiten its groups tells the others
-    drawn = permutations.shape[0]
     batch, _ = join(
         group, n, views=views.transpose(0, 1), permutations=None, generator=None, iterations=drawn
     )
@@ -202,8 +203,8 @@ def _cosine_and_trace(
 ) -> tuple[Tensor, Tensor]:
     """(the mean cosine of each sample (N,), the trace losses that all share) of `intl`; variances
     are over `count` numbers."""
-    views = views.to(statistics_dtype(views))
-    if isinstance(batch, Shards):
+    if isinstance(batch, Shards):  # which adds gradients up
+        views = views.to(statistics_dtype(views))
         z = _normalize_over_ranks(views, axis, iterations, backend, batch)
     else:
         z = _normalize_iteratively(views, axis, iterations, backend)

@@ -103,7 +103,8 @@ def _info(covariance: Tensor, definite: Tensor) -> Tensor:
     return info.to(torch.int32)
 
 
-def less_mean(gradient: Tensor, failed: Tensor) -> Tensor:
-    """The gradient (G, n, D) less its mean over the rows, 0 for the groups that failed (G,)."""
+def less_mean(gradient: Tensor, failed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient (G, n, D) less its mean over the rows, 0 for the groups that failed (G,), in the
+    type `dtype`."""
     gradient = gradient - gradient.mean(1, keepdim=True)
-    return gradient.masked_fill_(failed[:, None, None], 0.0)
+    return gradient.masked_fill_(failed[:, None, None], 0.0).to(dtype)

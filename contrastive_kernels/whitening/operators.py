@@ -15,9 +15,10 @@ newton    Z = Xc P, P = f(S) / sqrt(t), E = the symmetric part of Xc^T G, A = th
           S in the direction E, D = (A - (<A, S> + <E, f(S)> / 2) I) / t^1.5:
           dXc = G P + 2 c Xc D
 
-Numbers never raise here: `info` (G,) int32 of a group is FINE, NOT_DEFINITE (to working precision)
-or NOT_FINITE. What was made of a group that failed is NaN, its gradient is 0, and the other groups
-are right. `view_distance` is the rest of W-MSE, one pass over the whitened views.
+Samples x may be of half types, and so is their gradient; all else is float32 then. Numbers never
+raise here: `info` (G,) int32 of a group is FINE, NOT_DEFINITE (to working precision) or NOT_FINITE.
+What was made of a group that failed is NaN, its gradient is 0, and the other groups are right.
+`view_distance` is the rest of W-MSE, one pass over the whitened views.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 from ..autograd import define, no_second_order, register_rules
 from ..backends import CPU_ERROR
 from ..ops import NAMESPACE
+from ..types import statistics_dtype
 from .dense import (
     FINE,
     NOT_DEFINITE,
@@ -72,6 +74,7 @@ def whiten_cholesky(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor,
     also be batched torch."""
     if _takes_cpu_kernel(x, kernel):
         return cpu.whiten_cholesky(x, eps)
+    x = x.to(statistics_dtype(x))
     if has_cuda_kernel(x):
         return cuda.whiten_cholesky(x.contiguous(), eps)
     centered, covariance, mean = center(x, eps)
@@ -87,17 +90,17 @@ def whiten_cholesky(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor,
 
 @define(_library)
 def whiten_cholesky_backward(
-    grad: Tensor, z: Tensor, inverse: Tensor, eps: float, kernel: str
+    grad: Tensor, z: Tensor, inverse: Tensor, dtype: torch.dtype, eps: float, kernel: str
 ) -> Tensor:
-    """Gradient of the groups (G, n, D)."""
+    """Gradient of the groups (G, n, D), which are of type `dtype`."""
     if _takes_cpu_kernel(z, kernel):
-        return cpu.whiten_cholesky_backward(grad, z, inverse, eps)
+        return cpu.whiten_cholesky_backward(grad, z, inverse, dtype, eps)
     if has_cuda_kernel(z):
-        return cuda.whiten_cholesky_backward(grad.contiguous(), z, inverse, eps)
+        return cuda.whiten_cholesky_backward(grad.contiguous(), z, inverse, eps).to(dtype)
     product = grad.mT @ z
     mirrored = product.tril() + product.tril(-1).mT
     shrunk = torch.baddbmm(grad, z, mirrored, alpha=-(1 - eps) / (z.shape[1] - 1))
-    return less_mean(shrunk @ inverse, failed=inverse[:, 0, 0].isnan())
+    return less_mean(shrunk @ inverse, inverse[:, 0, 0].isnan(), dtype)
 
 
 @define(_library)
@@ -106,6 +109,7 @@ def whiten_zca(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor, Tens
     or "auto"."""
     if _takes_cpu_kernel(x, kernel, _MOST_EIGENVECTORS):
         return cpu.whiten_zca(x, eps)
+    x = x.to(statistics_dtype(x))
     centered, covariance, _mean = center(x, eps)
     vectors, roots, info = eigen(covariance)
     z = ((centered @ vectors.mT) / roots[:, None]) @ vectors
@@ -114,16 +118,22 @@ def whiten_zca(x: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor, Tens
 
 @define(_library)
 def whiten_zca_backward(
-    grad: Tensor, z: Tensor, vectors: Tensor, roots: Tensor, eps: float, kernel: str
+    grad: Tensor,
+    z: Tensor,
+    vectors: Tensor,
+    roots: Tensor,
+    dtype: torch.dtype,
+    eps: float,
+    kernel: str,
 ) -> Tensor:
-    """Gradient of the groups (G, n, D)."""
+    """Gradient of the groups (G, n, D), which are of type `dtype`."""
     if _takes_cpu_kernel(z, kernel, _MOST_EIGENVECTORS):
-        return cpu.whiten_zca_backward(grad, z, vectors, roots, eps)
+        return cpu.whiten_zca_backward(grad, z, vectors, roots, dtype, eps)
     z, grad = z @ vectors.mT, grad @ vectors.mT
     product = roots[:, :, None] * (z.mT @ grad)
     mixed = (product + product.mT) / (roots[:, :, None] + roots[:, None])
     shrunk = torch.baddbmm(grad, z, mixed, alpha=-(1 - eps) / (z.shape[1] - 1))
-    return less_mean((shrunk / roots[:, None]) @ vectors, failed=roots[:, 0].isnan())
+    return less_mean((shrunk / roots[:, None]) @ vectors, roots[:, 0].isnan(), dtype)
 
 
 @define(_library)
@@ -133,6 +143,7 @@ def whiten_newton_schulz(
     """(Z, C, info) of the groups x (G, n, D) of any rank; `kernel` is "cpu" or "auto"."""
     if _takes_cpu_kernel(x, kernel):
         return cpu.whiten_newton_schulz(x, eps, iterations)
+    x = x.to(statistics_dtype(x))
     centered, covariance, _mean = center(x, eps)
     matrix, info = approximate_root(covariance, iterations)
     failed = info.bool()[:, None, None]
@@ -147,7 +158,8 @@ def whiten_newton_schulz_backward(
     """Gradient of the groups (G, n, D)."""
     if _takes_cpu_kernel(x, kernel):
         return cpu.whiten_newton_schulz_backward(grad, x, covariance, eps, iterations)
-    centered = x - x.mean(1, keepdim=True)
+    samples = x.to(statistics_dtype(x))
+    centered = samples - samples.mean(1, keepdim=True)
     product = centered.mT @ grad
     along = (product + product.mT) / 2
     trace = trace_of(covariance)
@@ -161,7 +173,7 @@ def whiten_newton_schulz_backward(
     made = torch.baddbmm(
         grad @ (root * trace.rsqrt()), centered, slope, alpha=2 * (1 - eps) / (x.shape[1] - 1)
     )
-    return less_mean(made, failed=zero.flatten())
+    return less_mean(made, zero.flatten(), x.dtype)
 
 
 @define(_library)
@@ -261,7 +273,8 @@ def _takes_cpu_kernel(groups: Tensor, kernel: str, most_features: float = math.i
 
 def _setup_whiten(ctx: Any, inputs: tuple, output: Any) -> None:
     *made, info = output
-    _x, *ctx.options = inputs
+    x, *options = inputs
+    ctx.options = (x.dtype, *options)
     ctx.save_for_backward(*made)
     ctx.mark_non_differentiable(info)
 
@@ -309,11 +322,13 @@ def _backward_permute_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 def _fake_groups(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     info = x.new_empty(x.shape[0], dtype=torch.int32)
-    return (torch.empty_like(x), *(x.new_empty(shape) for shape in shapes), info)
+    made = torch.empty_like(x, dtype=statistics_dtype(x))
+    return (made, *(made.new_empty(shape) for shape in shapes), info)
 
 
-def _fake_gradient(_grad: Tensor, z: Tensor, *_rest: Any) -> Tensor:
-    return torch.empty_like(z)
+def _fake_gradient(_grad: Tensor, like: Tensor, *rest: Any) -> Tensor:
+    dtypes = [option for option in rest if isinstance(option, torch.dtype)]
+    return torch.empty_like(like, dtype=dtypes[0] if dtypes else like.dtype)
 
 
 def _square(x: Tensor) -> tuple[int, ...]:

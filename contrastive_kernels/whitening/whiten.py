@@ -110,7 +110,9 @@ def whiten(
         raise ValueError('return_info needs another backend than "reference"')
     if runs_dense(backend) and not return_info:
         return precise(reference.whiten)(x, method=method, eps=eps, iterations=iterations)
-    groups = x.to(statistics_dtype(x)).reshape(-1, n, dim)
+    # kernels of a CPU convert half rows on the way
+    groups = x if x.device.type == "cpu" else x.to(statistics_dtype(x))
+    groups = groups.reshape(-1, n, dim)
     if backend == "cuda" and not has_cuda_kernel(groups):
         raise RuntimeError(
             'backend="cuda" whitens in float32, with D <= 256 on most GPUs; "auto" takes batched '

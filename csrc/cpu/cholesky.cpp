@@ -30,7 +30,7 @@ class Cholesky : Group<T> {
         scale_(groups.d) {}
 
   // z (rows, d) and inverse (d, d) of x (rows, d)
-  Info forward(const T* x, T* z, T* inverse) {
+  Info forward(const void* x, T* z, T* inverse) {
     const Info info = whiten(x, z, inverse);
     if (info != kFine) {
       std::fill_n(z, g_.size(), Base::kNan);
@@ -39,9 +39,10 @@ class Cholesky : Group<T> {
     return info;
   }
 
-  // dx (rows, d); 0 for a group that failed, so that it leaves the gradients of others alone
-  void backward(const T* grad, const T* z, const T* inverse, T* dx) {
-    if (std::isnan(inverse[0])) return void(std::fill_n(dx, g_.size(), T{0}));
+  // dx (rows, d)
+  void backward(const T* grad, const T* z, const T* inverse, void* dx) {
+    if (std::isnan(inverse[0])) return this->clear(dx);
+    T* made = this->room_for(dx);
     this->multiply_symmetric(g_.rows, this->transposed(grad), z, g_.d, matrix_.data());
     this->mirror(matrix_.data(), static_cast<T>(-this->c_));
     std::copy_n(grad, g_.size(), features_.data());
@@ -49,13 +50,13 @@ class Cholesky : Group<T> {
                    g_.d, true);
     for_columns(g_.d, kColumns, [&](int64_t begin, int64_t end) {
       this->multiply(g_.rows, end - begin, g_.d - begin, this->samples(features_.data() + begin),
-                     inverse + begin * (g_.d + 1), g_.d, dx + begin, g_.d);
+                     inverse + begin * (g_.d + 1), g_.d, made + begin, g_.d);
     });
-    this->subtract_mean(dx);
+    this->finish(dx);
   }
 
  private:
-  Info whiten(const T* x, T* z, T* inverse) {
+  Info whiten(const void* x, T* z, T* inverse) {
     constexpr double kNoise = 10 * std::numeric_limits<T>::epsilon();
     const double mean_noise = kNoise + g_.rows * std::numeric_limits<double>::epsilon();
     this->center(x);
@@ -128,26 +129,26 @@ class Cholesky : Group<T> {
 }  // namespace
 
 template <class T>
-void whiten_cholesky(const Groups& groups, double eps, const T* x, T* z, T* inverse,
+void whiten_cholesky(const Groups& groups, double eps, const void* x, T* z, T* inverse,
                      int32_t* info) {
   for_groups<Cholesky<T>>(groups, eps, [&](auto& worker, int64_t i) {
-    info[i] =
-        worker.forward(x + i * groups.size(), z + i * groups.size(), inverse + i * groups.square());
+    info[i] = worker.forward(groups.at(x, i), z + i * groups.size(), inverse + i * groups.square());
   });
 }
 
 template <class T>
 void whiten_cholesky_backward(const Groups& groups, double eps, const T* grad, const T* z,
-                              const T* inverse, T* dx) {
+                              const T* inverse, void* dx) {
   for_groups<Cholesky<T>>(groups, eps, [&](auto& worker, int64_t i) {
     worker.backward(grad + i * groups.size(), z + i * groups.size(), inverse + i * groups.square(),
-                    dx + i * groups.size());
+                    groups.at(dx, i));
   });
 }
 
-#define CK_INSTANTIATE(T)                                                           \
-  template void whiten_cholesky(const Groups&, double, const T*, T*, T*, int32_t*); \
-  template void whiten_cholesky_backward(const Groups&, double, const T*, const T*, const T*, T*);
+#define CK_INSTANTIATE(T)                                                                     \
+  template void whiten_cholesky(const Groups&, double, const void*, T*, T*, int32_t*);        \
+  template void whiten_cholesky_backward(const Groups&, double, const T*, const T*, const T*, \
+                                         void*);
 CK_INSTANTIATE(float)
 CK_INSTANTIATE(double)
 #undef CK_INSTANTIATE

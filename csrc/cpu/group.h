@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "buffer.h"
+#include "matrix.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -16,14 +18,23 @@ namespace ck {
 // What `info` of a group says.
 enum Info : int32_t { kFine = 0, kNotDefinite = 1, kNotFinite = 2 };
 
-// Groups of `rows` samples of d features, one after the other.
+// Groups of `rows` samples of d features, one after the other. Samples x and their gradients dx are
+// of type `dtype`, all else of that of the arithmetic: `dtype`, or float for half types.
 struct Groups {
   int64_t count, rows, d;
+  Dtype dtype;
 
   int64_t size() const { return rows * d; }
   int64_t square() const { return d * d; }
   // row length of a (d, d) matrix of whole vectors
   int64_t ld() const { return (d + 15) / 16 * 16; }
+  // x and dx of group i
+  const void* at(const void* x, int64_t i) const {
+    return static_cast<const char*>(x) + i * size() * size_of(dtype);
+  }
+  void* at(void* dx, int64_t i) const {
+    return static_cast<char*>(dx) + i * size() * size_of(dtype);
+  }
 };
 
 // calls run(begin, end) for all columns, a few at a time
@@ -37,6 +48,7 @@ class Group {
  public:
   Group(const Groups& groups, double eps)
       : g_(groups),
+        half_(groups.dtype != kDtype<T>),
         ld_(groups.ld()),
         c_((1 - eps) / (groups.rows - 1)),
         eps_(eps),
@@ -48,7 +60,14 @@ class Group {
   static constexpr int64_t kBlock = 32;  // rows of a symmetric product that are made at once
 
   // Xc of the samples x
-  void center(const T* x) { kernels_.center(x, g_.rows, g_.d, features_.data(), mean_.data()); }
+  void center(const void* x) {
+    const T* samples = static_cast<const T*>(x);
+    if (half_) {
+      kernels_.read_rows(x, g_.dtype, g_.d, 1, g_.rows, g_.d, features_.data());
+      samples = features_.data();
+    }
+    kernels_.center(samples, g_.rows, g_.d, features_.data(), mean_.data());
+  }
 
   // C = c Xc^T Xc + eps I; false: it is not finite
   bool covariance(T* out) {
@@ -62,8 +81,22 @@ class Group {
     return true;
   }
 
-  // dx = dx less its mean
-  void subtract_mean(T* dx) { kernels_.center(dx, g_.rows, g_.d, dx, mean_.data()); }
+  // where dx is made: in its place, or beside it if it will be rounded
+  T* room_for(void* dx) {
+    if (!half_) return static_cast<T*>(dx);
+    if (gradient_.empty()) gradient_ = Buffer<T>(g_.size());
+    return gradient_.data();
+  }
+
+  // dx = what was made in its room, less the mean
+  void finish(void* dx) {
+    T* made = room_for(dx);
+    kernels_.center(made, g_.rows, g_.d, made, mean_.data());
+    if (half_) kernels_.write(made, g_.size(), g_.dtype, dx);
+  }
+
+  // dx = 0 of a group that failed, so that it leaves the gradients of others alone
+  void clear(void* dx) { std::memset(dx, 0, g_.size() * size_of(g_.dtype)); }
 
   // left operands: x without padding, X^T, and a padded matrix
   LeftMatrix<T> samples(const T* x) const { return {x, g_.d, 1}; }
@@ -99,9 +132,10 @@ class Group {
 
   const TileKernels<T>& kernels_ = tile_kernels<T>();
   const Groups g_;
+  const bool half_;  // of the samples
   const int64_t ld_;
   const double c_, eps_;
-  Buffer<T> features_;
+  Buffer<T> features_, gradient_;
   Buffer<double> mean_;
 };
 

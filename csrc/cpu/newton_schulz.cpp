@@ -20,7 +20,7 @@ class NewtonSchulz : Group<T> {
     for (Pair* pair : {&root_, &inverse_, &factor_, &product_}) *pair = Pair(groups.d * ld_);
   }
 
-  Info forward(int64_t iterations, const T* x, T* z, T* covariance) {
+  Info forward(int64_t iterations, const void* x, T* z, T* covariance) {
     this->center(x);
     if (!this->covariance(product_.value.data())) {
       std::fill_n(z, g_.size(), Base::kNan);
@@ -42,11 +42,11 @@ class NewtonSchulz : Group<T> {
   // P = f(S) / sqrt(t), S = C / t, t = tr C, has the gradient E, the symmetric part of Xc^T G. With
   // A, the derivative of f at S in the direction E, the gradient of C is
   // D = (A - (<A, S> + <E, f> / 2) I) / t^1.5, and dXc = G P + 2 c Xc D.
-  void backward(int64_t iterations, const T* grad, const T* x, const T* covariance, T* dx) {
+  void backward(int64_t iterations, const T* grad, const void* x, const T* covariance, void* dx) {
     const double trace = trace_of(covariance);
-    if (!(trace > 0)) return void(std::fill_n(dx, g_.size(), T{0}));  // constant, or it failed
+    if (!(trace > 0)) return this->clear(dx);  // constant, or it failed
     this->center(x);
-    T* product = product_.value.data();
+    T *made = this->room_for(dx), *product = product_.value.data();
     this->multiply(g_.d, g_.d, g_.rows, this->transposed(features_.data()), grad, g_.d, product,
                    ld_);
     for (int64_t i = 0; i < g_.d; ++i)
@@ -62,10 +62,11 @@ class NewtonSchulz : Group<T> {
     for (int64_t i = 0; i < g_.d; ++i) along[i * (ld_ + 1)] -= static_cast<T>(inner);
     const T scale = static_cast<T>(2 * this->c_ / (trace * std::sqrt(trace)));
     for_entries([&](int64_t k, int64_t) { along[k] *= scale; });
-    this->multiply(g_.rows, g_.d, g_.d, this->samples(grad), inverse_.value.data(), ld_, dx, g_.d);
-    this->multiply(g_.rows, g_.d, g_.d, this->samples(features_.data()), along, ld_, dx, g_.d,
+    this->multiply(g_.rows, g_.d, g_.d, this->samples(grad), inverse_.value.data(), ld_, made,
+                   g_.d);
+    this->multiply(g_.rows, g_.d, g_.d, this->samples(features_.data()), along, ld_, made, g_.d,
                    true);
-    this->subtract_mean(dx);
+    this->finish(dx);
   }
 
  private:
@@ -161,27 +162,28 @@ class NewtonSchulz : Group<T> {
 }  // namespace
 
 template <class T>
-void whiten_newton_schulz(const Groups& groups, double eps, int64_t iterations, const T* x, T* z,
+void whiten_newton_schulz(const Groups& groups, double eps, int64_t iterations, const void* x, T* z,
                           T* covariance, int32_t* info) {
   for_groups<NewtonSchulz<T>>(groups, eps, [&](auto& worker, int64_t i) {
-    info[i] = worker.forward(iterations, x + i * groups.size(), z + i * groups.size(),
+    info[i] = worker.forward(iterations, groups.at(x, i), z + i * groups.size(),
                              covariance + i * groups.square());
   });
 }
 
 template <class T>
 void whiten_newton_schulz_backward(const Groups& groups, double eps, int64_t iterations,
-                                   const T* grad, const T* x, const T* covariance, T* dx) {
+                                   const T* grad, const void* x, const T* covariance, void* dx) {
   for_groups<NewtonSchulz<T>>(groups, eps, [&](auto& worker, int64_t i) {
-    worker.backward(iterations, grad + i * groups.size(), x + i * groups.size(),
-                    covariance + i * groups.square(), dx + i * groups.size());
+    worker.backward(iterations, grad + i * groups.size(), groups.at(x, i),
+                    covariance + i * groups.square(), groups.at(dx, i));
   });
 }
 
-#define CK_INSTANTIATE(T)                                                                         \
-  template void whiten_newton_schulz(const Groups&, double, int64_t, const T*, T*, T*, int32_t*); \
-  template void whiten_newton_schulz_backward(const Groups&, double, int64_t, const T*, const T*, \
-                                              const T*, T*);
+#define CK_INSTANTIATE(T)                                                                 \
+  template void whiten_newton_schulz(const Groups&, double, int64_t, const void*, T*, T*, \
+                                     int32_t*);                                           \
+  template void whiten_newton_schulz_backward(const Groups&, double, int64_t, const T*,   \
+                                              const void*, const T*, void*);
 CK_INSTANTIATE(float)
 CK_INSTANTIATE(double)
 #undef CK_INSTANTIATE

@@ -7,8 +7,6 @@
 namespace ck {
 namespace {
 
-constexpr int64_t kSerialWork = 1 << 17;  // entries that are not worth a second thread
-
 // The views of one row: rows of z, `stride` apart.
 template <class T>
 class Views {

@@ -1,5 +1,6 @@
-// Whitening of many small groups, for float and double; formulas and names are those of
-// contrastive_kernels/whitening/operators.py. All matrices are contiguous.
+// Whitening of many small groups, in float and double; formulas and names are those of
+// contrastive_kernels/whitening/operators.py. All matrices are contiguous; x and dx are of type
+// groups.dtype.
 #pragma once
 
 #include <cstdint>
@@ -9,25 +10,26 @@
 namespace ck {
 
 template <class T>
-void whiten_cholesky(const Groups& groups, double eps, const T* x, T* z, T* inverse, int32_t* info);
+void whiten_cholesky(const Groups& groups, double eps, const void* x, T* z, T* inverse,
+                     int32_t* info);
 template <class T>
 void whiten_cholesky_backward(const Groups& groups, double eps, const T* grad, const T* z,
-                              const T* inverse, T* dx);
+                              const T* inverse, void* dx);
 
 // `vectors` (count, d, d): the eigenvectors are rows, in any order
 template <class T>
-void whiten_zca(const Groups& groups, double eps, const T* x, T* z, T* vectors, T* roots,
+void whiten_zca(const Groups& groups, double eps, const void* x, T* z, T* vectors, T* roots,
                 int32_t* info);
 template <class T>
 void whiten_zca_backward(const Groups& groups, double eps, const T* grad, const T* z,
-                         const T* vectors, const T* roots, T* dx);
+                         const T* vectors, const T* roots, void* dx);
 
 template <class T>
-void whiten_newton_schulz(const Groups& groups, double eps, int64_t iterations, const T* x, T* z,
+void whiten_newton_schulz(const Groups& groups, double eps, int64_t iterations, const void* x, T* z,
                           T* covariance, int32_t* info);
 template <class T>
 void whiten_newton_schulz_backward(const Groups& groups, double eps, int64_t iterations,
-                                   const T* grad, const T* x, const T* covariance, T* dx);
+                                   const T* grad, const void* x, const T* covariance, void* dx);
 
 // z (views, rows, d), distance and grad (rows)
 template <class T>

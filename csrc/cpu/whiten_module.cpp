@@ -1,6 +1,5 @@
 // The functions of `_cpu` that whiten. Tensors come as addresses, and the caller answers for sizes,
-// types and contiguity (contrastive_kernels/whitening/cpu.py); `double_precision` is the type of
-// all of them.
+// types and contiguity (contrastive_kernels/whitening/cpu.py); `dtype` is that of the samples.
 #include <pybind11/pybind11.h>
 
 #include "whiten.h"
@@ -17,78 +16,78 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// run(T{}), without the GIL
+// run(T{}) of the type of the arithmetic, without the GIL
 template <class Run>
-void with_type(bool double_precision, Run run) {
+void with_type(int dtype, Run run) {
   const py::gil_scoped_release released;
-  double_precision ? run(double{}) : run(float{});
+  static_cast<Dtype>(dtype) == Dtype::kDouble ? run(double{}) : run(float{});
 }
 
 }  // namespace
 
 void bind_whitening(py::module_& m) {
-  m.def("whiten_cholesky", [](bool double_precision, int64_t count, int64_t rows, int64_t d,
-                              double eps, Address x, Address z, Address inverse, Address info) {
-    with_type(double_precision, [&](auto t) {
+  m.def("whiten_cholesky", [](int dtype, int64_t count, int64_t rows, int64_t d, double eps,
+                              Address x, Address z, Address inverse, Address info) {
+    with_type(dtype, [&](auto t) {
       using T = decltype(t);
-      whiten_cholesky<T>({count, rows, d}, eps, at<T>(x), at<T>(z), at<T>(inverse),
+      whiten_cholesky<T>({count, rows, d, Dtype(dtype)}, eps, at<void>(x), at<T>(z), at<T>(inverse),
                          at<int32_t>(info));
     });
   });
   m.def("whiten_cholesky_backward",
-        [](bool double_precision, int64_t count, int64_t rows, int64_t d, double eps, Address grad,
-           Address z, Address inverse, Address dx) {
-          with_type(double_precision, [&](auto t) {
+        [](int dtype, int64_t count, int64_t rows, int64_t d, double eps, Address grad, Address z,
+           Address inverse, Address dx) {
+          with_type(dtype, [&](auto t) {
             using T = decltype(t);
-            whiten_cholesky_backward<T>({count, rows, d}, eps, at<T>(grad), at<T>(z),
-                                        at<T>(inverse), at<T>(dx));
+            whiten_cholesky_backward<T>({count, rows, d, Dtype(dtype)}, eps, at<T>(grad), at<T>(z),
+                                        at<T>(inverse), at<void>(dx));
           });
         });
-  m.def("whiten_zca", [](bool double_precision, int64_t count, int64_t rows, int64_t d, double eps,
-                         Address x, Address z, Address vectors, Address roots, Address info) {
-    with_type(double_precision, [&](auto t) {
+  m.def("whiten_zca", [](int dtype, int64_t count, int64_t rows, int64_t d, double eps, Address x,
+                         Address z, Address vectors, Address roots, Address info) {
+    with_type(dtype, [&](auto t) {
       using T = decltype(t);
-      whiten_zca<T>({count, rows, d}, eps, at<T>(x), at<T>(z), at<T>(vectors), at<T>(roots),
-                    at<int32_t>(info));
+      whiten_zca<T>({count, rows, d, Dtype(dtype)}, eps, at<void>(x), at<T>(z), at<T>(vectors),
+                    at<T>(roots), at<int32_t>(info));
     });
   });
   m.def("whiten_zca_backward",
-        [](bool double_precision, int64_t count, int64_t rows, int64_t d, double eps, Address grad,
-           Address z, Address vectors, Address roots, Address dx) {
-          with_type(double_precision, [&](auto t) {
+        [](int dtype, int64_t count, int64_t rows, int64_t d, double eps, Address grad, Address z,
+           Address vectors, Address roots, Address dx) {
+          with_type(dtype, [&](auto t) {
             using T = decltype(t);
-            whiten_zca_backward<T>({count, rows, d}, eps, at<T>(grad), at<T>(z), at<T>(vectors),
-                                   at<T>(roots), at<T>(dx));
+            whiten_zca_backward<T>({count, rows, d, Dtype(dtype)}, eps, at<T>(grad), at<T>(z),
+                                   at<T>(vectors), at<T>(roots), at<void>(dx));
           });
         });
   m.def("whiten_newton_schulz",
-        [](bool double_precision, int64_t count, int64_t rows, int64_t d, double eps,
-           int64_t iterations, Address x, Address z, Address covariance, Address info) {
-          with_type(double_precision, [&](auto t) {
+        [](int dtype, int64_t count, int64_t rows, int64_t d, double eps, int64_t iterations,
+           Address x, Address z, Address covariance, Address info) {
+          with_type(dtype, [&](auto t) {
             using T = decltype(t);
-            whiten_newton_schulz<T>({count, rows, d}, eps, iterations, at<T>(x), at<T>(z),
-                                    at<T>(covariance), at<int32_t>(info));
+            whiten_newton_schulz<T>({count, rows, d, Dtype(dtype)}, eps, iterations, at<void>(x),
+                                    at<T>(z), at<T>(covariance), at<int32_t>(info));
           });
         });
-  m.def("whiten_newton_schulz_backward",
-        [](bool double_precision, int64_t count, int64_t rows, int64_t d, double eps,
-           int64_t iterations, Address grad, Address x, Address covariance, Address dx) {
-          with_type(double_precision, [&](auto t) {
-            using T = decltype(t);
-            whiten_newton_schulz_backward<T>({count, rows, d}, eps, iterations, at<T>(grad),
-                                             at<T>(x), at<T>(covariance), at<T>(dx));
-          });
-        });
-  m.def("view_distance", [](bool double_precision, int64_t views, int64_t rows, int64_t d,
-                            bool normalize, Address z, Address distance) {
-    with_type(double_precision, [&](auto t) {
+  m.def("whiten_newton_schulz_backward", [](int dtype, int64_t count, int64_t rows, int64_t d,
+                                            double eps, int64_t iterations, Address grad, Address x,
+                                            Address covariance, Address dx) {
+    with_type(dtype, [&](auto t) {
+      using T = decltype(t);
+      whiten_newton_schulz_backward<T>({count, rows, d, Dtype(dtype)}, eps, iterations, at<T>(grad),
+                                       at<void>(x), at<T>(covariance), at<void>(dx));
+    });
+  });
+  m.def("view_distance", [](int dtype, int64_t views, int64_t rows, int64_t d, bool normalize,
+                            Address z, Address distance) {
+    with_type(dtype, [&](auto t) {
       using T = decltype(t);
       view_distance<T>(views, rows, d, normalize, at<T>(z), at<T>(distance));
     });
   });
-  m.def("view_distance_backward", [](bool double_precision, int64_t views, int64_t rows, int64_t d,
+  m.def("view_distance_backward", [](int dtype, int64_t views, int64_t rows, int64_t d,
                                      bool normalize, Address grad, Address z, Address dz) {
-    with_type(double_precision, [&](auto t) {
+    with_type(dtype, [&](auto t) {
       using T = decltype(t);
       view_distance_backward<T>(views, rows, d, normalize, at<T>(grad), at<T>(z), at<T>(dz));
     });

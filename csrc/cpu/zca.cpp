@@ -29,12 +29,12 @@ class Zca : Group<T> {
     return std::clamp<int64_t>(kCache / bytes, 1, kMatrices);
   }
 
-  void forward(int64_t count, const T* x, T* z, T* vectors, T* roots, int32_t* info) {
+  void forward(int64_t count, const void* x, T* z, T* vectors, T* roots, int32_t* info) {
     const int64_t matrix = g_.d * ld_;
     double scales[kMatrices];
     for (int64_t i = 0; i < count; ++i) {
       T* covariance = matrices_.data() + i * matrix;
-      this->center(x + i * g_.size());
+      this->center(g_.at(x, i));
       info[i] = this->covariance(covariance) ? kFine : kNotFinite;
       scales[i] = scale_down(covariance, info[i] == kFine);
     }
@@ -55,7 +55,7 @@ class Zca : Group<T> {
         to_roots[k] = static_cast<T>(std::sqrt(values[k] * scales[i]));
         std::copy_n(matrices_.data() + i * matrix + k * ld_, g_.d, to_vectors + k * g_.d);
       }
-      if (count > 1) this->center(x + i * g_.size());  // those of the last one lie there
+      if (count > 1) this->center(g_.at(x, i));  // those of the last one lie there
       inverse_root(to_vectors, to_roots, products_.data());
       this->multiply(g_.rows, g_.d, g_.d, this->samples(features_.data()), products_.data(), ld_,
                      z + i * g_.size(), g_.d);
@@ -64,10 +64,10 @@ class Zca : Group<T> {
 
   // With V the eigenvectors, M = V Z^T G V^T, T_ij = (s_i M_ij + s_j M_ji) / (s_i + s_j):
   // dXc = G V^T s^-1 V - c Z V^T T s^-1 V
-  void backward(const T* grad, const T* z, const T* vectors, const T* roots, T* dx) {
-    if (std::isnan(roots[0])) return void(std::fill_n(dx, g_.size(), T{0}));
+  void backward(const T* grad, const T* z, const T* vectors, const T* roots, void* dx) {
+    if (std::isnan(roots[0])) return this->clear(dx);
     const int64_t d = g_.d;
-    T *a = matrices_.data(), *b = products_.data();
+    T *made = this->room_for(dx), *a = matrices_.data(), *b = products_.data();
     this->multiply(d, d, g_.rows, this->transposed(z), grad, d, a, ld_);
     this->multiply(d, d, d, this->samples(vectors), a, ld_, b, ld_);
     // M^T = V (V Z^T G)^T, which needs no transposed right operand
@@ -80,10 +80,10 @@ class Zca : Group<T> {
       }
     this->multiply(d, d, d, this->padded(a), vectors, d, b, ld_);
     this->multiply(d, d, d, this->transposed(vectors), b, ld_, a, ld_);
-    this->multiply(g_.rows, d, d, this->samples(z), a, ld_, dx, d);
+    this->multiply(g_.rows, d, d, this->samples(z), a, ld_, made, d);
     inverse_root(vectors, roots, a);
-    this->multiply(g_.rows, d, d, this->samples(grad), a, ld_, dx, d, true);
-    this->subtract_mean(dx);
+    this->multiply(g_.rows, d, d, this->samples(grad), a, ld_, made, d, true);
+    this->finish(dx);
   }
 
  private:
@@ -124,14 +124,14 @@ class Zca : Group<T> {
 }  // namespace
 
 template <class T>
-void whiten_zca(const Groups& groups, double eps, const T* x, T* z, T* vectors, T* roots,
+void whiten_zca(const Groups& groups, double eps, const void* x, T* z, T* vectors, T* roots,
                 int32_t* info) {
   const int64_t together = Zca<T>::together(groups);
   parallel_for(0, groups.count, 1, [&](int64_t begin, int64_t end) {
     Zca<T> worker(groups, eps, together);
     for_columns(end - begin, together, [&](int64_t first, int64_t last) {
       const int64_t i = begin + first;
-      worker.forward(last - first, x + i * groups.size(), z + i * groups.size(),
+      worker.forward(last - first, groups.at(x, i), z + i * groups.size(),
                      vectors + i * groups.square(), roots + i * groups.d, info + i);
     });
   });
@@ -139,17 +139,17 @@ void whiten_zca(const Groups& groups, double eps, const T* x, T* z, T* vectors, 
 
 template <class T>
 void whiten_zca_backward(const Groups& groups, double eps, const T* grad, const T* z,
-                         const T* vectors, const T* roots, T* dx) {
+                         const T* vectors, const T* roots, void* dx) {
   for_groups<Zca<T>>(groups, eps, [&](auto& worker, int64_t i) {
     worker.backward(grad + i * groups.size(), z + i * groups.size(), vectors + i * groups.square(),
-                    roots + i * groups.d, dx + i * groups.size());
+                    roots + i * groups.d, groups.at(dx, i));
   });
 }
 
 #define CK_INSTANTIATE(T)                                                                          \
-  template void whiten_zca(const Groups&, double, const T*, T*, T*, T*, int32_t*);                 \
+  template void whiten_zca(const Groups&, double, const void*, T*, T*, T*, int32_t*);              \
   template void whiten_zca_backward(const Groups&, double, const T*, const T*, const T*, const T*, \
-                                    T*);
+                                    void*);
 CK_INSTANTIATE(float)
 CK_INSTANTIATE(double)
 #undef CK_INSTANTIATE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from loss_calls import backends
@@ -33,6 +35,31 @@ def test_w_mse_of_nearly_equal_views_keeps_its_digits():
     loss = ck.w_mse(views.float(), **options)
     assert exact < 1e-6
     torch.testing.assert_close(loss.double(), exact, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        partial(ck.w_mse, group_size=8, iterations=1),
+        partial(ck.w_mse, group_size=8, iterations=3, normalize=False),
+        partial(ck.intl, axis=0),
+        partial(ck.intl, axis=1),
+    ],
+    ids=["w_mse", "w_mse of several permutations", "intl of samples", "intl of features"],
+)
+def test_half_views_are_those_numbers_in_float32(loss, dtype):
+    """Bit for bit: nothing but the gradient is rounded, and that once."""
+    views = randn(3, 24, 5, dtype=torch.float32).to(dtype)
+    values, gradients = [], []
+    for leaf in (views.clone().requires_grad_(), views.float().requires_grad_()):
+        drawn = {"generator": generator(5)} if loss.func is ck.w_mse else {}
+        values.append(loss(leaf, reduction="none", **drawn))
+        weights = randn(24, seed=1, dtype=torch.float32)
+        gradients.append(torch.autograd.grad(values[-1], leaf, weights)[0])
+    assert values[0].dtype == torch.float32 and torch.equal(*values)
+    assert gradients[0].dtype == dtype and gradients[0].any()
+    assert torch.equal(gradients[0], gradients[1].to(dtype))
 
 
 @pytest.mark.parametrize(

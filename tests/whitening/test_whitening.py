@@ -27,14 +27,6 @@ SHAPES = [(7, 3), (2, 1), (4, 13, 5), (2, 3, 9, 8)]
 AWKWARD = [(2, 17, 16), (1, 37, 31), (3, 70, 33), (2, 129, 65), (1, 300, 131), (2, 10, 40)]
 
 
-@pytest.fixture(params=["kernel", "batched torch"])
-def path(request, monkeypatch):
-    """With the compiled kernels, and without."""
-    if request.param == "batched torch":
-        monkeypatch.setattr(operators, "CPU_ERROR", "left out by a test")
-        monkeypatch.setattr(operators, "cuda", None)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("eps", [0.0, 0.1])
 @pytest.mark.parametrize("method", METHODS)
@@ -92,15 +84,6 @@ def test_a_large_group_alone_uses_all_threads():
     x = randn(1, 3000, 40)
     assert operators._takes_cpu_kernel(x, "auto") == (torch.get_num_threads() == 1)
     assert_equal_in_double(ck.whiten, reference.whiten, [x])
-
-
-@pytest.mark.skipif(CPU_ERROR is not None or DEVICE != "cpu", reason="no CPU kernels")
-@pytest.mark.parametrize("method", METHODS)
-def test_kernels_refuse_another_type(method):
-    forward = getattr(operators, f"whiten_{method}")
-    options = (0.1, 4, "cpu") if method == "newton_schulz" else (0.1, "cpu")
-    with pytest.raises(TypeError, match="all be float32 or all be float64, got torch.bfloat16"):
-        forward(randn(2, 6, 3, dtype=torch.bfloat16), *options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -232,30 +215,6 @@ def test_autocast_keeps_the_precision(method):
         assert ck.whiten(x.bfloat16(), method=method).dtype == torch.float32
         z.sum().backward()
     assert torch.equal(z, exact)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_operators_pass_opcheck(method, dtype, path):
-    x = randn(2, 6, 3, dtype=dtype).requires_grad_()
-    forward = getattr(operators, f"whiten_{method}")
-    options = (0.1, 4, "auto") if method == "newton_schulz" else (0.1, "auto")
-    torch.library.opcheck(forward, (x, *options))
-    backward = getattr(operators, f"whiten_{method}_backward")
-    saved = [t.detach() for t in forward(x, *options)[:-1]]
-    if method == "newton_schulz":
-        saved[0] = x.detach()
-    torch.library.opcheck(backward, (randn(2, 6, 3, seed=1, dtype=dtype), *saved, *options))
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_operators_of_w_mse_pass_opcheck(normalize, path):
-    z, grad = randn(3, 5, 4).requires_grad_(), randn(5, seed=1)
-    torch.library.opcheck(operators.view_distance, (z, normalize))
-    torch.library.opcheck(operators.view_distance_backward, (grad, z.detach(), normalize))
-    permutations = torch.stack([torch.randperm(5) for _ in range(2)])
-    torch.library.opcheck(operators.permute_rows, (z, permutations))
-    torch.library.opcheck(operators.permute_rows_backward, (randn(3, 10, 4, seed=1), permutations))
 
 
 @pytest.mark.parametrize("method", METHODS)
