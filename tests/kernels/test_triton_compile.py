@@ -49,14 +49,14 @@ def arguments(dim: int, **used: bool) -> list[torch.Tensor | None]:
 def forward(dim: int, *, mean=False, above=False, unit=True, columns=False, attend=False, **used):
     tensors = arguments(dim, **used)
     above = torch.empty(resources.N, device=resources.META) if above else None
-    operators.row_stats(*tensors, above, mean, unit, columns, attend, False)
+    operators.row_stats(*tensors, above, mean, unit, columns, attend, False, False)
 
 
 def softplus(dim: int, *, above=False, summed=False, unit=True, **used):
     tensors = arguments(dim, **used)
     above = torch.empty(resources.N, device=resources.META) if above else None
     needs = [summed, summed, summed, summed and bool(used.get("bias"))]
-    operators.row_softplus(*tensors, above, unit, needs)
+    operators.row_softplus(*tensors, above, unit, needs, False)
 
 
 def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=False, **used):
@@ -66,7 +66,7 @@ def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=F
              some if columns else None, some if mean and columns else None]  # fmt: skip
     needs = [not key, key, True, key and bool(used.get("bias"))]
     statistics = [*4 * [some], none, none, some, some]
-    operators.row_stats_backward(*tensors, *statistics, *grads, unit, needs, False)
+    operators.row_stats_backward(*tensors, *statistics, *grads, None, unit, needs, False)
 
 
 def products(dim: int, keys: int | None = None, half=False):
