@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +76,38 @@ class Driver:
         return torch.device("meta")
 
 
+class Counted(NamedTuple):
+    """What host code launched: the kernels' names in their order, and each that has to be compiled,
+    once, by its name and what it is compiled for."""
+
+    launches: list[str]
+    kernels: dict[tuple[str, str], None]
+
+
+@contextmanager
+def counting(architecture: int) -> Iterator[Counted]:
+    """Host code that is called within it launches and compiles nothing, and is counted.
+
+    What kernels would have written is never written: a workspace holds any numbers.
+    """
+    counted = Counted([], {})
+
+    def compile_nothing(kernel: Any, key: str, *_others: Any) -> None:
+        counted.kernels[kernel.fn.__name__, key] = None
+
+    def launch(
+        kernel: Any, grid: Any, *args: Any, tile: Tile | None = None, **constants: Any
+    ) -> None:
+        counted.launches.append(kernel.fn.__name__)
+        kernel.warmup(*args, **constants, **_options(tile), grid=grid)
+
+    with (
+        _in_place(architecture, launch),
+        patch.object(triton.JITFunction, "_do_compile", compile_nothing),
+    ):
+        yield counted
+
+
 @contextmanager
 def compiling(architecture: int, only: str = "") -> Iterator[list[Compiled]]:
     """Host code that is called within it compiles its kernels, or the one of a name; each is listed
@@ -89,9 +121,8 @@ def compiling(architecture: int, only: str = "") -> Iterator[list[Compiled]]:
         name = kernel.fn.__name__
         if only not in ("", name):
             return
-        options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
         try:
-            found = kernel.warmup(*args, **constants, grid=grid, enable_fp_fusion=True, **options)
+            found = kernel.warmup(*args, **constants, **_options(tile), grid=grid)
             key, result = found.hash, None
         except Exception as error:  # whatever a compiler raises
             result = Compiled(name, tile, error=_reason(error))
@@ -100,13 +131,26 @@ def compiling(architecture: int, only: str = "") -> Iterator[list[Compiled]]:
             seen.add(key)
             made.append(result or _report(name, tile, found))
 
+    with _in_place(architecture, launch):
+        yield made
+
+
+def _options(tile: Tile | None) -> dict[str, Any]:
+    """As `engine.launch` gives them."""
+    pipeline = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+    return {"enable_fp_fusion": True, **pipeline}
+
+
+@contextmanager
+def _in_place(architecture: int, launch: Callable[..., None]) -> Iterator[None]:
+    """A launch in the place of the engine's, and a GPU in that of the machine's."""
     triton.runtime.driver.set_active(Driver(architecture))
     properties = Properties(architecture, PROCESSORS)
     with (
         patch.object(engine, "launch", launch),
         patch.object(configs, "properties", lambda device: properties),
     ):
-        yield made
+        yield
 
 
 def _reason(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import triton.language as tl
 from .tiles import dot, load_block, load_features, logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_per_part"])
 def gradient_kernel(
     own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part, DIM: tl.constexpr,
     COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -41,7 +41,7 @@ def gradient_kernel(
     store_part(parts, weighted, part, own, i, k, inside, DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def finish_kernel(
     own, scale_ptr, float16_scale, gradient, slope, parts, count, DIM: tl.constexpr,
     SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,

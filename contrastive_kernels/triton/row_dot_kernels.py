@@ -66,7 +66,7 @@ def row_and_key(at, owners, keys):
     return i, key
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def row_dot_kernel(
     x, y, owners, out, pairs, keys, x_stride, x_inner, y_stride, y_key_stride, y_inner,
     DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,7 +82,7 @@ def row_dot_kernel(
     tl.store(out + at, dots, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def row_dot_backward_kernel(
     x, y, grad, x_gradient, y_gradient, rows, x_stride, x_inner, y_stride, y_key_stride, y_inner,
     DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -123,7 +123,7 @@ def store_side(
     tl.store(pointers, value.to(gradient.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def row_dot_keys_kernel(
     x, y, owners, grad, gradient, weights, along, pairs, keys, x_stride, x_inner, y_stride,
     y_key_stride, y_inner, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
@@ -153,7 +153,7 @@ def row_dot_keys_kernel(
             store_side(gradient, b, a, y_inverse, across, g * dots, at, inside, k0, DIM, NORMALIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def row_dot_queries_kernel(
     x, y, ends, weights, along, gradient, rows, keys, x_stride, x_inner, y_stride, y_key_stride,
     y_inner, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -61,7 +61,8 @@ def fixed_shift(scale, terms, SUM_EXPONENT: tl.constexpr):
     return shift, tl.where(shift > 0.0, count * 1.9721522630525295e-31, 0.0)
 
 
-@triton.jit
+# Counts change from batch to batch, and nothing is gained from a kernel for each kind of number.
+@triton.jit(do_not_specialize=["tiles_per_part"])
 def stats_kernel(
     own, other, scale_ptr, float16_scale, threshold, out, partial, tiles_per_part,
     DIM: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr,
@@ -159,7 +160,7 @@ def store_rows(out, i, inside, state, counts, least, DONE: tl.constexpr):
     return norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["terms", "parts"])
 def merge_kernel(
     own, terms, scale_ptr, float16_scale, out, partial, parts, DIM: tl.constexpr,
     DONE: tl.constexpr, FIXED: tl.constexpr, SUM_EXPONENT: tl.constexpr, WIDTH: tl.constexpr,
@@ -210,7 +211,7 @@ def merge_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["own_tiles", "other_tiles", "terms"])
 def two_way_kernel(
     own, other, scale_ptr, own_sums, other_sums, own_tiles, other_tiles, terms,
     DIM: tl.constexpr, HALF: tl.constexpr, SUM_EXPONENT: tl.constexpr, BLOCK_M: tl.constexpr,

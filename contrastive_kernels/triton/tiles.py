@@ -195,7 +195,7 @@ def id_range(side, start, BLOCK: tl.constexpr):
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks"])
 def pack_kernel(
     rows, packed_rows, columns, packed_columns, row_blocks, BOTH: tl.constexpr, DIM: tl.constexpr,
     NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
