@@ -117,6 +117,23 @@ def test_summed_softplus_brings_its_gradients(engine, dim, needs):
     assert_all_close(*results, 1e-12)
 
 
+def test_few_pairs_go_the_way_of_many(monkeypatch):
+    """On every device the tests reach the fixed shift, and the sweep that repairs its rows."""
+    from contrastive_kernels.triton import engine
+
+    swept, launch = [], engine.launch
+
+    def recorded(kernel, grid, *arguments, **constants):
+        if "FIXED" in constants:
+            swept.append((constants["FIXED"], constants["REPAIR"]))
+        launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(engine, "launch", recorded)
+    x, y = oracles.randn(5, 4), oracles.randn(7, 4, seed=1)
+    sweeps.sweep(x, y, normalize=True, mean=True, backend="triton")
+    assert {(True, False), (False, True)} <= set(swept)
+
+
 def test_long_strides_are_made_short(monkeypatch):
     from contrastive_kernels.triton import engine
 

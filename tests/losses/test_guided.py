@@ -172,7 +172,7 @@ PAIR = {"anchor": (4, 3), "positive": (4, 3), "anchor_guide": (4, 2), "positive_
         ({"positive_guide": (4, 3)}, "anchor_guide and positive_guide .*features D, got 2 and 3"),
         (
             {"anchor_guide": (5, 2), "positive_guide": (5, 2)},
-            "anchor_guide must have the 4 rows of anchor on cpu, got 5 on cpu",
+            "anchor_guide must have the 4 rows of anchor on (cpu|cuda:0), got 5 on (cpu|cuda:0)",
         ),
         ({"negatives": (6, 3)}, "negatives and negatives_guide must be given together"),
         (
