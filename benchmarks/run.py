@@ -17,6 +17,7 @@ from .base.worker import Ended, Worker
 from .cases.case import Case
 from .cases.step import DTYPES
 from .cases.table import MEMORY_LIMIT_MB
+from .gpu import alone as gpu_alone
 from .gpu import instruments as gpu_instruments
 from .gpu import measure as gpu_measure
 from .gpu import report as gpu_report
@@ -30,12 +31,11 @@ from .harness.paths import IN_CHECKOUT
 from .harness.timing import gemm_flops
 from .options import PROGRAM, SIZES, named, parse
 
-# Seconds into a run of the whole table on a GPU after which no baseline is compiled, and no case
-# begins.
-COMPILE_UNTIL, CASES_UNTIL = 110.0, 200.0
+# Seconds of a run of the whole table on a GPU, within its step of `make gpu`, and of one case.
+GPU_SECONDS, GPU_CASE_SECONDS = 170.0, 30.0
 UNUSABLE, INTERRUPTED = 2, 130
-# measure(case, how many come before it)
-Measure = Callable[[Case, int], dict]
+# measure(case, how many come before it); None where a second measurement has no better record
+Measure = Callable[[Case, int], dict | None]
 
 
 def main(argv: list[str]) -> int:
@@ -54,8 +54,12 @@ def main(argv: list[str]) -> int:
         with begin(options, cases) as (head, measure):
             result = head | {"cases": records}
             path = _path(options, result["environment"])
-            for done, case in enumerate(cases):
-                records.append(measure(case, done))
+            for done, case in enumerate([*cases, *(cases if _whole_gpu(options) else [])]):
+                record = measure(case, done)
+                if done < len(cases):
+                    records.append(record)
+                elif record is not None:
+                    records[done - len(cases)] = record
                 if path is not None:
                     # after each case: a run that is cut short leaves what it has measured
                     save(path, result)
@@ -111,12 +115,22 @@ def _head(options: argparse.Namespace, environment: dict) -> dict:
     }
 
 
+def _part(options: argparse.Namespace) -> bool:
+    """Whether it is less than the whole table."""
+    chosen = named(options) or options.dtype or options.peer or options.passes or options.base
+    return bool(chosen or options.backend != "auto")
+
+
+def _whole_gpu(options: argparse.Namespace) -> bool:
+    """Whether each case is measured in a process of its own, and again with what compiles."""
+    return options.device == "cuda" and not (_part(options) or options.quick)
+
+
 def _path(options: argparse.Namespace, environment: dict) -> Path | None:
     """Where the result goes; None: a part of the table is not kept unless it is asked for."""
     if options.json is not None:
         return options.json
-    part = named(options) or options.dtype or options.peer or options.passes or options.base
-    if not part and options.backend == "auto" and IN_CHECKOUT:
+    if not _part(options) and IN_CHECKOUT:
         return results_path(environment)
     return None
 
@@ -164,19 +178,29 @@ def _on_gpu(options: argparse.Namespace, cases: list[Case]) -> Iterator[tuple[di
     budget = gpu_measure.QUICK_BUDGET if options.quick else gpu_measure.FULL_BUDGET
 
     def measure(case: Case, done: int) -> dict:
-        # the whole table has to fit into the time of `make gpu`
-        elapsed = 0.0 if named(options) else time.monotonic() - start
         print(f"[{done + 1}/{len(cases)}]", end=" ")
-        return gpu_measure.measure(
-            case,
-            "cuda",
-            gemm,
-            budget=budget,
-            may_compile=elapsed < COMPILE_UNTIL,
-            may_begin=elapsed < CASES_UNTIL,
-        )
+        return gpu_measure.measure(case, "cuda", gemm, budget=budget)
 
-    yield _head(options, environment) | {"gemm_tflops": gemm / 1e12}, measure
+    def measure_alone(case: Case, done: int) -> dict | None:
+        left = GPU_SECONDS - (time.monotonic() - start)
+        again = done >= len(cases)
+        compiles = any(baseline.compiles for baseline in case.baselines)
+        if again and (left < GPU_CASE_SECONDS or not compiles):
+            return None
+        print(f"[{done % len(cases) + 1}/{len(cases)}]", end=" ", flush=True)
+        if left <= 0:
+            record = gpu_measure.measure(case, "cuda", gemm, may_begin=False)
+        else:
+            seconds = min(left, GPU_CASE_SECONDS)
+            record = alone.measure(case, seconds, gemm=gemm, budget=budget, may_compile=again)
+        return None if again and "failed" in record else record
+
+    head = _head(options, environment) | {"gemm_tflops": gemm / 1e12}
+    if not _whole_gpu(options):
+        yield head, measure
+        return
+    with closing(gpu_alone.Alone()) as alone:
+        yield head, measure_alone
 
 
 @contextmanager

@@ -13,11 +13,13 @@ DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
 # What these folders and files test does not depend on the device.
 CPU_ONLY = {
     "distributed", "package", "test_bench_base", "test_bench_cases", "test_bench_installed",
-    "test_bench_options", "test_bench_output", "test_bench_run", "test_fold", "test_infomin",
-    "test_launches", "test_negatives_study", "test_whiten_block",
+    "test_bench_options", "test_bench_output", "test_bench_run", "test_fold", "test_gpu_plan",
+    "test_infomin", "test_launches", "test_negatives_study", "test_whiten_block",
 }  # fmt: skip
 # Files that a worker is busy with for long: started first, none is left alone with one at the end.
 SLOWEST = ("test_triton_compile", "test_distributed", "test_losses", "test_ops", "test_triton")
+# Each of their tests starts processes or compiles with torch for long: on a GPU they come last.
+LAST_ON_A_GPU = ("test_compile", "test_memory", "test_distributed_switches", "test_trainings")
 # results of an operator that share memory: torch raises where CI is set, elsewhere it warns
 functorch_config.error_on_custom_op_aliasing = True
 if DEVICE == "cpu":
@@ -59,6 +61,13 @@ def kernels():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Puts the slowest files first."""
-    order = {name: place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    """Puts the slowest files first; on a GPU, where time may run out, last."""
+    places = order(DEVICE)
+    items.sort(key=lambda item: places.get(item.path.stem, 0))
+
+
+def order(device):
+    """Places of files; of all others 0."""
+    if device != "cpu":
+        return dict.fromkeys(LAST_ON_A_GPU, 1)
+    return {name: place - len(SLOWEST) for place, name in enumerate(SLOWEST)}

@@ -1,117 +1,86 @@
 """Commands one after another, each with a time limit and a log."""
 
+import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..harness.paths import ROOT
+from .plan import GRACE_SECONDS, TOTAL_SECONDS, Step
 
-TOTAL_SECONDS = 530.0
-NO_SANITIZER = "compute-sanitizer is not on PATH: left out"
+NO_TIME = "no time was left"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command.
+def grace(limit: float) -> float:
+    """Seconds of a limit between the request to stop and the end."""
+    return min(GRACE_SECONDS, limit / 3)
 
-    Attributes:
-        name: also that of its log, name.log.
-        seconds: its time limit.
-        environment: variables set beside those of this process.
-        reserved: stages before it must leave it all of its time.
+
+def run(step: Step, limit: float, out: Path) -> str | None:
+    """Runs a step, its output on the terminal and in its log; why it failed, or None.
+
+    Asked to stop as by Ctrl-C, pytest prints the tracebacks it has, and `bench` its tables.
     """
-
-    name: str
-    command: list[str]
-    seconds: float
-    environment: dict[str, str] = field(default_factory=dict)
-    reserved: bool = False
-
-
-def stages() -> list[Stage]:
-    """Every stage, with this interpreter."""
-    python = sys.executable
-    on_gpu = {"CK_TEST_DEVICE": "cuda"}
-    tests = [python, "-m", "pytest", "-q", "--maxfail=20", "tests"]
-    smoke = [python, "-m", "pytest", "-q", "-m", "smoke", "tests"]
-    build = [python, "setup.py", "build_ext", "--inplace"]
-    chosen = [
-        Stage("build", build, 180, {"CK_FORCE_BUILD": "1"}),
-        Stage("tests", tests, 240, on_gpu),
-    ]
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        print(NO_SANITIZER)
-    else:
-        # the caching allocator would hide accesses beyond a tensor
-        environment = on_gpu | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *smoke]
-            chosen.append(Stage(tool, command, 60, environment))
-    benchmarks = [python, "-m", "contrastive_kernels", "bench", "--device", "cuda"]
-    return [*chosen, Stage("benchmarks", benchmarks, 240, reserved=True)]
-
-
-def run(stage: Stage, limit: float, out: Path) -> str | None:
-    """Runs a stage, its output on the terminal and in its log; why it failed, or None."""
     if limit <= 0:
-        return "no time was left"
+        return NO_TIME
     process = subprocess.Popen(
-        stage.command,
+        step.command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **step.environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that a stage is stopped with all processes it started
+        start_new_session=True,  # so that a step is ended with all processes it started
     )
     stopped = threading.Event()
 
-    def stop() -> None:
+    def ask() -> None:
         stopped.set()
+        process.send_signal(signal.SIGINT)
+
+    def end() -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(limit, stop)
-    timer.start()
-    with (out / f"{stage.name}.log").open("w") as log:
+    timers = [threading.Timer(limit - grace(limit), ask), threading.Timer(limit, end)]
+    for timer in timers:
+        timer.start()
+    with (out / f"{step.name}.log").open("w") as log:
         for text in process.stdout:
             sys.stdout.write(text)
             sys.stdout.flush()
             log.write(text)
             log.flush()
     status = process.wait()
-    timer.cancel()
+    for timer in timers:
+        timer.cancel()
     if stopped.is_set():
-        return f"stopped after {limit:.1f} s"
+        return f"stopped after {limit - grace(limit):.1f} s"
     return f"exit status {status}" if status else None
 
 
-def run_all(chosen: list[Stage], out: Path, total: float = TOTAL_SECONDS) -> dict[str, str]:
-    """Runs all stages within `total` seconds; name -> reason of those that failed."""
+def run_all(chosen: list[Step], out: Path, total: float = TOTAL_SECONDS) -> dict[str, str]:
+    """Runs all steps within `total` seconds; name -> reason of those that failed.
+
+    None takes the time of a later one, and the last takes what is left. steps.json has after each
+    step how it went.
+    """
     end = time.monotonic() + total
-    failures = {}
-    for i, stage in enumerate(chosen):
-        later = sum(s.seconds for s in chosen[i + 1 :] if s.reserved)
-        limit = min(stage.seconds, end - time.monotonic() - later)
-        print(f"== {stage.name}: {' '.join(stage.command)}", flush=True)
+    failures, done = {}, []
+    for i, step in enumerate(chosen):
+        left = end - time.monotonic() - sum(later.seconds for later in chosen[i + 1 :])
+        limit = left if i == len(chosen) - 1 else min(step.seconds, left)
+        print(f"== {step.name}: {' '.join(step.command)}", flush=True)
         start = time.monotonic()
-        failure = run(stage, limit, out)
+        failure = run(step, limit, out)
         if failure is not None:
-            failures[stage.name] = failure
-        print(f"== {stage.name}: {failure or 'passed'}, {time.monotonic() - start:.0f} s\n")
+            failures[step.name] = failure
+        seconds = time.monotonic() - start
+        print(f"== {step.name}: {failure or 'passed'}, {seconds:.0f} s\n", flush=True)
+        done.append({"name": step.name, "failed": failure, "seconds": round(seconds, 1)})
+        (out / "steps.json").write_text(json.dumps(done, indent=1))
     return failures
-
-
-def copy_results(since: float, results: Path, out: Path) -> None:
-    """Copies the result files written at or after `since`, in seconds of the epoch."""
-    for path in results.glob("*.json"):
-        if path.stat().st_mtime >= since:
-            shutil.copy(path, out)
-            print(f"copied {path.name} to {out}")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import product
@@ -191,11 +193,21 @@ def paste(winners: dict[Entry, Tile], architecture: int) -> list[str]:
     return lines
 
 
+Found = dict[Entry, list[Trial]]
+
+
 def tune(
-    chosen: list[Entry], device: torch.device, architecture: int, timer: Timer
-) -> dict[Entry, list[Trial]]:
-    """All trials; the first of each entry is the tile of the table."""
-    found: dict[Entry, list[Trial]] = {}
+    chosen: list[Entry],
+    device: torch.device,
+    architecture: int,
+    timer: Timer,
+    seconds: float = math.inf,
+    keep: Callable[[Found], object] = lambda found: None,
+) -> Found:
+    """All trials that begin within so many seconds; the first of each entry is the tile of the
+    table. `keep` gets after each trial what there is."""
+    found: Found = {}
+    end = time.monotonic() + seconds
     for entry in chosen:
         now = TILES[architecture][entry.kind][entry.schedule][entry.width]
         tiles = [now, *(t for t in candidates(entry, architecture) if t != now)]
@@ -203,8 +215,12 @@ def tune(
         found[entry] = []
         for trial in trials(entry, architecture, run, timer, tiles):
             found[entry].append(trial)
+            keep(found)
             text = trial.failed or f"{trial.milliseconds:.3f} ms"
             progress(f"{entry}: {len(found[entry])} of {len(tiles)}, {tuple(trial.tile)} {text}")
+            if time.monotonic() >= end:
+                progress("")
+                return found
     progress("")
     return found
 
@@ -217,7 +233,7 @@ def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def report(found: dict[Entry, list[Trial]], architecture: int) -> list[str]:
+def report(found: Found, architecture: int) -> list[str]:
     """The final table, and the lines to paste."""
     lines = [f"{'':28}{'now':>10}{'best':>10}  tile"]
     winners = {}
@@ -234,7 +250,7 @@ def report(found: dict[Entry, list[Trial]], architecture: int) -> list[str]:
     return lines + ["", *paste(winners, architecture)]
 
 
-def record(found: dict[Entry, list[Trial]], architecture: int) -> str:
+def record(found: Found, architecture: int) -> str:
     """All trials as JSON."""
     rows = [
         entry._asdict() | trial._asdict() | {"tile": trial.tile._asdict()}
@@ -254,6 +270,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dim", action="append", type=positive, help="features; default: all")
     parser.add_argument("--dtype", action="append", choices=KINDS, help="default: bfloat16")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every trial to this file")
+    parser.add_argument("--seconds", type=positive, default=math.inf, help="begin no trial later")
     arguments = parser.parse_args(argv)
     dims = arguments.dim or [width or WIDE_DIM for width in WIDTHS]
     kinds = [KINDS[name] for name in arguments.dtype or ["bfloat16"]]
@@ -265,10 +282,16 @@ def main(argv: list[str]) -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = properties(device).architecture
-    found = tune(chosen, device, architecture, lambda run: do_bench(run, return_mode="median"))
+
+    def keep(found: Found) -> None:
+        if arguments.json is not None:
+            arguments.json.write_text(record(found, architecture))
+
+    found = tune(
+        chosen, device, architecture, lambda run: do_bench(run, return_mode="median"),
+        arguments.seconds, keep,
+    )  # fmt: skip
     print("\n".join(report(found, architecture)))
-    if arguments.json is not None:
-        arguments.json.write_text(record(found, architecture))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +17,6 @@ from benchmarks.cases.inputs import Groups, Sizes, groups, image_text, image_tex
 from benchmarks.cases.step import Step
 from benchmarks.gpu import measure as gpu_measure
 from benchmarks.gpu import report as gpu_report
-from benchmarks.gpu import runner
 from benchmarks.gpu.cases import CASES, MILLION, SAMPLED_ROWS, memory_limit_mb
 from benchmarks.gpu.instruments import gemm_flops
 from benchmarks.harness import pages
@@ -316,50 +314,3 @@ def test_a_run_is_written_case_by_case(tmp_path, monkeypatch, capsys):
     assert result["cases"] == made_up["cases"] and result["device_type"] == "cuda"
     printed = capsys.readouterr().out
     assert "| ours, CUDA graph |" in printed and printed.endswith("FAILED: nt_xent\n")
-
-
-def stub(name, code, seconds=20.0, **environment):
-    return runner.Stage(name, [sys.executable, "-c", code], seconds, environment)
-
-
-def test_every_stage_runs_and_failures_are_named(tmp_path, capfd):
-    chosen = [
-        stub("build", "print('built'); raise SystemExit(3)"),
-        stub("tests", "import os; print('on', os.environ['CK_TEST_DEVICE'])", CK_TEST_DEVICE="x"),
-        stub("slow", "import time; print('begun', flush=True); time.sleep(60)", 0.2),
-        runner.Stage("absent", [sys.executable, "-m", "no_such_module"], 20.0),
-        stub("last", "print('still here')"),
-    ]
-    failures = runner.run_all(chosen, tmp_path)
-    assert failures == {
-        "build": "exit status 3",
-        "slow": "stopped after 0.2 s",
-        "absent": "exit status 1",
-    }
-    logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
-    assert logs["tests"] == "on x\n" and logs["last"] == "still here\n"
-    assert "still here" in capfd.readouterr().out
-
-
-def test_time_is_kept_for_the_reserved_stage(tmp_path):
-    last = runner.Stage("last", [sys.executable, "-c", "print(1)"], 30.0, reserved=True)
-    failures = runner.run_all([stub("first", "print(1)"), last], tmp_path, total=30.0)
-    assert failures == {"first": "no time was left"}
-
-
-def test_the_stages_and_their_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner.shutil, "which", lambda name: f"/bin/{name}")
-    chosen = {stage.name: stage for stage in runner.stages()}
-    assert list(chosen) == ["build", "tests", "memcheck", "racecheck", "benchmarks"]
-    assert chosen["build"].environment == {"CK_FORCE_BUILD": "1"}
-    assert chosen["racecheck"].environment["CK_TEST_DEVICE"] == "cuda"
-    assert chosen["benchmarks"].reserved and runner.TOTAL_SECONDS < 9 * 60
-    monkeypatch.setattr(runner.shutil, "which", lambda name: None)
-    assert [stage.name for stage in runner.stages()] == ["build", "tests", "benchmarks"]
-    results, out = tmp_path / "results", tmp_path / "out"
-    results.mkdir()
-    out.mkdir()
-    (results / "new.json").write_text("{}")
-    runner.copy_results((results / "new.json").stat().st_mtime, results, out)
-    assert [path.name for path in out.iterdir()] == ["new.json"]
-    runner.copy_results(1e12, results, tmp_path / "absent")

@@ -1,0 +1,72 @@
+"""How many kernels the steps of `make gpu` compile, counted without a GPU: prints JSON.
+
+    python -m benchmarks.gpu.count
+
+Host code runs with the sizes of the steps, or with smaller ones that take the same way.
+"""
+
+from . import stand_in  # noqa: F401, I001  first of all
+
+import json
+import sys
+from dataclasses import replace
+from itertools import product
+from unittest.mock import patch
+
+from contrastive_kernels.triton import engine, tune
+from contrastive_kernels.triton.compile import counting
+
+from ..cases.case import Case
+from ..cases.step import DTYPES
+from . import smoke
+from .cases import CASES
+from .plan import TUNED
+
+ARCHITECTURE = 90
+LARGEST = 8192  # so many rows and keys have 2^26 pairs, from which on there is a fixed shift
+
+
+def of_smoke() -> dict[str, int]:
+    """For each process: its dtype and number of features."""
+    counts = {}
+    for name, dim in product(smoke.NAMES, smoke.DIMS):
+        with counting(ARCHITECTURE) as counted, patch.object(engine, "FIXED_PAIRS", 0):
+            for family in smoke.chosen(list(smoke.FAMILIES), DTYPES[name], dim):
+                smoke.FAMILIES[family](smoke.Inputs(DTYPES[name], dim, "cpu", exact=False))
+        counts[f"{name} {dim}"] = len(counted.kernels)
+    return counts
+
+
+def of_case(case: Case, seen: set[tuple[str, str]]) -> int:
+    """Those that no case before it has left in Triton's cache."""
+    if case.group == "whitening":  # CUDA kernels, which the build has made
+        return 0
+    sizes = replace(case.sizes, n=min(case.sizes.n, LARGEST), m=min(case.sizes.m, LARGEST))
+    small = replace(case.resized(sizes), backend="triton")
+    step = small.step(small.under_test, small.tensors())
+    with counting(ARCHITECTURE) as counted:
+        step()
+    new = set(counted.kernels) - seen
+    seen |= new
+    return len(new)
+
+
+def of_tune() -> int:
+    """Those of one tile, for each candidate."""
+    (entry,) = tune.entries([TUNED.schedule], [TUNED.dim], ["half"])
+    with counting(ARCHITECTURE) as counted:
+        tune.workload(entry, tune.torch.device("cpu"), LARGEST)()
+    return len(counted.kernels) * len(tune.candidates(entry, ARCHITECTURE))
+
+
+def counts() -> dict:
+    seen: set[tuple[str, str]] = set()
+    return {
+        "smoke": of_smoke(),
+        "cases": {name: of_case(case, seen) for name, case in CASES.items()},
+        "tune": of_tune(),
+    }
+
+
+if __name__ == "__main__":
+    json.dump(counts(), sys.stdout)
