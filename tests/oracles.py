@@ -36,8 +36,9 @@ def views(n: int, dim: int, *others: tuple[int, ...]) -> list[Tensor]:
 
 
 def sample(backend: str, combinations: list, seed: int, every: int = 5) -> list:
-    """All combinations; of interpreted kernels a fifth, by the seed."""
-    return combinations[seed % every :: every] if interpreted(backend) else combinations
+    """All combinations; of Triton's kernels, which are interpreted or compiled for each, a fifth, by
+    the seed."""
+    return combinations[seed % every :: every] if backend == "triton" else combinations
 
 
 def value_and_gradients(

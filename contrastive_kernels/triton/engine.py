@@ -29,8 +29,10 @@ SUM_EXPONENT, SUM_EXPONENT_WEIGHTED = 120.0, 80.0
 PADDING = 256
 # From so many pairs on, what a fixed shift saves is more than the launches it may take.
 FIXED_PAIRS = 0 if INTERPRETED else 1 << 26
-# Programs for each multiprocessor that keep it busy to the end.
-WAVES = 4
+# Programs for each multiprocessor that keep it busy to the end: of `two_way`, and of sweeps whose
+# other side is cut into parts. One multiprocessor holds one, two or three of these at once: with six
+# their last wave is full too.
+WAVES, PART_WAVES = 4, 6
 
 
 def launch(
@@ -194,7 +196,7 @@ class Problem:
         blocks, tiles = cdiv(own, chosen.block_m), cdiv(other, chosen.block_n)
         parts, width = 1, processors(self.device)
         if blocks < 2 * width:
-            parts = min(tiles, cdiv(WAVES * width, blocks))
+            parts = min(tiles, PART_WAVES * width // blocks)
             bytes_each = own * (self.dim if vectors else 6) * self.scale.element_size()
             parts = max(1, min(parts, PARTIAL_BYTES // bytes_each))
         each = cdiv(tiles, parts)

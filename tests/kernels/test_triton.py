@@ -134,6 +134,26 @@ def test_few_pairs_go_the_way_of_many(monkeypatch):
     assert {(True, False), (False, True)} <= set(swept)
 
 
+@pytest.mark.parametrize("held", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "keys"), [(1024, 2**20), (256, 2**20), (4096, 65536), (64, 8192)])
+def test_parts_fill_the_last_wave(monkeypatch, rows, keys, held):
+    """Of 132 multiprocessors that hold so many programs at once, hardly any has less to do."""
+    from contrastive_kernels.triton import engine
+
+    monkeypatch.setattr(engine, "processors", lambda device: 132)
+    x = torch.empty(2, 128)
+    problem = engine.Problem(x, x, torch.ones(()), None, (None, None), (None, None), True)
+    tile = engine.Tile(64, 64, 128, 4, 3)
+    parts, each = problem.parts(rows, keys, tile, True)
+    tiles, programs = rows // 64 * (keys // 64), rows // 64 * parts
+    assert each * parts >= keys // 64
+    waves = -(-programs // (132 * held))
+    if programs >= 132 * held:
+        assert tiles / (waves * 132 * held * each) > 0.9, (parts, each)
+    else:  # as many parts as there are tiles
+        assert each <= 2
+
+
 def test_long_strides_are_made_short(monkeypatch):
     from contrastive_kernels.triton import engine
 
