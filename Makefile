@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test fuzz lint bench report clean
+.PHONY: setup demo test proof fuzz lint bench report clean
 
 setup: $(VENV)/build.stamp
 
@@ -48,6 +48,10 @@ test:
 fuzz: setup
 	@$(RUN) -m pytest -q -n logical --maxprocesses=8 tests/losses/test_fuzz.py \
 	    --hypothesis-profile=fuzz $(ARGS)
+
+# One case of every loss compiled and launched as on an H200, by a driver that executes nothing.
+proof: setup
+	@CK_PROOF=1 $(RUN) -m pytest -q tests/kernels/test_launches.py $(ARGS)
 
 lint: setup
 	@$(RUN) -m ruff check --quiet .

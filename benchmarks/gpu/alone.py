@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 from ..cases.case import Case
-from ..harness.paths import ROOT
+from ..harness.paths import IN_CHECKOUT, ROOT
 
-COMMAND = [sys.executable, "-m", "benchmarks.gpu.alone"]
+COMMAND = [sys.executable, "-m", f"{__package__}.alone"]
 
 
 class Alone:
@@ -47,7 +47,9 @@ class Alone:
         self.ready.communicate()
 
     def _start(self) -> subprocess.Popen:
-        return subprocess.Popen(self.command, cwd=ROOT, stdin=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            self.command, cwd=ROOT if IN_CHECKOUT else None, stdin=subprocess.PIPE, text=True
+        )
 
 
 def main() -> None:

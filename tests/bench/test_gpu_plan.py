@@ -174,6 +174,12 @@ def test_a_fault_costs_one_case():
     finally:
         one.close()
     assert one.ready.poll() is not None
+    assert alone.COMMAND[1:] == ["-m", "benchmarks.gpu.alone"]
+
+
+def test_a_process_that_is_not_needed_ends():
+    done = subprocess.run(alone.COMMAND, cwd=ROOT, input="", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu runs it")
