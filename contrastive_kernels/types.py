@@ -78,10 +78,9 @@ class Sweep(NamedTuple):
     """What one sweep over a similarity matrix gives; what was not asked for is None.
 
     lse, mean and counts have one entry per row, col_lse and col_mean one per column; partner, of
-    `aligned` operands, the logit of each row and its partner. attended (N, D), slope (N,), lse_low
-    and col_lse_low are what a forward sweep leaves to its backward: see `ops/registration.py`.
-    mean_low and col_mean_low are what rounding took from the means of
-    merged blocks.
+    `aligned` operands, the logit of each row and its partner. attended (N, D), slope (N,), and
+    lse_low, col_lse_low, mean_low and col_mean_low, what rounding took, are what a forward sweep
+    leaves to its backward: see `ops/registration.py`.
     """
 
     lse: Tensor

@@ -14,8 +14,8 @@ from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from .operands import Operands, address, contiguous, operands, optional, own_rows, vector
 
 _LSE, _LSE_MEAN, _SOFTPLUS = range(3)  # Fold in csrc/cpu/tile.h
-_NOWHERE = (0, 0, 0, 0)
-_NO_UPSTREAM = (0, 0, 0, 0, 0)
+_NO_COUNTS = (0, 0, 0, 0)
+_NOWHERE = _NO_UPSTREAM = (0, 0, 0, 0, 0)
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -38,7 +38,7 @@ def row_stats(
     aligned: bool,
 ) -> tuple[Tensor, ...]:
     """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low,
-    partner)."""
+    mean_low, col_mean_low, partner)."""
     given = operands(
         x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize, together
     )
@@ -54,8 +54,8 @@ def row_stats(
     rows, keys, like = given.rows, given.keys, given.like
     lse, low = like.new_empty(rows), like.new_empty(rows)
     col_lse, col_low = _vectors(2, like, keys, columns)
-    (means,) = _vectors(1, like, rows, mean)
-    (col_means,) = _vectors(1, like, keys, columns and mean)
+    means, mean_low = _vectors(2, like, rows, mean)
+    col_means, col_mean_low = _vectors(2, like, keys, columns and mean)
     attended = like.new_empty(rows, x.shape[1]) if attend else like.new()
     counts, addresses, _held = _counts(threshold, given)
     keeper = _cpu.forward(
@@ -63,14 +63,17 @@ def row_stats(
         _LSE_MEAN if mean else _LSE,
         keep,
         # of an empty tensor the address is 0
-        (lse.data_ptr(), low.data_ptr(), means.data_ptr(), attended.data_ptr()),
-        (col_lse.data_ptr(), col_low.data_ptr(), col_means.data_ptr(), 0),
+        tuple([t.data_ptr() for t in (lse, low, means, mean_low, attended)]),
+        (*[t.data_ptr() for t in (col_lse, col_low, col_means, col_mean_low)], 0),
         addresses,
         partner.data_ptr(),
     )
     if keeper is not None:  # lives as long as these values do
         low = torch.frombuffer(keeper, dtype=like.dtype)
-    return lse, means, col_lse, col_means, *counts, attended, like.new(), low, col_low, partner
+    return (
+        lse, means, col_lse, col_means, *counts, attended, like.new(), low, col_low, mean_low,
+        col_mean_low, partner,
+    )  # fmt: skip
 
 
 def row_stats_backward(
@@ -133,7 +136,7 @@ def row_softplus(
     value = given.like.new_empty(given.rows)
     counts, addresses, _held = _counts(threshold, given)
     partner = _partner(given, x, y, keep_rows, aligned)
-    to = (value.data_ptr(), 0, 0, 0)
+    to = (value.data_ptr(), 0, 0, 0, 0)
     _cpu.forward(given.pairs, _SOFTPLUS, False, to, _NOWHERE, addresses, partner.data_ptr())
     dbias = x.new() if bias is None else bias.new()
     return value, *counts, x.new(), y.new(), scale.new(), dbias, partner
@@ -202,7 +205,7 @@ def _counts(
     threshold = optional(threshold, "threshold", given.rows, given.like.dtype)
     counts = _vectors(3, given.like, given.rows, threshold is not None)
     if threshold is None:
-        return counts, _NOWHERE, None
+        return counts, _NO_COUNTS, None
     return counts, (threshold.data_ptr(), *map(address, counts)), threshold
 
 

@@ -152,7 +152,8 @@ class _Softmax(torch.autograd.Function):
             out = pairs.softmax(block, mean=chunks.mean, threshold=threshold, attend=chunks.attend)
             for sums, t in zip(counts, out.counts or (), strict=True):
                 sums += t
-            found = (exact(out.lse, out.lse_low), out.mean, out.attended, out.slope)
+            mean = None if out.mean is None else exact(out.mean, out.mean_low)
+            found = (exact(out.lse, out.lse_low), mean, out.attended, out.slope)
             made = [t.double().view(len(x), -1) for t in found if t is not None and len(t)]
             part = torch.cat(made, 1)
             stats = part if stats is None else merge(stats, part)

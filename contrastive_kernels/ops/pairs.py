@@ -132,6 +132,8 @@ def softmax(
         slope=out.slope if attend else None,
         lse_low=out.lse_low,
         col_lse_low=out.col_lse_low if columns else None,
+        mean_low=out.mean_low if mean else None,
+        col_mean_low=out.col_mean_low if columns and mean else None,
         partner=out.partner if pairs.aligned else None,
     )
 
@@ -231,12 +233,6 @@ def row_dot(
 
 def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> Gradients:
     """The gradients of the operands from those of (lse, mean, col_lse, col_mean)."""
-    # z - mean comes with a factor grad_mean, beside grad_lse
-    if stats.mean_low is not None and grads.mean is not None:
-        grads = grads._replace(lse=known(grads.lse) - grads.mean * stats.mean_low)
-    if stats.col_mean_low is not None and grads.col_mean is not None:
-        corrected = known(grads.col_lse) - grads.col_mean * stats.col_mean_low
-        grads = grads._replace(col_lse=corrected)
     if pairs.backend == "reference":
         return _dense_backward(pairs, stats, grads, needs)
     empty = pairs.x.new_empty(0, dtype=statistics_dtype(pairs.x))
@@ -247,9 +243,10 @@ def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> 
         )
     }  # fmt: skip
     out = registration.row_stats_backward(
-        pairs.backend, **_operands(pairs), **given, grad_lse=grads.lse,
-        grad_mean=grads.mean, grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean,
-        grad_partner=None, normalize=pairs.normalize, needs=list(needs), together=pairs.together,
+        pairs.backend, **_operands(pairs), **given, mean_low=stats.mean_low,
+        col_mean_low=stats.col_mean_low, grad_lse=grads.lse, grad_mean=grads.mean,
+        grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean, grad_partner=None,
+        normalize=pairs.normalize, needs=list(needs), together=pairs.together,
     )  # fmt: skip
     return Gradients(*out)
 
@@ -265,9 +262,9 @@ def softplus_backward(pairs: Pairs, grad: Tensor, needs: Needs) -> Gradients:
     return Gradients(*out)
 
 
-def exact(lse: Tensor, low: Tensor | None) -> Tensor:
-    """A log-sum-exp in float64, with what its rounding took."""
-    return lse.double() if low is None else lse.double() + low
+def exact(high: Tensor, low: Tensor | None) -> Tensor:
+    """A statistic in float64, with what its rounding took."""
+    return high.double() if low is None else high.double() + low
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -281,8 +278,10 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
     weights exp(z - lse)."""
     lse = torch.logaddexp(a[:, :1], b[:, :1])
     finite = lse.masked_fill(lse == -torch.inf, 0.0)  # no pair at all: means stay 0
-    means = (a[:, :1] - finite).exp() * a[:, 1:] + (b[:, :1] - finite).exp() * b[:, 1:]
-    return torch.cat((lse, means), 1)
+    share = (torch.minimum(a[:, :1], b[:, :1]) - finite).exp()
+    more, less = (torch.where(b[:, :1] > a[:, :1], *pair)[:, 1:] for pair in ((b, a), (a, b)))
+    # shares of the means themselves would not add up to 1 as exactly as large means need
+    return torch.cat((lse, more + share * (less - more)), 1)
 
 
 def _operands(pairs: Pairs) -> dict[str, Any]:
@@ -308,14 +307,16 @@ def _dense_backward(
             given = [(softplus(block).value, grads)]
         else:
             stats = known(stats)
+            exact_mean = registration.exact_mean
             out = softmax(block, mean=grads.mean is not None, columns=grads.col_lse is not None)
             given = [
                 *_shares(
-                    out.lse, out.mean, stats.lse, stats.lse_low, stats.mean, grads.lse, grads.mean
+                    out.lse, out.mean, stats.lse, stats.lse_low, stats.mean,
+                    exact_mean(grads.lse, grads.mean, stats.mean_low), grads.mean,
                 ),
                 *_shares(
                     out.col_lse, out.col_mean, stats.col_lse, stats.col_lse_low, stats.col_mean,
-                    grads.col_lse, grads.col_mean,
+                    exact_mean(grads.col_lse, grads.col_mean, stats.col_mean_low), grads.col_mean,
                 ),
             ]  # fmt: skip
     outputs, upstream = zip(*given, strict=True)

@@ -150,7 +150,9 @@ def sweep(
         frozen = not (y.requires_grad or _requires_grad(given.bias))
         attend = not given.aligned and _may_attend(given.x, y, given.backend, frozen)
     out = pairs.softmax(given, mean=mean, columns=columns, threshold=threshold, attend=attend)
-    return out._replace(attended=None, slope=None, lse_low=None, col_lse_low=None)
+    return out._replace(
+        attended=None, slope=None, lse_low=None, col_lse_low=None, mean_low=None, col_mean_low=None
+    )
 
 
 def softplus_sweep(

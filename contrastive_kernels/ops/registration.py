@@ -16,7 +16,8 @@ operator may not share memory.
 row, whether the pair is dropped or not.
 
 lse_low, col_lse_low: what rounding took from lse and col_lse. It may be more than 1 where logits
-are 1e7, and the backward, whose exp(z - lse) have to add up to 1, gets it back.
+are 1e7, and the backward, whose exp(z - lse) have to add up to 1, gets it back. mean_low,
+col_mean_low: the same of the means, for the z - mean of the backward.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _SCHEMAS = {
         f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend, "
         "bool together, bool aligned) -> (Tensor lse, Tensor mean, Tensor col_lse, "
         "Tensor col_mean, Tensor rank, Tensor total, Tensor count, Tensor attended, Tensor slope, "
-        "Tensor lse_low, Tensor col_lse_low, Tensor partner)"
+        "Tensor lse_low, Tensor col_lse_low, Tensor mean_low, Tensor col_mean_low, Tensor partner)"
     ),
     "row_stats_backward": (
         f"({_PAIRS}, Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor attended, "
@@ -89,8 +90,13 @@ def call(name: str, backend: str, **arguments: Any) -> Any:
     return RESULTS[name](*_CALLS[name, backend](*ARGUMENTS[name](**arguments)))
 
 
-def row_stats_backward(backend: str, **arguments: Any) -> Any:
+def row_stats_backward(
+    backend: str, *, mean_low: Tensor | None, col_mean_low: Tensor | None, **arguments: Any
+) -> Any:
     """(dx, dy, dscale, dbias) by name; what is not needed is empty."""
+    for side, low in (("", mean_low), ("col_", col_mean_low)):
+        grads = arguments[f"grad_{side}lse"], arguments[f"grad_{side}mean"]
+        arguments[f"grad_{side}lse"] = exact_mean(*grads, low)
     out = call("row_stats_backward", backend, **arguments)
     if not arguments["together"]:
         return out
@@ -100,6 +106,17 @@ def row_stats_backward(backend: str, **arguments: Any) -> Any:
         else 2 * (out.dx,)
     )
     return out._replace(dx=parts[0], dy=parts[1])
+
+
+def exact_mean(
+    grad_lse: Tensor | None, grad_mean: Tensor | None, mean_low: Tensor | None
+) -> Tensor | None:
+    """The gradient of lse for a backward that has the rounded mean: z - mean comes with a factor
+    grad_mean, beside grad_lse."""
+    if grad_mean is None or mean_low is None:
+        return grad_lse
+    low = grad_mean * mean_low
+    return -low if grad_lse is None else grad_lse - low
 
 
 def row_dot(
@@ -146,6 +163,8 @@ def _fake_row_stats(backend: str, *inputs: Any) -> Any:
         slope=slope,
         lse_low=_stats(x, rows),
         col_lse_low=_stats(x, keys * given.columns),
+        mean_low=_stats(x, rows * given.mean),
+        col_mean_low=_stats(x, keys * (given.columns and given.mean)),
         partner=_stats(x, min(rows, keys) * given.aligned),
     )
 
@@ -193,9 +212,11 @@ def _setup_row_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
     _save(
         ctx, **pairs, lse=out.lse, mean=out.mean, col_lse=out.col_lse, col_mean=out.col_mean,
         attended=out.attended, slope=out.slope, lse_low=out.lse_low, col_lse_low=out.col_lse_low,
+        mean_low=out.mean_low, col_mean_low=out.col_mean_low,
     )  # fmt: skip
     absent = [
-        out.rank, out.total, out.count, out.attended, out.slope, out.lse_low, out.col_lse_low
+        out.rank, out.total, out.count, out.attended, out.slope, out.lse_low, out.col_lse_low,
+        out.mean_low, out.col_mean_low,
     ]  # fmt: skip
     if not given.mean:
         absent.append(out.mean)

@@ -97,13 +97,13 @@ class _Softmax(torch.autograd.Function):
             columns = options.columns or (options.symmetric and not own)
             level = None if threshold is None else threshold[rows]
             out = pairs.softmax(block, mean=mean, columns=columns, threshold=level)
-            found = _stacked(exact(out.lse, out.lse_low), out.mean)
+            found = _stacked(out.lse, out.lse_low, out.mean, out.mean_low)
             stats[rows] = merge(stats[rows], found)
             for total, t in zip(counts, out.counts or (), strict=True):
                 total[rows] += t
             if not columns:
                 return None
-            return _stacked(exact(known(out.col_lse), out.col_lse_low), out.col_mean)
+            return _stacked(known(out.col_lse), out.col_lse_low, out.col_mean, out.col_mean_low)
 
         loaded = exchange.load(shard._replace(keys=y))
         neutral = None
@@ -299,9 +299,12 @@ def _whole(stats: Tensor, mean: bool, dtype: torch.dtype) -> Sweep:
     return Sweep(lse, row_mean, lse_low=low, mean_low=mean_low)
 
 
-def _stacked(lse: Tensor, mean: Tensor | None) -> Tensor:
+def _stacked(
+    lse: Tensor, low: Tensor | None, mean: Tensor | None, mean_low: Tensor | None
+) -> Tensor:
     """Statistics (K, 1 or 2) in float64, as `merge` takes them."""
-    return torch.stack((lse,) if mean is None else (lse, mean.double()), 1)
+    means = () if mean is None else (exact(mean, mean_low),)
+    return torch.stack((exact(lse, low), *means), 1)
 
 
 def _gradients_like(stats: Tensor, lse: Tensor | None, mean: Tensor | None) -> Tensor:

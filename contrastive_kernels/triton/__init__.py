@@ -36,7 +36,7 @@ def row_stats(
     aligned: bool,
 ) -> tuple[Tensor, ...]:
     """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low,
-    partner)."""
+    mean_low, col_mean_low, partner)."""
     assert not (together or aligned)  # backends.can_join
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
@@ -50,7 +50,16 @@ def row_stats(
         statistics = (row.first, row.second, col.first, col.second)
         counts = (row.rank, row.total, row.pairs)
         return _or_empty(
-            problem, *statistics, *counts, row.gradient, row.slope, row.low, col.low, None
+            problem,
+            *statistics,
+            *counts,
+            row.gradient,
+            row.slope,
+            row.low,
+            col.low,
+            row.second_low,
+            col.second_low,
+            None,
         )
 
 

@@ -2,7 +2,8 @@
 
 Formulas only, no pointers. Logits come in units of log 2, z2 = z / log 2, so that exp(z) = 2^z2; a
 dropped pair has z2 = -inf. The state of a row is (top, total, weighted): with p_j = 2^(z2_j - top),
-total = sum_j p_j and weighted = sum_j p_j z2_j. Softplus keeps its sum in `total`, with top = 0.
+total = sum_j p_j and weighted = sum_j p_j (z2_j - top), which near the largest logits keeps digits
+that they have not. Softplus keeps its sum in `total`, with top = 0.
 
 A push takes the state and a tile of logits, and returns the new state, the weight of each pair in
 the gradient up to a factor of its row, and the factor by which earlier weights changed.
@@ -16,42 +17,50 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def weighted_logits(p, z2):
-    """p z2, and 0 for a dropped pair."""
-    return p * tl.where(p > 0, z2, 0.0)
+def weighted(p, above):
+    """p (z2 - top), and 0 for a dropped pair."""
+    return p * tl.where(p > 0, above, 0.0)
+
+
+@triton.jit
+def moved(total, terms, by, factor):
+    """Sums p (z2 - top) for a top that is larger by -by, which is inf where there is no pair."""
+    return (terms + tl.where(total == 0, 0.0, by) * total) * factor
 
 
 @triton.jit
 def softmax_push(state, z2, MEAN: tl.constexpr):
     """Softmax with a running maximum."""
-    top, total, weighted = state
+    top, total, terms = state
     new_top = tl.maximum(top, tl.max(z2, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row without a pair yet
-    p = tl.exp2(z2 - shift[:, None])
+    above = z2 - shift[:, None]
+    p = tl.exp2(above)
     factor = tl.exp2(top - shift)
-    total = total * factor + tl.sum(p, 1)
     if MEAN:
-        weighted = weighted * factor + tl.sum(weighted_logits(p, z2), 1)
-    return (new_top, total, weighted), p, factor
+        terms = moved(total, terms, top - shift, factor) + tl.sum(weighted(p, above), 1)
+    total = total * factor + tl.sum(p, 1)
+    return (new_top, total, terms), p, factor
 
 
 @triton.jit
 def shifted_push(state, z2, MEAN: tl.constexpr):
     """Softmax with a fixed shift: sums simply add up."""
-    top, total, weighted = state
-    p = tl.exp2(z2 - top[:, None])
+    top, total, terms = state
+    above = z2 - top[:, None]
+    p = tl.exp2(above)
     total += tl.sum(p, 1)
     if MEAN:
-        weighted += tl.sum(weighted_logits(p, z2), 1)
-    return (top, total, weighted), p, tl.full(total.shape, 1.0, total.dtype)
+        terms += tl.sum(weighted(p, above), 1)
+    return (top, total, terms), p, tl.full(total.shape, 1.0, total.dtype)
 
 
 @triton.jit
 def softplus_push(state, z2, MEAN: tl.constexpr):
     """Sum of log2(1 + 2^z2)."""
-    top, total, weighted = state
+    top, total, terms = state
     total += tl.sum(softplus2(z2), 1)
-    return (top, total, weighted), sigmoid2(z2), tl.full(total.shape, 1.0, total.dtype)
+    return (top, total, terms), sigmoid2(z2), tl.full(total.shape, 1.0, total.dtype)
 
 
 @triton.jit
@@ -61,41 +70,51 @@ def merge(state, other):
     shift = tl.where(top == -float("inf"), 0.0, top)
     mine, theirs = tl.exp2(state[0] - shift), tl.exp2(other[0] - shift)
     total = state[1] * mine + other[1] * theirs
-    return (top, total, state[2] * mine + other[2] * theirs), mine, theirs
+    terms = moved(state[1], state[2], state[0] - shift, mine)
+    terms += moved(other[1], other[2], other[0] - shift, theirs)
+    return (top, total, terms), mine, theirs
 
 
 @triton.jit
 def softmax_done(state):
-    """(lse, mean, factor of the weights, what rounding took from lse); (-inf, 0, 0, 0) for a row
-    without a pair."""
-    top, total, weighted = state
+    """(lse, mean, factor of the weights, what rounding took from lse, and from mean); (-inf, 0, 0,
+    0, 0) for a row without a pair."""
+    top, total, terms = state
     empty = total == 0  # not true of NaN, which stays
     total = tl.where(empty, 1.0, total)
-    exact = (top.to(tl.float64) + tl.log2(total)) * LOG2  # for large logits
-    lse = tl.where(empty, -float("inf"), exact.to(top.dtype))
-    low = tl.where(tl.abs(lse) < float("inf"), (exact - lse).to(top.dtype), 0.0)
+    wide = tl.where(empty, 0.0, top).to(tl.float64)  # for large logits
+    lse, low = rounded(tl.where(empty, -float("inf"), wide + tl.log2(total)), top.dtype)
     norm = tl.where(empty, 0.0, 1.0 / total)
-    return lse, weighted * norm * LOG2, norm, low
+    mean, mean_low = rounded(wide + terms * norm, top.dtype)
+    return lse, mean, norm, low, mean_low
+
+
+@triton.jit
+def rounded(exact, DTYPE: tl.constexpr):
+    """A number of float64 in units of log 2: the same without them, and what its rounding took."""
+    exact *= LOG2
+    high = exact.to(DTYPE)
+    return high, tl.where(tl.abs(high) < float("inf"), (exact - high).to(DTYPE), 0.0)
 
 
 @triton.jit
 def softplus_done(state):
-    """(value, 0, factor of the weights, 0)."""
+    """(value, 0, factor of the weights, 0, 0)."""
     total = state[1]
     zeros = tl.zeros_like(total)
-    return total * LOG2, zeros, tl.full(total.shape, 1.0, total.dtype), zeros
+    return total * LOG2, zeros, tl.full(total.shape, 1.0, total.dtype), zeros, zeros
 
 
 @triton.jit
 def softmax_coefficient(z2, lse, mean, grad_lse, grad_mean, MEAN: tl.constexpr):
     """dL/dz = p (a + b (z - mean + 1)) of gradients a of lse and b of mean; 0 for a dropped pair.
 
-    `lse` is in units of log 2, and +inf, not -inf, for a row without a pair.
+    `lse` and `mean` are in units of log 2, and lse is +inf, not -inf, for a row without a pair.
     """
     p = tl.exp2(z2 - lse)
     if MEAN:
-        z = tl.maximum(z2, -1e30) * LOG2
-        return p * (grad_lse + grad_mean * (z - mean + 1))
+        above = (tl.maximum(z2, -1e30) - mean) * LOG2
+        return p * (grad_lse + grad_mean * (above + 1))
     else:
         return p * grad_lse
 

@@ -27,7 +27,7 @@ def stats(
     n = problem.size(which)
     out = Outputs(first=problem.empty(n), low=None if softplus else problem.empty(n))
     if mean:
-        out = out._replace(second=problem.empty(n))
+        out = out._replace(second=problem.empty(n), second_low=problem.empty(n))
     if threshold is not None:
         threshold = threshold.contiguous()
         counts = {name: problem.empty(n) for name in ("rank", "total", "pairs")}

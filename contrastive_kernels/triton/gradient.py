@@ -88,7 +88,7 @@ def coefficient_kernel(
     if sums is not None:
         zeros = tl.zeros((BLOCK_M,), scale.dtype)
         state, _weights, _factor = PUSH((zeros, zeros, zeros), z2, False)
-        value, _mean, _norm, _low = DONE(state)
+        value, _mean, _norm, _low, _mean_low = DONE(state)
         tl.store(sums + at, value, mask=inside)
     c = coefficients(z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, COEFFICIENT)
     if bias_sums is not None:

@@ -21,9 +21,9 @@ REDO: tl.constexpr = tl.constexpr(float("inf"))
 class Outputs(NamedTuple):
     """Results for each own vector; None is not computed.
 
-    first, second: what the fold gives, (N,); low: what rounding took from first. rank, total,
-    pairs: of the logits above a threshold, their sum and their number. gradient (N, D): d first /
-    d own vector, and slope (N,): d first / d scale.
+    first, second: what the fold gives, (N,); low, second_low: what rounding took from them. rank,
+    total, pairs: of the logits above a threshold, their sum and their number. gradient (N, D): d
+    first / d own vector, and slope (N,): d first / d scale.
     """
 
     first: Tensor | None = None
@@ -34,6 +34,7 @@ class Outputs(NamedTuple):
     gradient: Tensor | None = None
     slope: Tensor | None = None
     low: Tensor | None = None
+    second_low: Tensor | None = None
 
 
 class Partial(NamedTuple):
@@ -146,13 +147,14 @@ def to_redo(out, i, inside):
 @triton.jit
 def store_rows(out, i, inside, state, counts, least, DONE: tl.constexpr):
     """Writes the statistics; returns the factor of the weights."""
-    first, second, norm, low = DONE(state)
+    first, second, norm, low, second_low = DONE(state)
     first = tl.where(state[1] < least, REDO, first)
     tl.store(out.first + i, first, mask=inside)
     if out.low is not None:
         tl.store(out.low + i, low, mask=inside)
     if out.second is not None:
         tl.store(out.second + i, second, mask=inside)
+        tl.store(out.second_low + i, second_low, mask=inside)
     if out.rank is not None:
         tl.store(out.rank + i, counts[0], mask=inside)
         tl.store(out.total + i, counts[1], mask=inside)

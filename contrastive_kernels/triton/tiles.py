@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import INTERPRETED
-from .folds import LOG2E
+from .folds import LOG2, LOG2E
 
 
 class Side(NamedTuple):
@@ -28,7 +28,7 @@ class Side(NamedTuple):
         lse, mean, grad_lse, grad_mean: what the backward pass knows of this side's statistics; lse
             is +inf, not -inf, where there is no pair, and gradients are 0 beyond the end.
         low: what rounding took from lse. Packed, it is in the gradients: exp(z - lse - low) =
-            exp(z - lse) exp(-low).
+            exp(z - lse) exp(-low). What the packed mean is rounded by is in grad_lse.
     """
 
     features: Tensor
@@ -246,14 +246,17 @@ def pack(
         inside = inside & (lse != -float("inf"))  # no gradient without a pair, whatever comes
         tl.store(packed.lse + i, tl.where(inside, lse, float("inf")))
         factor = tl.exp2(tl.where(inside, lse - exact, 0.0).to(ACC))
-    if source.mean is not None:
-        tl.store(packed.mean + i, tl.load(source.mean + at))
     if source.grad_lse is not None:
         grad = tl.load(source.grad_lse + at, mask=inside, other=0.0)
+        if source.grad_mean is not None:
+            exact_mean = tl.load(source.mean + at).to(tl.float64) * LOG2E
+            mean = exact_mean.to(ACC)
+            tl.store(packed.mean + i, mean)
+            grad_mean = tl.load(source.grad_mean + at, mask=inside, other=0.0)
+            tl.store(packed.grad_mean + i, grad_mean * factor)
+            # z - mean comes with a factor grad_mean, beside grad_lse
+            grad -= grad_mean * ((exact_mean - mean) * LOG2).to(ACC)
         tl.store(packed.grad_lse + i, grad * factor)
-    if source.grad_mean is not None:
-        grad = tl.load(source.grad_mean + at, mask=inside, other=0.0)
-        tl.store(packed.grad_mean + i, grad * factor)
 
 
 @triton.jit

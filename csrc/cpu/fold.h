@@ -14,9 +14,9 @@
 
 namespace ck {
 
-// sum_j exp(z_j - shift) and, for the mean, sum_j exp(z_j - shift) z_j. Any shift gives the same
-// lse = shift + log(sum); it must only keep the exponentials within range. A dropped pair has
-// weight 0 and must come with a finite z, whatever its own was.
+// sum_j exp(z_j - shift) and, for the mean, sum_j exp(z_j - shift) (z_j - shift). Any shift gives
+// the same lse = shift + log(sum) and mean = shift + weighted / sum; it must only keep the
+// exponentials within range. Near the logits that count, a mean keeps digits that they have not.
 template <class V>
 struct SoftmaxState {
   V sum;
@@ -30,21 +30,24 @@ struct SoftmaxFold {
     return {V{}, V{}};
   }
 
-  // weight = exp(z - shift), or 0 for a dropped pair
+  // weight = exp(above) of above = z - shift, or 0 for a dropped pair
   template <class V>
-  static CK_FOLD void push(SoftmaxState<V>& state, V weight, V z) {
+  static CK_FOLD void push(SoftmaxState<V>& state, V weight, V above) {
     state.sum += weight;
     // a pair of weight 0 may have z = -inf
-    if constexpr (WithMean) state.weighted += weight == V{} ? V{} : weight * z;
+    if constexpr (WithMean) state.weighted += weight == V{} ? V{} : weight * above;
   }
 
-  // other's terms, rescaled from its shift to ours by factor = exp(other shift - our shift)
+  // other's terms, brought from its shift to ours: by = other shift - our shift, factor = exp(by)
   template <class V>
-  static CK_FOLD void merge(SoftmaxState<V>& state, const SoftmaxState<V>& other, V factor) {
+  static CK_FOLD void merge(SoftmaxState<V>& state, const SoftmaxState<V>& other, V by, V factor) {
     state.sum += other.sum * factor;
-    if constexpr (WithMean) state.weighted += other.weighted * factor;
+    // without a pair its shift may be -inf
+    if constexpr (WithMean)
+      state.weighted += other.sum == V{} ? V{} : (other.weighted + by * other.sum) * factor;
   }
 
+  // less the shift
   template <class V>
   static CK_FOLD V mean(const SoftmaxState<V>& state) {
     return state.weighted / state.sum;

@@ -33,8 +33,8 @@ struct Subset {
     }
   }
 
-  static constexpr T* Statistics<T>::* kNumbers[] = {&Statistics<T>::lse, &Statistics<T>::low,
-                                                     &Statistics<T>::mean};
+  static constexpr T* Statistics<T>::* kNumbers[] = {
+      &Statistics<T>::lse, &Statistics<T>::low, &Statistics<T>::mean, &Statistics<T>::mean_low};
   const std::vector<int64_t>& which;
   const Statistics<T>& to;
   Statistics<T> own;
@@ -234,7 +234,13 @@ class ForwardSweep {
     });
   }
 
-  // lse, what rounding took from it, which of large logits is more than exp can bear, and mean
+  // a + b, and what rounding took from it, which of large logits is more than exp can bear
+  static void put(double a, double b, T& sum, T& low) {
+    sum = static_cast<T>(a + b);
+    low = std::isfinite(sum) ? static_cast<T>(b - (sum - a)) : T{0};
+  }
+
+  // statistics from their sums
   void set(Sums& sums, const Statistics<T>& to) const {
     for (int64_t i = 0; i < sums.size(); ++i) {
       const double sum = sums.of(kSum)[i], shift = sums.of(kShift)[i];
@@ -242,12 +248,12 @@ class ForwardSweep {
         to.lse[i] = static_cast<T>(sum);
         continue;
       }
-      const double log = std::log(sum);
-      to.lse[i] = static_cast<T>(sum == 0 ? -kInfinity : log + shift);
-      to.low[i] = std::isfinite(to.lse[i]) ? static_cast<T>(log - (to.lse[i] - shift)) : T{0};
+      const bool empty = sum == 0;
+      put(empty ? 0 : shift, std::log(sum), to.lse[i], to.low[i]);
       if (to.mean == nullptr) continue;
       const SoftmaxState<double> state{sum, sums.of(kWeighted)[i]};
-      to.mean[i] = static_cast<T>(sum == 0 ? 0 : SoftmaxFold<true>::mean(state));
+      const double above = empty ? 0 : SoftmaxFold<true>::mean(state);
+      put(empty ? 0 : shift, above, to.mean[i], to.mean_low[i]);
     }
   }
 
@@ -296,9 +302,10 @@ class ForwardSweep {
     sweep.rows(std::nullopt, sums);
     if (!of_keys || arguments_.bias == nullptr) return;
     for (int64_t i = 0; i < sums.size(); ++i) {  // a key's bias is the same for all its logits
-      const T shift = arguments_.bias[which != nullptr ? (*which)[i] : i];
-      to.lse[i] += shift;
-      if (to.mean != nullptr && to.lse[i] != -static_cast<T>(kInfinity)) to.mean[i] += shift;
+      const double shift = arguments_.bias[which != nullptr ? (*which)[i] : i];
+      if (to.lse[i] == -static_cast<T>(kInfinity)) continue;
+      put(to.lse[i], to.low[i] + shift, to.lse[i], to.low[i]);
+      if (to.mean != nullptr) put(to.mean[i], to.mean_low[i] + shift, to.mean[i], to.mean_low[i]);
     }
   }
 

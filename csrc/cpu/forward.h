@@ -12,6 +12,7 @@ struct Statistics {
   T* lse = nullptr;
   T* low = nullptr;  // what rounding took from lse
   T* mean = nullptr;
+  T* mean_low = nullptr;  // what rounding took from the mean; there where that is
   T* attended = nullptr;  // (rows, D): sum_j p_ij y_j / |y_j|
 };
 

@@ -72,17 +72,19 @@ auto with_compute_type(const MatrixTuple& x, Run run) {
   return wide ? run(double{}) : run(float{});
 }
 
-// lse, low, mean, attended
-using StatisticsTuple = std::tuple<Address, Address, Address, Address>;
+// the fields of Statistics
+using StatisticsTuple = std::tuple<Address, Address, Address, Address, Address>;
+// threshold, rank, total, count
+using CountsTuple = std::tuple<Address, Address, Address, Address>;
 
 std::unique_ptr<Keeper> forward(const PairTuple& pairs, int fold, bool keep,
                                 const StatisticsTuple& rows, const StatisticsTuple& columns,
-                                const StatisticsTuple& counts, Address partner) {
+                                const CountsTuple& counts, Address partner) {
   return with_compute_type(std::get<0>(pairs), [&](auto t) {
     using T = decltype(t);
     const auto statistics = [](const StatisticsTuple& to) {
-      const auto [lse, low, mean, attended] = to;
-      return Statistics<T>{at<T>(lse), at<T>(low), at<T>(mean), at<T>(attended)};
+      const auto [lse, low, mean, mean_low, attended] = to;
+      return Statistics<T>{at<T>(lse), at<T>(low), at<T>(mean), at<T>(mean_low), at<T>(attended)};
     };
     const auto [threshold, rank, total, count] = counts;
     return forward_sweep<T>(pair_arguments<T>(pairs), {

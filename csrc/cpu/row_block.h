@@ -97,9 +97,11 @@ class RowBlock {
     std::copy_n(shift, w_.padded_rows(), subtract);
     for (int64_t i = 0; i < w_.rows().size(); ++i) {
       if (largest[i] > shift[i]) {
-        const double factor = std::exp(static_cast<double>(shift[i]) - largest[i]);
-        sum(kSum)[i] *= factor;
-        sum(kWeighted)[i] *= factor;
+        const double by = static_cast<double>(shift[i]) - largest[i], factor = std::exp(by);
+        SoftmaxState<double> moved{0, 0};
+        SoftmaxFold<true>::merge(moved, {sum(kSum)[i], sum(kWeighted)[i]}, by, factor);
+        sum(kSum)[i] = moved.sum;
+        sum(kWeighted)[i] = moved.weighted;
         if (attended != nullptr && !first_)
           for (int64_t k = 0; k < d; ++k) attended[i * d + k] *= static_cast<T>(factor);
         shift[i] = largest[i];

@@ -35,11 +35,12 @@ class Sums {
       double* factor = factors.data() + part * size();
       for (int64_t i = 0; i < size(); ++i) {
         const double shift = of(kShift, part)[i], top = largest[i];
-        factor[i] = shift == top ? 1 : std::exp(shift - top);
+        const double by = shift == top ? 0 : shift - top;
+        factor[i] = std::exp(by);
         SoftmaxState<double> sum{0, 0};
         const SoftmaxState<double> mine{of(kSum, part)[i], of(kWeighted, part)[i]};
         if (part > 0) sum = {of(kSum)[i], of(kWeighted)[i]};
-        SoftmaxFold<true>::merge(sum, mine, factor[i]);
+        SoftmaxFold<true>::merge(sum, mine, by, factor[i]);
         of(kSum)[i] = sum.sum;
         of(kWeighted)[i] = sum.weighted;
         for (int field = kRank; part > 0 && field < fields(); ++field)
@@ -73,7 +74,7 @@ FixedShift fixed_shift(const Problem<T>& p) {
   const double largest_key = p.normalize ? 1 : std::max(1.0, key_norm);
   const double bound = std::abs(p.scale) * p.x.largest_norm() * key_norm * 1.001 + p.largest_bias;
   const double terms = static_cast<double>(std::max(p.x.rows(), p.keys));
-  // sums run over all pairs, of weights times logits or times keys
+  // sums run over all pairs, of weights times distances or times keys
   const double room = std::log(terms) + std::log(std::max({1.0, bound, largest_key}));
   const double precision = std::is_same_v<T, float> ? 19 : 40;  // exp(-precision) is negligible
   // 0 subtracts without rounding; with a bound of 120 and more, rows far below it are likely, and

@@ -79,20 +79,20 @@ void softmax_forward(const Tile<T>& tile, const ForwardSums<T>& sums) {
 #pragma GCC unroll 8
       for (int u = 0; u < L::U; ++u) {
         const int i = i0 + u * L::W;
-        V z = logit(tile, i, j);
-        V weight = exp_of(z - shift[u]), key_weight = weight;
+        const V z = logit(tile, i, j), above = z - shift[u];
+        V weight = exp_of(above), key_above = above, key_weight = weight;
         if constexpr (OfKeys == KeySums::kOwnShift) {
-          key_weight = exp_of(z - sums.key_shift[j]);
+          key_above = z - sums.key_shift[j];
+          key_weight = exp_of(key_above);
           key_weight = shift[u] == infinity ? V{} : key_weight;
         }
         if constexpr (Masked) {
           const IVec<T> stays = kept(tile, i, j);
           weight = stays ? weight : V{};
           key_weight = stays ? key_weight : V{};
-          if constexpr (Mean) z = stays ? z : V{};
         }
-        F::push(state[u], weight, z);
-        if constexpr (Keys) F::push(key_state[j], key_weight, z);
+        F::push(state[u], weight, above);
+        if constexpr (Keys) F::push(key_state[j], key_weight, key_above);
         if constexpr (Store) store(tile.data + j * tile.ld + i, weight * tile.key_scale[j]);
       }
     }

@@ -39,7 +39,7 @@ static void near(double a, double b, const char* what) {
 // state of z[begin, end) relative to its own shift
 static State part(const std::vector<double>& z, int begin, int end, double shift) {
   State s = Fold::init<double>();
-  for (int j = begin; j < end; ++j) Fold::push(s, std::exp(z[j] - shift), z[j]);
+  for (int j = begin; j < end; ++j) Fold::push(s, std::exp(z[j] - shift), z[j] - shift);
   return s;
 }
 
@@ -53,22 +53,22 @@ int main() {
   for (int cut = 0; cut <= 23; ++cut) {
     const double left = 3, right = -2;  // shifts of the parts
     State merged = part(z, 0, cut, left);
-    Fold::merge(merged, part(z, cut, 23, right), std::exp(right - left));
+    Fold::merge(merged, part(z, cut, 23, right), right - left, std::exp(right - left));
     near(std::log(merged.sum) + left, std::log(whole.sum), "lse of any split");
-    near(Fold::mean(merged), Fold::mean(whole), "mean of any split");
+    near(Fold::mean(merged) + left, Fold::mean(whole), "mean of any split");
   }
 
   State a = part(z, 0, 7, 0), b = part(z, 7, 12, 0), c = part(z, 12, 23, 0);
   State first = a, second = b;
-  Fold::merge(first, b, 1.0);
-  Fold::merge(first, c, 1.0);
-  Fold::merge(second, c, 1.0);
+  Fold::merge(first, b, 0.0, 1.0);
+  Fold::merge(first, c, 0.0, 1.0);
+  Fold::merge(second, c, 0.0, 1.0);
   State other = a;
-  Fold::merge(other, second, 1.0);
+  Fold::merge(other, second, 0.0, 1.0);
   near(first.sum, other.sum, "associative sum");
   near(first.weighted, other.weighted, "associative mean");
   State same = a;
-  Fold::merge(same, Fold::init<double>(), 1.0);
+  Fold::merge(same, Fold::init<double>(), -HUGE_VAL, 0.0);
   if (same.sum != a.sum || same.weighted != a.weighted) return 2;
 
   // coefficients against central differences of u lse + v mean
@@ -178,7 +178,7 @@ struct Math {
 __global__ void fold(const float* z, int keys, float* out) {
   ck::SoftmaxState<float> s = ck::SoftmaxFold<true>::init<float>();
   for (int j = 0; j < keys; ++j) ck::SoftmaxFold<true>::push(s, Math::exp(z[j]), z[j]);
-  ck::SoftmaxFold<true>::merge(s, s, 0.5f);
+  ck::SoftmaxFold<true>::merge(s, s, -0.5f, 0.5f);
   out[0] = ck::SoftmaxFold<true>::mean(s) + ck::softplus<Math>(z[0]) * ck::sigmoid<Math>(z[1]) +
            ck::softmax_coefficient<true>(s.sum, z[0], z[1], 1.0f, 2.0f);
 }
