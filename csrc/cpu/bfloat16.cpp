@@ -1,5 +1,6 @@
 #include "bfloat16.h"
 
+#include <cstdlib>
 #include <cstring>
 
 #ifdef __linux__
@@ -31,24 +32,47 @@ bool may_use_tiles() {
 }
 #endif
 
-const BFloat16Kernels* choose() {
-  if (std::strcmp(tile_kernels<float>().isa, "avx512") != 0) return nullptr;
+enum class Kind { kNone, kAvx512, kAmx };
+
+Kind fastest() {
+  if (std::strcmp(tile_kernels<float>().isa, "avx512") != 0) return Kind::kNone;
 #ifdef CK_HAVE_BFLOAT16_AMX
-  if (may_use_tiles()) return &bfloat16_amx::table();
+  if (may_use_tiles()) return Kind::kAmx;
 #endif
 #ifdef CK_HAVE_BFLOAT16_AVX512
   // Intel's take as long as four products of floats
-  if (__builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16"))
-    return &bfloat16_avx512::table();
+  if (__builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16")) return Kind::kAvx512;
 #endif
-  return nullptr;
+  return Kind::kNone;
+}
+
+Kind choose() {
+  const char* const wanted = std::getenv("CK_BFLOAT16");
+  if (wanted == nullptr) return fastest();
+  const auto is = [=](const char* name) { return std::strcmp(wanted, name) == 0; };
+  return is("avx512") ? Kind::kAvx512 : is("amx") ? Kind::kAmx : Kind::kNone;
+}
+
+const BFloat16Kernels* pick() {
+  switch (choose()) {
+#ifdef CK_HAVE_BFLOAT16_AVX512
+    case Kind::kAvx512:
+      return &bfloat16_avx512::table();
+#endif
+#ifdef CK_HAVE_BFLOAT16_AMX
+    case Kind::kAmx:
+      return may_use_tiles() ? &bfloat16_amx::table() : nullptr;
+#endif
+    default:
+      return nullptr;
+  }
 }
 
 }  // namespace
 
 const BFloat16Kernels* bfloat16_kernels() {
-  static const BFloat16Kernels* const chosen = choose();
-  return chosen;
+  static const BFloat16Kernels* const picked = pick();
+  return picked;
 }
 
 }  // namespace ck

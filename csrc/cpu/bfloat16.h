@@ -13,8 +13,9 @@ struct BFloat16Kernels {
   // alone, as those of TileKernels::multiply; a.col is 1.
   void (*multiply)(int64_t m, int64_t n, int64_t k, LeftMatrix<uint32_t> a,
                    PanelMatrix<const uint32_t> b, PanelMatrix<float> c, bool add);
-  // the rows of x (rows, n) two by two, for b: ((rows + 1) / 2, n) contiguous, ended by zeros
-  void (*pair_rows)(const uint16_t* x, int64_t stride, int64_t rows, int64_t n, uint32_t* out);
+  // the rows of x (rows, n) two by two, for b: ((rows + 1) / 2, n), ended by zeros
+  void (*pair_rows)(const uint16_t* x, int64_t stride, int64_t rows, int64_t n, uint32_t* out,
+                    int64_t ld_out);
   // a tile rounded to nearest even, NaN stays NaN: out[j * ld_out + i], of whole pairs of rows
   void (*round)(const float* tile, int64_t ld, int keys, int rows, uint16_t* out, int64_t ld_out);
   // the same transposed: out[i * ld_out + j], zeros where j is beyond the keys, up to the next
@@ -23,7 +24,9 @@ struct BFloat16Kernels {
                            int64_t ld_out);
 };
 
-// null: products of the same numbers widened to float are as fast, or there are no others
+// null: products of the same numbers widened to float are as fast, or there are no others. The
+// environment's CK_BFLOAT16, looked at once, names others: avx512, amx or none. Nothing else asks
+// the processor whether it has them.
 const BFloat16Kernels* bfloat16_kernels();
 
 }  // namespace ck

@@ -19,8 +19,9 @@ CK_FOLD Halves rounded(Vec<float> x) {
   return __builtin_convertvector(x == x ? nearest : (word >> 16) | 0x40, Halves);
 }
 
-inline void pair_rows(const uint16_t* x, int64_t stride, int64_t rows, int64_t n, uint32_t* out) {
-  for (int64_t p = 0; p < rows; p += 2, x += 2 * stride, out += n) {
+inline void pair_rows(const uint16_t* x, int64_t stride, int64_t rows, int64_t n, uint32_t* out,
+                      int64_t ld_out) {
+  for (int64_t p = 0; p < rows; p += 2, x += 2 * stride, out += ld_out) {
     const bool both = p + 1 < rows;
     int64_t j = 0;
     for (; j + kWidth <= n; j += kWidth) {

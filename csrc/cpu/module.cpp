@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "backward.h"
+#include "bfloat16.h"
 #include "forward.h"
 #include "row_dot.h"
 
@@ -190,6 +191,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "capability", [] { return tile_kernels<float>().isa; },
       "The instruction set that tiles use on this machine.");
+  m.def(
+      "bfloat16", [] { return bfloat16_kernels() == nullptr ? nullptr : bfloat16_kernels()->isa; },
+      "The instruction set of bfloat16 products, or None: they are those of floats.");
 
   py::class_<Keeper>(m, "Keeper", py::buffer_protocol(), "Logits, and values that stand for them.")
       .def_buffer(&values_of);

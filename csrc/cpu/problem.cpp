@@ -95,11 +95,11 @@ int64_t tile_stride(int64_t rows) {
 template <class T>
 Worker<T>::Worker(const Problem<T>& problem) : problem_(problem) {
   const int64_t rows = problem.block_rows, keys = problem.block_keys, d = problem.x.d();
-  packed_ = Buffer<T>(d * rows);
+  packed_ = Buffer<T>((problem.bits ? d / 2 : d) * rows);
   logits_ = Buffer<T>(keys * tile_stride<T>(rows));
-  if (!problem.x.direct()) x_buffer_ = Buffer<T>(rows * d);
+  if (!problem.bits && !problem.x.direct()) x_buffer_ = Buffer<T>(rows * d);
   if (problem.paired) pair_inverse_ = Buffer<T>(keys * tile_stride<T>(rows));
-  if (!problem.y.direct()) y_buffer_ = Buffer<T>(keys * d);
+  if (!problem.bits && !problem.y.direct()) y_buffer_ = Buffer<T>(keys * d);
   lanes_ = Buffer<T>(kSlots * rows);
   row_scale_ = Buffer<T>(rows, T{0});
   // the ids that never drop a pair: exclude ids that differ, keep ids that agree
@@ -113,19 +113,19 @@ void Worker<T>::take_rows(Range rows) {
   const int64_t count = rows.size();
   tile_.rows = static_cast<int>(divide_up(count, kRowPadding) * kRowPadding);
   tile_.ld = tile_stride<T>(tile_.rows);
-  T* buffer = x_buffer_.data();
-  x_rows_ = problem_.x.read(rows, buffer, &x_stride_);
   T* scales = row_scale_.data();
   for (int64_t i = 0; i < count; ++i)
     scales[i] = problem_.scale * problem_.x.inverse()[rows.begin + i];
-  if (problem_.paired)
-    std::fill_n(tile_.data, problem_.block_keys * tile_.ld, T{0});  // padded rows stay so
-  else if (problem_.bits) {                                         // pairs of features move as one
-    int64_t stride;
-    const uint16_t* bits = problem_.x.bits(rows, bits_buffer_, &stride);
-    pack(reinterpret_cast<const T*>(bits), stride / 2, problem_.x.d() / 2, nullptr);
+  if (problem_.bits) {  // pairs of features move as one
+    const BitRows bits = read_bits(problem_.x, rows);
+    pack(reinterpret_cast<const T*>(bits.data), bits.stride / 2, problem_.x.d() / 2, nullptr);
+    x_pairs_.forget();
   } else {
-    pack(x_rows_, x_stride_, problem_.x.d(), scales);
+    x_rows_ = problem_.x.read(rows, x_buffer_.data(), &x_stride_);
+    if (problem_.paired)
+      std::fill_n(tile_.data, problem_.block_keys * tile_.ld, T{0});  // padded rows stay so
+    else
+      pack(x_rows_, x_stride_, problem_.x.d(), scales);
   }
   if (!problem_.exclude.given() && !problem_.keep.given()) return;
   Id* ids = ids_.data();
@@ -174,6 +174,7 @@ bool Worker<T>::make_tile(Range keys) {
   }
   tile_.logits = {logits.data, logits.row, logits.panel};
   y_rows_ = nullptr;
+  y_pairs_.forget();
   if (problem_.paired)
     make_paired_tile();
   else if (place < 0 || problem_.keeps)
@@ -186,11 +187,11 @@ void Worker<T>::make_logits(Range keys, const PanelMatrix<T>& out) {
   const T* packed = packed_.data();
   if constexpr (std::is_same_v<T, float>) {
     if (problem_.bits) {
-      int64_t stride;
-      const uint16_t* bits = problem_.y.bits(keys, bits_buffer_, &stride);
+      const BitRows bits = read_bits(problem_.y, keys);
       const int64_t pairs = problem_.x.d() / 2;
       bfloat16_kernels()->multiply(
-          keys.size(), tile_.rows, pairs, {reinterpret_cast<const uint32_t*>(bits), stride / 2, 1},
+          keys.size(), tile_.rows, pairs,
+          {reinterpret_cast<const uint32_t*>(bits.data), bits.stride / 2, 1},
           {reinterpret_cast<const uint32_t*>(packed), kPanel, pairs * kPanel}, out, false);
       for (int64_t i = 0; i < tile_.rows; i += kPanel)
         problem_.kernels.scale_rows(out.data + i / kPanel * out.panel, out.row, tile_.keys, kPanel,
@@ -202,6 +203,13 @@ void Worker<T>::make_logits(Range keys, const PanelMatrix<T>& out) {
   const int64_t d = problem_.x.d();
   problem_.kernels.multiply(keys.size(), tile_.rows, d, {y_rows_, y_stride_, 1},
                             {packed, kPanel, d * kPanel}, out, false);
+}
+
+template <class T>
+BitRows Worker<T>::read_bits(const Features<T>& features, Range range) {
+  BitRows rows;
+  rows.data = features.bits(range, bits_buffer_, &rows.stride);
+  return rows;
 }
 
 template <class T>
@@ -266,8 +274,17 @@ const T* Worker<T>::valid_lanes(int slot) {
 
 template <class T>
 void Worker<T>::add_to_rows(T* out, bool accumulate) {
+  const int64_t d = problem_.x.d(), room = problem_.block_rows * problem_.block_keys;
+  if constexpr (std::is_same_v<T, float>) {
+    if (problem_.bits) {
+      const auto keys = y_pairs_.of(keys_.size(), d, problem_.block_keys,
+                                    [&] { return read_bits(problem_.y, keys_); });
+      bfloat16_kernels()->multiply(rows_.size(), d, divide_up(keys_.size(), 2),
+                                   rounded_.of_rows(tile_, room), keys, {out, d}, accumulate);
+      return;
+    }
+  }
   if (y_rows_ == nullptr) read_keys();
-  const int64_t d = problem_.x.d();
   for_blocks({0, rows_.size()}, kPanel, [&](Range part) {  // of the tile as much as a cache holds
     problem_.kernels.multiply(part.size(), d, keys_.size(), {tile_.data + part.begin, 1, tile_.ld},
                               {y_rows_, y_stride_}, {out + part.begin * d, d}, accumulate);
@@ -276,7 +293,17 @@ void Worker<T>::add_to_rows(T* out, bool accumulate) {
 
 template <class T>
 void Worker<T>::add_to_keys(T* out) {
-  const int64_t d = problem_.x.d();
+  const int64_t d = problem_.x.d(), room = problem_.block_rows * problem_.block_keys;
+  if constexpr (std::is_same_v<T, float>) {
+    if (problem_.bits) {
+      const auto rows = x_pairs_.of(rows_.size(), d, problem_.block_rows,
+                                    [&] { return read_bits(problem_.x, rows_); });
+      bfloat16_kernels()->multiply(keys_.size(), d, divide_up(rows_.size(), 2),
+                                   rounded_.of_keys(tile_, rows_.size(), room), rows, {out, d},
+                                   true);
+      return;
+    }
+  }
   problem_.kernels.multiply(keys_.size(), d, rows_.size(), {tile_.data, tile_.ld, 1},
                             {x_rows_, x_stride_}, {out, d}, true);
 }

@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "bfloat16.h"
+#include "bfloat16_tile.h"
 #include "buffer.h"
 #include "feature_rows.h"
 #include "fold.h"
@@ -71,7 +71,7 @@ struct Problem {
   bool symmetric;  // y is x
   bool paired;     // row i has the keys y[i * keys ...]
   int64_t keys;    // of a row
-  bool bits;       // logits are products of bfloat16 as it lies
+  bool bits;       // products are those of bfloat16: of features as they lie, and rounded tiles
   bool normalize;
   T scale;
   Buffer<T> zeros, ones;  // (M,)
@@ -132,6 +132,7 @@ class Worker {
   void pack(const T* x, int64_t stride, int64_t d, const T* scales);
   void make_paired_tile();
   void make_logits(Range keys, const PanelMatrix<T>& out);
+  BitRows read_bits(const Features<T>& features, Range range);
   void read_keys();
 
   const Problem<T>& problem_;
@@ -139,9 +140,11 @@ class Worker {
       pair_gradients_;
   Buffer<Id> ids_;
   std::vector<uint16_t> bits_buffer_;
+  RowPairs x_pairs_, y_pairs_;
+  RoundedTile rounded_;
   Tile<T> tile_{};
   Range rows_{}, keys_{};
-  const T* x_rows_ = nullptr;
+  const T* x_rows_ = nullptr;  // where bits are multiplied, these are not read
   const T* y_rows_ = nullptr;
   int64_t x_stride_ = 0, y_stride_ = 0;
 };

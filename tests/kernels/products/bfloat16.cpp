@@ -61,14 +61,14 @@ static void check_rounding(const ck::BFloat16Kernels& kernels) {
   for (int rows_of_x : {1, 2, 7, 8})
     for (int n : {1, 8, 15, 33})
       for (bool at_end : {false, true}) {
-        const int stride = n + 3, pairs = (rows_of_x + 1) / 2;
+        const int stride = n + 3, pairs = (rows_of_x + 1) / 2, ld = n + 5;
         Guarded<uint16_t> x((rows_of_x - 1) * stride + n, at_end);
-        Guarded<uint32_t> out(pairs * n, at_end);
+        Guarded<uint32_t> out((pairs - 1) * ld + n, at_end);
         for (int64_t i = 0; i < x.size(); ++i) x[i] = static_cast<uint16_t>(generator());
-        kernels.pair_rows(x.data(), stride, rows_of_x, n, out.data());
+        kernels.pair_rows(x.data(), stride, rows_of_x, n, out.data(), ld);
         for (int i = 0; i < 2 * pairs; ++i)
           for (int j = 0; j < n; ++j)
-            expect((out[i / 2 * n + j] >> 16 * (i % 2) & 0xffff) ==
+            expect((out[i / 2 * ld + j] >> 16 * (i % 2) & 0xffff) ==
                        (i < rows_of_x ? x[i * stride + j] : 0u),
                    "pairs", rows_of_x, n, 0);
       }

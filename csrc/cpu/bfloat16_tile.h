@@ -1,0 +1,74 @@
+// What one thread multiplies where features are bfloat16 as they lie: the operands of a tile's
+// three products, and the products.
+#pragma once
+
+#include "bfloat16.h"
+#include "buffer.h"
+#include "matrix.h"
+
+namespace ck {
+
+// Rows of bfloat16 features as they lie.
+struct BitRows {
+  const uint16_t* data;
+  int64_t stride;
+};
+
+// Rows of the features of one side, two by two, in panels of columns: made when first asked for.
+class RowPairs {
+ public:
+  void forget() { made_ = false; }
+  // read() gives the rows as they lie; room: the most rows that there may be
+  template <class Read>
+  PanelMatrix<const uint32_t> of(int64_t rows, int64_t d, int64_t room, Read read) {
+    const int64_t pairs = divide_up(rows, 2);
+    if (!made_) {
+      if (memory_.empty()) memory_ = Buffer<uint32_t>(divide_up(room, 2) * width(d));
+      const BitRows from = read();
+      for_blocks({0, d}, kPanel, [&](Range part) {
+        bfloat16_kernels()->pair_rows(from.data + part.begin, from.stride, rows, part.size(),
+                                      memory_.data() + part.begin * pairs, kPanel);
+      });
+      made_ = true;
+    }
+    return {memory_.data(), kPanel, pairs * kPanel};
+  }
+
+ private:
+  static int64_t width(int64_t d) { return divide_up(d, kPanel) * kPanel; }
+  Buffer<uint32_t> memory_;
+  bool made_ = false;
+};
+
+// The entries of a tile as rounded numbers, two by two along what they are summed over.
+class RoundedTile {
+ public:
+  // of each row its keys, for sums over them; room: the most entries of a tile
+  LeftMatrix<uint32_t> of_rows(const Tile<float>& tile, int64_t room) {
+    constexpr int64_t kUnit = 16;
+    const int64_t stride = divide_up(tile.keys, kUnit) * kUnit;
+    bfloat16_kernels()->round_transposed(tile.data, tile.ld, tile.keys, tile.rows, start(room),
+                                         stride);
+    return left(stride);
+  }
+  // of each key its rows, of which `rows` are no padding
+  LeftMatrix<uint32_t> of_keys(const Tile<float>& tile, int64_t rows, int64_t room) {
+    uint16_t* out = start(room);
+    bfloat16_kernels()->round(tile.data, tile.ld, tile.keys, tile.rows, out, tile.rows);
+    if (rows % 2 != 0)  // what the padding holds may not be finite
+      for (int j = 0; j < tile.keys; ++j) out[j * tile.rows + rows] = 0;
+    return left(tile.rows);
+  }
+
+ private:
+  uint16_t* start(int64_t room) {
+    if (memory_.empty()) memory_ = Buffer<uint16_t>(room);
+    return memory_.data();
+  }
+  LeftMatrix<uint32_t> left(int64_t stride) const {
+    return {reinterpret_cast<const uint32_t*>(memory_.data()), stride / 2, 1};
+  }
+  Buffer<uint16_t> memory_;
+};
+
+}  // namespace ck
