@@ -41,7 +41,8 @@ def row_stats(
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
-        if problem.unit and not mean and threshold is None and (columns or problem.symmetric):
+        unit = problem.bounded and bias is None
+        if unit and not mean and threshold is None and (columns or problem.symmetric):
             row, col = forward.two_way(problem)
             col = col if columns else Outputs()
         else:

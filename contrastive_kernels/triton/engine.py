@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -115,9 +116,14 @@ class Problem:
         return self.inputs[which].shape[-2]
 
     @property
-    def unit(self) -> bool:
-        """Whether the scale bounds the logits."""
-        return self.normalize and self.bias is None and not self.paired
+    def bounded(self) -> bool:
+        """Whether the scale and the largest bias bound the logits."""
+        return self.normalize and not self.paired
+
+    @cached_property
+    def largest_bias(self) -> Tensor | None:
+        """0-d; NaN and inf, which may be of dropped pairs alone, count as 0."""
+        return None if self.bias is None else self.bias.nan_to_num(nan=0.0, posinf=0.0).amax()
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)

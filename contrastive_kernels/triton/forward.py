@@ -54,7 +54,7 @@ def stats_of(
     attend = out.gradient is not None
     chosen = problem.tile("attend" if attend else "stats")
     float16_scale = problem.float16_scale(1.0, other) if attend else None
-    fixed = problem.unit and not softplus and float16_scale is None
+    fixed = problem.bounded and not softplus and float16_scale is None
     fixed = fixed and own.size * other.size >= engine.FIXED_PAIRS
     parts, each = problem.parts(own.size, other.size, chosen, attend)
     partial = Partial()
@@ -83,8 +83,9 @@ def sweep_and_merge(
 ) -> None:  # fmt: skip
     engine.launch(
         sweep.stats_kernel, (cdiv(own.size, chosen.block_m), parts), own, other,
-        problem.scale, float16_scale, threshold, out._replace(gradient=None, slope=None), partial,
-        each, FIXED=fixed, REPAIR=repair, **fold, **problem.constants(chosen),
+        problem.scale, problem.largest_bias if fixed else None, float16_scale, threshold,
+        out._replace(gradient=None, slope=None), partial, each, FIXED=fixed,
+        REPAIR=repair, **fold, **problem.constants(chosen),
     )  # fmt: skip
     if partial.state is not None:
         merge(
@@ -102,9 +103,10 @@ def merge(
     width_k = bucket(problem.dim) if out.gradient is not None else 1
     block = max(1, min(128, 2048 // width_k))
     engine.launch(
-        sweep.merge_kernel, (cdiv(own.size, block),), own, terms, problem.scale, float16_scale, out,
-        partial, parts, DIM=problem.dim, DONE=done, FIXED=fixed, SUM_EXPONENT=sum_exponent,
-        WIDTH=width, REPAIR=repair, BLOCK_M=block, BLOCK_K=width_k,
+        sweep.merge_kernel, (cdiv(own.size, block),), own, terms, problem.scale,
+        problem.largest_bias if fixed else None, float16_scale, out, partial, parts,
+        DIM=problem.dim, DONE=done, FIXED=fixed, SUM_EXPONENT=sum_exponent, WIDTH=width,
+        REPAIR=repair, BLOCK_M=block, BLOCK_K=width_k,
     )  # fmt: skip
 
 

@@ -49,23 +49,27 @@ class Partial(NamedTuple):
 
 
 @triton.jit
-def fixed_shift(scale, terms, SUM_EXPONENT: tl.constexpr):
+def fixed_shift(scale, largest_bias, terms, SUM_EXPONENT: tl.constexpr):
     """A shift for the logits of unit vectors in units of log 2, and the least sum it is good for.
 
     The largest term becomes at most 2^SUM_EXPONENT / terms. Those below 2^-126 are flushed to zero;
     together they matter less than 2^-24 to a sum of at least terms 2^-102.
     """
     bound = tl.abs(scale) * (1.01 * LOG2E)
+    if largest_bias is not None:
+        bound += tl.maximum(tl.load(largest_bias), 0.0) * LOG2E
     count = tl.cast(terms, tl.float32)
     shift = tl.maximum(bound - (SUM_EXPONENT - tl.log2(count)), 0.0)
-    # without a shift no term is flushed
-    return shift, tl.where(shift > 0.0, count * 1.9721522630525295e-31, 0.0)
+    least = count * 1.9721522630525295e-31
+    if largest_bias is None:  # else logits may be anything below
+        least = tl.where(shift > 0.0, least, 0.0)  # without a shift no term is flushed
+    return shift, least
 
 
 # Counts change from batch to batch, and nothing is gained from a kernel for each kind of number.
 @triton.jit(do_not_specialize=["tiles_per_part"])
 def stats_kernel(
-    own, other, scale_ptr, float16_scale, threshold, out, partial, tiles_per_part,
+    own, other, scale_ptr, largest_bias, float16_scale, threshold, out, partial, tiles_per_part,
     DIM: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr,
     TOP: tl.constexpr, SUM_EXPONENT: tl.constexpr, REPAIR: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -88,7 +92,7 @@ def stats_kernel(
     zeros = tl.zeros((BLOCK_M,), scale.dtype)
     top, least = zeros + TOP, 0.0
     if FIXED:
-        shift, least = fixed_shift(scale, other.size, SUM_EXPONENT)
+        shift, least = fixed_shift(scale, largest_bias, other.size, SUM_EXPONENT)
         top = zeros + shift
     state = (top, zeros, zeros)
     counts = (zeros, zeros, zeros)
@@ -164,7 +168,7 @@ def store_rows(out, i, inside, state, counts, least, DONE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["terms", "parts"])
 def merge_kernel(
-    own, terms, scale_ptr, float16_scale, out, partial, parts, DIM: tl.constexpr,
+    own, terms, scale_ptr, largest_bias, float16_scale, out, partial, parts, DIM: tl.constexpr,
     DONE: tl.constexpr, FIXED: tl.constexpr, SUM_EXPONENT: tl.constexpr, WIDTH: tl.constexpr,
     REPAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +184,7 @@ def merge_kernel(
     zeros = tl.zeros((BLOCK_M,), scale.dtype)
     top, least = zeros, 0.0
     if FIXED:
-        shift, least = fixed_shift(scale, terms, SUM_EXPONENT)
+        shift, least = fixed_shift(scale, largest_bias, terms, SUM_EXPONENT)
         top = zeros + shift
     state = (zeros - float("inf"), zeros, zeros)
     counts = (zeros, zeros, zeros)
@@ -228,7 +232,7 @@ def two_way_kernel(
     (j, i) too: programs below the diagonal have nothing to do, and there are none.
     """
     scale = tl.load(scale_ptr)
-    shift, _least = fixed_shift(scale, terms, SUM_EXPONENT)
+    shift, _least = fixed_shift(scale, None, terms, SUM_EXPONENT)
     if HALF:
         own_group, other_group = triangle(tl.program_id(0))
     else:

@@ -295,3 +295,34 @@ def test_no_synchronisation_on_a_gpu():
         ck.sup_con(x, labels).backward()
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize(("columns", "mean"), [(False, True), (True, False)])
+@pytest.mark.parametrize("largest", [-200.0, 3.0, 200.0, 5000.0])
+def test_one_shift_for_logits_with_a_bias(monkeypatch, columns, mean, largest):
+    """It holds where biases are large or none; what is far below them is swept again."""
+    from contrastive_kernels.triton import forward
+
+    swept = []
+    plain = forward.sweep_and_merge
+
+    def watched(*arguments, **options):
+        swept.append(options["fixed"])
+        plain(*arguments, **options)
+
+    monkeypatch.setattr(forward, "sweep_and_merge", watched)
+    x, y = (oracles.randn(n, 5, seed=n, dtype=torch.float32) for n in (20, 70))
+    bias = largest - 3 * oracles.randn(70, seed=3).abs().float()
+    bias[::7] = -torch.inf
+    bias[[1, 5]] = torch.tensor([torch.nan, largest + 100])  # of dropped pairs alone
+    ids = torch.zeros(20), (torch.arange(70) != 1) & (torch.arange(70) != 5)
+    ids = tuple(t.long() for t in ids)
+    options = {"scale": 20.0, "normalize": True, "exclude": ids, "mean": mean, "columns": columns}
+    out = sweeps.sweep(x, y, bias=bias, backend="triton", **options)
+    assert swept == [True, False] * (1 + columns)
+    exact = reference.sweep(x.double(), y.double(), bias=bias.double(), **options)
+    for name in ("lse", "mean", "col_lse", "col_mean"):
+        got, right = getattr(out, name), getattr(exact, name)
+        if right is not None:
+            assert got is not None
+            torch.testing.assert_close(got.double(), right, rtol=1e-6, atol=1e-5, equal_nan=True)
