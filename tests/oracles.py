@@ -36,8 +36,7 @@ def views(n: int, dim: int, *others: tuple[int, ...]) -> list[Tensor]:
 
 
 def sample(backend: str, combinations: list, seed: int, every: int = 5) -> list:
-    """All combinations; of Triton's kernels, which are interpreted or compiled for each, a fifth, by
-    the seed."""
+    """All combinations; a fifth, by the seed, for Triton, which interprets or compiles each."""
     return combinations[seed % every :: every] if backend == "triton" else combinations
 
 

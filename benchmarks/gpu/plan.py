@@ -96,7 +96,8 @@ def sanitized(smoke: list[str], out: Path) -> list[Step]:
     if tool is None:
         return []
     half = [*smoke, "--here", "--dtype", "bfloat16", "--dim", "64", "768"]
-    whitening = [*smoke, "--here", "--dtype", "float32", "--dim", "64", "--family", "whitening"]
+    floats = ["--dtype", "float32", "--dim", "64", "128"]
+    whitening = [*smoke, "--here", *floats, "--family", "whitening"]
     # the caching allocator would hide accesses beyond a tensor
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     made = []

@@ -32,7 +32,7 @@ from ..harness.paths import ROOT
 
 # Not multiples of a tile, and more keys than one part takes.
 ROWS, KEYS = 257, 1090
-OWN_KEYS, GROUPS = 7, (6, 128)
+OWN_KEYS, GROUPS = 7, (6, 160)
 DIMS = (64, 128, 256, 768)
 NAMES = ("bfloat16", "float16", "float32")
 # The largest relative error of a result, in the Frobenius norm.

@@ -31,8 +31,8 @@ PADDING = 256
 # From so many pairs on, what a fixed shift saves is more than the launches it may take.
 FIXED_PAIRS = 0 if INTERPRETED else 1 << 26
 # Programs for each multiprocessor that keep it busy to the end: of `two_way`, and of sweeps whose
-# other side is cut into parts. One multiprocessor holds one, two or three of these at once: with six
-# their last wave is full too.
+# other side is cut into parts. It holds one, two or three of these at once: of six the last wave is
+# full too.
 WAVES, PART_WAVES = 4, 6
 
 

@@ -177,6 +177,36 @@ def test_a_fault_costs_one_case():
     assert alone.COMMAND[1:] == ["-m", "benchmarks.gpu.alone"]
 
 
+def test_every_case_of_the_table_is_measured_alone(tmp_path, monkeypatch):
+    """First all of them; then, in the time that is left, those beside what compiles once more."""
+    asked = []
+
+    class Alone:
+        def measure(self, case, seconds, *, may_compile, **options):
+            asked.append((case.name, may_compile))
+            assert 0 < seconds <= bench.GPU_CASE_SECONDS
+            again = {"failed": "stopped"} if case.name == "nt_xent" and may_compile else {}
+            return case.record() | {"compiled": may_compile} | again
+
+        def close(self):
+            asked.append(("closed", True))
+
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
+    environment = {"device": "x", "capability": "y", "driver": "z", "commit": "c", "backend": "b"}
+    monkeypatch.setattr(bench, "describe_gpu", lambda: environment)
+    monkeypatch.setattr(bench.gpu_instruments, "gemm_flops", lambda device: 1e12)
+    monkeypatch.setattr(bench.gpu_alone, "Alone", Alone)
+    monkeypatch.setattr(bench, "_end", lambda options, result, path: 0)
+    path = tmp_path / "benchmarks.json"
+    assert bench.main(["--device", "cuda", "--json", str(path)]) == 0
+    assert asked[: len(CASES)] == [(name, False) for name in CASES]
+    assert ("nt_xent", True) in asked and ("whiten_64", True) not in asked
+    assert asked[-1] == ("closed", True)
+    records = {one["name"]: one for one in json.loads(path.read_text())["cases"]}
+    assert list(records) == list(CASES)
+    assert records["info_nce"]["compiled"] and not records["nt_xent"]["compiled"]
+
+
 def test_a_process_that_is_not_needed_ends():
     done = subprocess.run(alone.COMMAND, cwd=ROOT, input="", capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
