@@ -9,6 +9,7 @@ from oracles import BACKENDS, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive_kernels as ck
+from contrastive_kernels import ops
 from contrastive_kernels.ops import registration
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built here")
@@ -123,14 +124,18 @@ class Seen(TorchDispatchMode):
 
 def test_who_looks_on_sees_the_operators():
     x, y = (randn(9, 4, seed=s, dtype=FLOAT).requires_grad_() for s in (1, 2))
-    alone = ck.info_nce(x, y)
+
+    def loss():
+        return ck.info_nce(x, y) + ops.row_dot(x, y, backend="cpu").sum()
+
+    alone = loss()
     gradients = torch.autograd.grad(alone, (x, y))
     with Seen() as seen:
-        watched = ck.info_nce(x, y)
+        watched = loss()
         again = torch.autograd.grad(watched, (x, y))
     assert torch.equal(alone, watched) and all(map(torch.equal, gradients, again))
     with torch.profiler.profile() as profile:
-        torch.autograd.grad(ck.info_nce(x, y), (x, y))
+        torch.autograd.grad(loss(), (x, y))
     profiled = [event.name for event in profile.events()]
     for name in ("row_stats_cpu", "row_stats_backward_cpu", "row_dot_cpu", "row_dot_backward_cpu"):
         assert f"contrastive_kernels::{name}" in seen.names
@@ -143,7 +148,7 @@ def test_what_stands_for_logits_is_no_larger_than_it_looks():
     out = registration.call(
         "row_stats", "cpu",
         **registration.ARGUMENTS["row_stats"](
-            x, y, torch.tensor(1.0), *6 * (None,), False, True, True, False, False
+            x, y, torch.tensor(1.0), *6 * (None,), False, True, True, False, False, False
         )._asdict(),
     )  # fmt: skip
     from contrastive_kernels import _cpu
