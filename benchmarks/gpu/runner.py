@@ -36,6 +36,8 @@ def run(step: Step, limit: float, out: Path) -> str | None:
         text=True,
         errors="replace",
         start_new_session=True,  # so that a step is ended with all processes it started
+        # who runs in the background may have been told to ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     stopped = threading.Event()
 

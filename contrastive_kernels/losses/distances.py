@@ -79,7 +79,7 @@ def shortfall(x: Tensor, look: bool = True) -> Tensor | None:
     """1 - |u|^2 (M,) of normalised rows u, without gradient: 0, but 1 of a row of zeros, and more
     than 0 of one below 1e-12. None: 0 throughout, where a `look` may tell."""
     x = x.detach()
-    look = look and x.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
+    look = look and _may_look(x)
     if look and not (x[..., 0].abs() <= TINY).any():  # TINY is 0 in float16
         return None
     found = _shortfall(torch.linalg.vector_norm(x, dim=-1, dtype=statistics_dtype(x)))
@@ -133,6 +133,11 @@ TINY = 1e-12  # norms are at least that, as in F.normalize
 def _norm(x: Tensor) -> Tensor:
     """L2 norm of the rows, with a last dimension of 1."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether numbers may decide what is computed: those of a GPU would be waited for."""
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
 
 
 def _shortfall(norm: Tensor) -> Tensor:

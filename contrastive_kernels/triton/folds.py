@@ -18,8 +18,8 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def weighted(p, above):
-    """p (z2 - top), and 0 for a dropped pair."""
-    return p * tl.where(p > 0, above, 0.0)
+    """p (z2 - top), and 0 for a dropped pair, whose z2 is -inf: 0 times any finite number."""
+    return p * tl.maximum(above, -1e30)
 
 
 @triton.jit

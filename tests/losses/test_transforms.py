@@ -387,10 +387,8 @@ def test_operators_refuse_tangents(backend):
         dual = forward_ad.make_dual(x, x)
         row_stats = getattr(torch.ops.contrastive_kernels, f"row_stats_{backend}")
         with pytest.raises(NotImplementedError, match="forward-mode"):
-            row_stats(dual, x, scale, *5 * (None,), None, True, False, False, False, False)
-        row_stats(
-            x, x, scale, *5 * (None,), None, True, False, False, False, False
-        )  # there is none
+            row_stats(dual, x, scale, *5 * (None,), None, True, *5 * (False,))
+        row_stats(x, x, scale, *5 * (None,), None, True, *5 * (False,))  # there is none
 
 
 def test_stores_keep_no_tangent():
