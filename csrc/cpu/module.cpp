@@ -10,6 +10,7 @@
 
 #include "backward.h"
 #include "bfloat16.h"
+#include "binding.h"
 #include "forward.h"
 #include "row_dot.h"
 
@@ -20,13 +21,6 @@ namespace ck {
 void bind_whitening(py::module_& m);
 
 namespace {
-
-using Address = std::uintptr_t;  // 0: none
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // address, sizes, strides, dtype
 using MatrixTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int>;
@@ -65,13 +59,7 @@ PairArguments<T> pair_arguments(const PairTuple& given) {
   return a;
 }
 
-// Calls `run(T{})` with the type that features are computed in, for as long without the GIL.
-template <class Run>
-auto with_compute_type(const MatrixTuple& x, Run run) {
-  const py::gil_scoped_release released;
-  const bool wide = static_cast<Dtype>(std::get<5>(x)) == Dtype::kDouble;
-  return wide ? run(double{}) : run(float{});
-}
+Dtype dtype_of(const MatrixTuple& given) { return static_cast<Dtype>(std::get<5>(given)); }
 
 // the fields of Statistics
 using StatisticsTuple = std::tuple<Address, Address, Address, Address, Address>;
@@ -81,7 +69,7 @@ using CountsTuple = std::tuple<Address, Address, Address, Address>;
 std::unique_ptr<Keeper> forward(const PairTuple& pairs, int fold, bool keep,
                                 const StatisticsTuple& rows, const StatisticsTuple& columns,
                                 const CountsTuple& counts, Address partner) {
-  return with_compute_type(std::get<0>(pairs), [&](auto t) {
+  return with_compute_type(dtype_of(std::get<0>(pairs)), [&](auto t) {
     using T = decltype(t);
     const auto statistics = [](const StatisticsTuple& to) {
       const auto [lse, low, mean, mean_low, attended] = to;
@@ -110,7 +98,7 @@ using GradientTuple = std::tuple<Address, Address, bool, Address>;
 double backward(const PairTuple& pairs, bool softplus, const UpstreamTuple& rows,
                 const UpstreamTuple& columns, Address attended, Address partner,
                 const GradientTuple& to) {
-  return with_compute_type(std::get<0>(pairs), [&](auto t) {
+  return with_compute_type(dtype_of(std::get<0>(pairs)), [&](auto t) {
     using T = decltype(t);
     const auto upstream = [](const UpstreamTuple& from) {
       const auto [lse, low, mean, grad_lse, grad_mean] = from;
@@ -141,7 +129,7 @@ OwnRows<T> own_rows(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, Ad
 
 void dot(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, Address ends, bool normalize,
          Address out) {
-  with_compute_type(x, [&](auto t) {
+  with_compute_type(dtype_of(x), [&](auto t) {
     using T = decltype(t);
     row_dot<T>(own_rows<T>(x, y, keys, ends, normalize), at<T>(out));
   });
@@ -149,7 +137,7 @@ void dot(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, Address ends,
 
 void dot_backward(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, Address ends,
                   bool normalize, Address grad, Address dx, Address dy) {
-  with_compute_type(x, [&](auto t) {
+  with_compute_type(dtype_of(x), [&](auto t) {
     using T = decltype(t);
     row_dot_backward<T>(own_rows<T>(x, y, keys, ends, normalize), at<T>(grad), at<void>(dx),
                         at<void>(dy));

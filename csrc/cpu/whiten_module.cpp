@@ -1,34 +1,16 @@
 // The functions of `_cpu` that whiten. Tensors come as addresses, and the caller answers for sizes,
 // types and contiguity (contrastive_kernels/whitening/cpu.py); `dtype` is that of the samples.
-#include <pybind11/pybind11.h>
-
+#include "binding.h"
 #include "whiten.h"
 
 namespace py = pybind11;
 
 namespace ck {
-namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// run(T{}) of the type of the arithmetic, without the GIL
-template <class Run>
-void with_type(int dtype, Run run) {
-  const py::gil_scoped_release released;
-  static_cast<Dtype>(dtype) == Dtype::kDouble ? run(double{}) : run(float{});
-}
-
-}  // namespace
 
 void bind_whitening(py::module_& m) {
   m.def("whiten_cholesky", [](int dtype, int64_t count, int64_t rows, int64_t d, double eps,
                               Address x, Address z, Address inverse, Address info) {
-    with_type(dtype, [&](auto t) {
+    with_compute_type(Dtype(dtype), [&](auto t) {
       using T = decltype(t);
       whiten_cholesky<T>({count, rows, d, Dtype(dtype)}, eps, at<void>(x), at<T>(z), at<T>(inverse),
                          at<int32_t>(info));
@@ -37,7 +19,7 @@ void bind_whitening(py::module_& m) {
   m.def("whiten_cholesky_backward",
         [](int dtype, int64_t count, int64_t rows, int64_t d, double eps, Address grad, Address z,
            Address inverse, Address dx) {
-          with_type(dtype, [&](auto t) {
+          with_compute_type(Dtype(dtype), [&](auto t) {
             using T = decltype(t);
             whiten_cholesky_backward<T>({count, rows, d, Dtype(dtype)}, eps, at<T>(grad), at<T>(z),
                                         at<T>(inverse), at<void>(dx));
@@ -45,7 +27,7 @@ void bind_whitening(py::module_& m) {
         });
   m.def("whiten_zca", [](int dtype, int64_t count, int64_t rows, int64_t d, double eps, Address x,
                          Address z, Address vectors, Address roots, Address info) {
-    with_type(dtype, [&](auto t) {
+    with_compute_type(Dtype(dtype), [&](auto t) {
       using T = decltype(t);
       whiten_zca<T>({count, rows, d, Dtype(dtype)}, eps, at<void>(x), at<T>(z), at<T>(vectors),
                     at<T>(roots), at<int32_t>(info));
@@ -54,7 +36,7 @@ void bind_whitening(py::module_& m) {
   m.def("whiten_zca_backward",
         [](int dtype, int64_t count, int64_t rows, int64_t d, double eps, Address grad, Address z,
            Address vectors, Address roots, Address dx) {
-          with_type(dtype, [&](auto t) {
+          with_compute_type(Dtype(dtype), [&](auto t) {
             using T = decltype(t);
             whiten_zca_backward<T>({count, rows, d, Dtype(dtype)}, eps, at<T>(grad), at<T>(z),
                                    at<T>(vectors), at<T>(roots), at<void>(dx));
@@ -63,7 +45,7 @@ void bind_whitening(py::module_& m) {
   m.def("whiten_newton_schulz",
         [](int dtype, int64_t count, int64_t rows, int64_t d, double eps, int64_t iterations,
            Address x, Address z, Address covariance, Address info) {
-          with_type(dtype, [&](auto t) {
+          with_compute_type(Dtype(dtype), [&](auto t) {
             using T = decltype(t);
             whiten_newton_schulz<T>({count, rows, d, Dtype(dtype)}, eps, iterations, at<void>(x),
                                     at<T>(z), at<T>(covariance), at<int32_t>(info));
@@ -72,7 +54,7 @@ void bind_whitening(py::module_& m) {
   m.def("whiten_newton_schulz_backward", [](int dtype, int64_t count, int64_t rows, int64_t d,
                                             double eps, int64_t iterations, Address grad, Address x,
                                             Address covariance, Address dx) {
-    with_type(dtype, [&](auto t) {
+    with_compute_type(Dtype(dtype), [&](auto t) {
       using T = decltype(t);
       whiten_newton_schulz_backward<T>({count, rows, d, Dtype(dtype)}, eps, iterations, at<T>(grad),
                                        at<void>(x), at<T>(covariance), at<void>(dx));
@@ -80,14 +62,14 @@ void bind_whitening(py::module_& m) {
   });
   m.def("view_distance", [](int dtype, int64_t views, int64_t rows, int64_t d, bool normalize,
                             Address z, Address distance) {
-    with_type(dtype, [&](auto t) {
+    with_compute_type(Dtype(dtype), [&](auto t) {
       using T = decltype(t);
       view_distance<T>(views, rows, d, normalize, at<T>(z), at<T>(distance));
     });
   });
   m.def("view_distance_backward", [](int dtype, int64_t views, int64_t rows, int64_t d,
                                      bool normalize, Address grad, Address z, Address dz) {
-    with_type(dtype, [&](auto t) {
+    with_compute_type(Dtype(dtype), [&](auto t) {
       using T = decltype(t);
       view_distance_backward<T>(views, rows, d, normalize, at<T>(grad), at<T>(z), at<T>(dz));
     });
