@@ -1,5 +1,5 @@
-"""Writes the tables of README.md and docs/grid.md, and the gains in docs/integrations.md, from
-benchmarks/results/: python -m benchmarks.report
+"""Writes the tables of docs/measured.md and docs/grid.md, the picture in README.md, and what pages
+of docs/ say of losses and drop-ins, from benchmarks/results/: python -m benchmarks.report
 
 With --check it writes nothing and exits with 1 when they disagree with the results.
 """
@@ -17,7 +17,7 @@ from .harness.markdown import brief, milliseconds, share, table, versions
 from .harness.paths import DOCS, RESULTS, ROOT
 
 README = ROOT / "README.md"
-INTEGRATIONS = DOCS / "integrations.md"
+MEASURED = DOCS / "measured.md"
 NAME, GPU_NAME = "benchmarks", "gpu-benchmarks"
 
 
@@ -121,9 +121,14 @@ def gain(record: dict) -> str:
     return text + (f", {theirs:.0f} MB to {ours:.0f}" if ours and theirs else "")
 
 
+def latest(device_type: str) -> dict[str, dict]:
+    """The last result's record of each case."""
+    return {r["name"]: r for result in results(device_type) for r in result["cases"]}
+
+
 def with_gains(text: str) -> str:
     """text with what the results say between <!-- gain: case --> and <!-- /gain -->."""
-    records = {r["name"]: r for result in results("cpu") for r in result["cases"]}
+    records = latest("cpu")
 
     def replaced_gain(match: re.Match) -> str:
         record = records.get(match[1])
@@ -131,6 +136,30 @@ def with_gains(text: str) -> str:
         return f"<!-- gain: {match[1]} -->{measured}<!-- /gain -->"
 
     return re.sub(r"<!-- gain: (.+?) -->.*?<!-- /gain -->", replaced_gain, text)
+
+
+def cost_rows(record: dict) -> Iterable[list[str]]:
+    ours, memory = record["ours"], record.get("memory", {})
+    for theirs in record["peers"]:
+        row = [title(record), theirs["name"], milliseconds(ours)]
+        if "ratio" in theirs:
+            row += [milliseconds(theirs), f"{theirs['ratio']:.2f}"]
+        else:
+            row += [brief(theirs["reason"]), ""]
+        yield [*row, megabytes(memory, "ours"), megabytes(memory, theirs["name"])]
+
+
+def with_costs(text: str) -> str:
+    """text with a table of cases between <!-- cost: case; case --> and <!-- /cost -->."""
+    records = latest("cpu")
+    head = ["case", "against", "ours", "theirs", "ours / theirs", "our memory", "their memory"]
+
+    def replaced_cost(match: re.Match) -> str:
+        rows = [row for name in match[1].split("; ") for row in cost_rows(records[name])]
+        lines = [f"<!-- cost: {match[1]} -->", *table(head, rows), "<!-- /cost -->"]
+        return "\n".join(lines)
+
+    return re.sub(r"<!-- cost: (.+?) -->.*?<!-- /cost -->", replaced_cost, text, flags=re.DOTALL)
 
 
 def scaling_row(record: dict) -> list[str]:
@@ -215,17 +244,17 @@ def sections(device_type: str) -> str:
     return "\n".join(["", *lines]) if lines else ""
 
 
-def updated(readme: str) -> str:
-    """readme with the tables of all results.
+def updated(page: str) -> str:
+    """docs/measured.md with the tables of all results.
 
     Those of GPUs get markers of their own with the first result.
     """
-    readme = pages.replaced(readme, NAME, sections("cpu") or "\nNo results yet.\n")
+    page = pages.replaced(page, NAME, sections("cpu") or "\nNo results yet.\n")
     gpu, (begin, end) = sections("cuda"), pages.markers(GPU_NAME)
-    if gpu and begin not in readme:
+    if gpu and begin not in page:
         _, cpu_end = pages.markers(NAME)
-        readme = readme.replace(cpu_end, f"{cpu_end}\n\n{begin}\n{end}")
-    return pages.replaced(readme, GPU_NAME, gpu) if begin in readme else readme
+        page = page.replace(cpu_end, f"{cpu_end}\n\n{begin}\n{end}")
+    return pages.replaced(page, GPU_NAME, gpu) if begin in page else page
 
 
 def main() -> int:
@@ -234,9 +263,12 @@ def main() -> int:
     options = parser.parse_args()
     return pages.update(
         {
-            README: lambda page: grid_report.with_picture(updated(page)),
-            INTEGRATIONS: with_gains,
+            README: grid_report.with_picture,
+            MEASURED: updated,
             grid_report.PAGE: grid_report.updated,
+            DOCS / "integrations.md": with_gains,
+            **dict.fromkeys(DOCS.glob("swap/*.md"), with_gains),
+            **dict.fromkeys(DOCS.glob("losses/*.md"), with_costs),
         },
         "python -m benchmarks.report",
         check=options.check,

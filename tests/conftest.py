@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
 # What these folders and files test does not depend on the device.
 CPU_ONLY = {
-    "distributed", "package", "test_bench_base", "test_bench_cases", "test_bench_installed",
+    "distributed", "package", "site", "test_bench_base", "test_bench_cases", "test_bench_installed",
     "test_bench_options", "test_bench_output", "test_bench_run", "test_fold", "test_gpu_plan",
     "test_infomin", "test_launches", "test_negatives_study", "test_whiten_block",
 }  # fmt: skip

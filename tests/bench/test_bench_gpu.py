@@ -276,17 +276,17 @@ def test_the_tables_of_a_result():
 
 
 def test_a_result_gets_markers_of_its_own(tmp_path, monkeypatch):
-    readme, (begin, end) = report.README.read_text(), pages.markers(report.GPU_NAME)
+    page, (begin, end) = report.MEASURED.read_text(), pages.markers(report.GPU_NAME)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     for path in RESULTS.glob("*.json"):
         result = json.loads(path.read_text())
         if result.get("device_type", "cpu") == "cpu":
             (tmp_path / path.name).write_text(path.read_text())
-    without, _, rest = readme.partition(begin)
+    without, _, rest = page.partition(begin)
     if not rest:
-        assert report.updated(readme) == readme
+        assert report.updated(page) == page
     (tmp_path / "imaginary-gpu.json").write_text(json.dumps(made_up_result()))
-    new = report.updated(readme)
+    new = report.updated(page)
     assert new.count(begin) == new.count(end) == 1
     assert "### Imaginary GPU" in new.partition(begin)[2]
     assert "Imaginary GPU" not in new.partition(begin)[0]

@@ -1,9 +1,11 @@
-"""The tables of README.md are those that the results give, and pages name what there is."""
+"""The tables of the pages are those that the results give, and pages name what there is."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,13 +17,21 @@ def test_the_tables_agree_with_the_results():
 
 
 def test_pages_show_pictures_that_there_are():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     shown = [
         page.parent / target
         for page in pages
         for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())
     ]
     assert len(shown) > 5 and [path for path in shown if not path.exists()] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(name):
+    """Those of the pages in docs/ are looked at when the site is built."""
+    page = ROOT / name
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text())
+    assert targets and [target for target in targets if not (page.parent / target).exists()] == []
 
 
 def test_guarantees_name_tests_that_there_are():
