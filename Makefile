@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test proof fuzz lint bench report clean
+.PHONY: setup demo test proof fuzz lint bench report docs clean
 
 setup: $(VENV)/build.stamp
 
@@ -35,12 +35,18 @@ $(VENV)/peers.stamp: $(VENV)/requirements.stamp requirements-peers.txt
 	@$(PIP) install -r requirements.txt -r requirements-peers.txt
 	@touch $@
 
+$(VENV)/docs.stamp: $(VENV)/requirements.stamp requirements-docs.txt
+	@echo "installing what builds the documentation"
+	@$(PIP) install -r requirements.txt -r requirements-docs.txt
+	@touch $@
+
 demo: setup
 	@$(RUN) -m contrastive_kernels demo $(ARGS)
 
 # The build and lint, which take one core each, beside the packages that come over the network.
 test:
 	@$(MAKE) --no-print-directory -j2 lint $(VENV)/peers.stamp
+	@$(MAKE) --no-print-directory $(VENV)/docs.stamp
 	@$(RUN) -m pytest -q -n logical --maxprocesses=8 --dist=loadfile \
 	    --no-loadscope-reorder --durations=10 $(ARGS)
 
@@ -62,6 +68,12 @@ lint: setup
 
 bench: setup $(VENV)/peers.stamp
 	@$(RUN) -m contrastive_kernels bench $(ARGS)
+
+# The site, in build/site. Building it needs no network; a broken link or name is an error (with
+# --quiet it would not be).
+docs: setup $(VENV)/docs.stamp
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "build/site is there; read it with $(RUN) -m http.server -d build/site"
 
 # README, pages and pictures from benchmarks/results.
 report: setup
