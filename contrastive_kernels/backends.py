@@ -19,7 +19,9 @@ from torch import Tensor
 
 from .autograd import in_forward_mode, in_transform
 
-_REBUILD = "pip install -e ."
+# Nothing but the dense reference, to tell whether a kernel is at fault.
+DISABLED: str | None = "CK_DISABLE=1 is set" if os.environ.get("CK_DISABLE", "0") == "1" else None
+_REBUILD = "install contrastive_kernels again, from a wheel or with GCC or Clang at hand"
 _THREADS = ("parallel_for", "get_num_threads", "get_thread_idx")
 TRITON_AT_LEAST = (3, 6)
 _REPORT = Path(__file__).with_name("_build_report.json")
@@ -48,11 +50,13 @@ def _build_report(extension: str) -> dict[str, Any] | None:
 
 def _load(extension: str) -> str | None:
     """Load an extension; return why it cannot be used, or None."""
+    if DISABLED is not None:
+        return DISABLED
     report = _build_report(extension)
     if report is None:
         return f"the extension was never built: {_REBUILD}"
     if not report["built"]:
-        return f"the extension was not built: {report['reason']}"
+        return f"the extension was not built: {_REBUILD}; what failed: {report['reason']}"
     try:
         loaded = importlib.import_module(f"contrastive_kernels.{extension}")
     except ImportError as error:
@@ -74,6 +78,8 @@ def _start(extension: ModuleType) -> str | None:
 
 def _find_triton() -> str | None:
     """Why Triton cannot be used, or None; it is not imported before it is needed."""
+    if DISABLED is not None:
+        return DISABLED
     try:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -114,8 +120,10 @@ def unusable_reason(name: str, device: str) -> str | None:
 
 def runs_dense(backend: str) -> bool:
     """Whether a named backend means the dense reference: "auto" does in forward mode, which no
-    kernel has."""
-    return backend == "reference" or (backend == "auto" and in_forward_mode())
+    kernel has, and where engines are disabled."""
+    if backend == "auto":
+        return DISABLED is not None or in_forward_mode()
+    return backend == "reference"
 
 
 def resolve_backend(
@@ -132,14 +140,13 @@ def resolve_backend(
     """
     if device.type == "meta":
         raise ValueError("tensors must have numbers, got tensors on the meta device")
-    if runs_dense(backend):
-        return "reference"
     if backend == "auto":
         preferred = "cpu" if device.type == "cpu" else "triton"
-        if unusable_reason(preferred, device.type) is None:
-            return preferred
-        if not torch.compiler.is_compiling():
+        usable = unusable_reason(preferred, device.type) is None
+        if not usable and not torch.compiler.is_compiling():
             _warn_dense(preferred, device.type)
+        return preferred if usable and not runs_dense("auto") else "reference"
+    if backend == "reference":
         return "reference"
     if backend not in ("cpu", "triton", "cuda"):
         raise ValueError(

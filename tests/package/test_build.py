@@ -161,7 +161,7 @@ def test_version_is_written_once(project):
     [
         (None, "never built"),
         ("not json", "never built"),
-        ({"built": False, "reason": "no compiler"}, "not built: no compiler"),
+        ({"built": False, "reason": "no compiler"}, "at hand; what failed: no compiler"),
     ],
 )
 def test_unusable_build_is_explained(report, reason, tmp_path, monkeypatch):
