@@ -3,16 +3,17 @@
 import argparse
 import platform
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from contrastive_kernels import __version__
+from contrastive_kernels import __version__, selfcheck
 from contrastive_kernels.backends import CPU_ERROR, TRITON_ERROR, backends
 
 
-def _info() -> int:
+def _info(check: bool) -> int:
     lines = [
         ("contrastive_kernels", __version__),
         ("torch", torch.__version__),
@@ -38,7 +39,38 @@ def _info() -> int:
     for name, backend in report.items():
         if backend.reason is not None:
             print(f"\n{name} is not usable: {backend.reason}")
-    return 0
+    print(f"\n{_summary()}")
+    return _check() if check else 0
+
+
+def _summary() -> str:
+    """What runs on this machine, and the cure for what does not, in one line."""
+    report = backends()
+    kinds = {"cpu": "CPU"} | ({"triton": "CUDA"} if torch.cuda.is_available() else {})
+    runs = []
+    for name, kind in kinds.items():
+        reason = report[name].reason
+        first = (reason or "").partition("\n")[0]
+        runs.append(f"{kind} tensors run " + ("fused" if reason is None else f"dense: {first}"))
+    return "; ".join(runs if len(runs) > 1 else [*runs, "there is no GPU here"])
+
+
+def _check() -> int:
+    start, count, wrong = time.perf_counter(), 0, 0
+    for title, fault in selfcheck.faults():
+        count += 1
+        if fault is not None:
+            wrong += 1
+            print(f"{title}: {fault}")
+    seconds = time.perf_counter() - start
+    if count == 0:
+        print("nothing to check: everything runs dense here")
+        return 1
+    print(
+        f"{count} checks of primitives against float64 in {seconds:.1f} s: "
+        + (f"{wrong} failed" if wrong else "OK")
+    )
+    return 1 if wrong else 0
 
 
 def _bench(argv: list[str]) -> int:
@@ -57,10 +89,16 @@ def main(argv: list[str] | None = None) -> int:
         description="Fused kernels for contrastive and whitening losses.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser(
+    info = commands.add_parser(
         "info",
         help="versions, threads, and which backends are usable here, with the reason where not",
-        description="Print versions, threads, and which backends are usable here and why not.",
+        description="Print versions, threads, and which backends are usable here and why not; the "
+        "last line says what runs fused.",
+    )
+    info.add_argument(
+        "--check",
+        action="store_true",
+        help="run every primitive against float64 too, in seconds; status 1 if one is wrong",
     )
     # These have options of their own: they get the rest of the command line, --help included.
     commands.add_parser(
@@ -90,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         return import_module("contrastive_kernels.triton.tune").main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _info()
+    return _info(arguments.check)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import contrastive_kernels as ck
+from contrastive_kernels import selfcheck
 from contrastive_kernels.__main__ import main
 
 CALL = """
@@ -59,6 +60,7 @@ def test_package_works_without_the_extension():
     )
     assert out.startswith("raised\n")
     assert "cpu is not usable: " in out
+    assert out.splitlines()[-1].startswith("CPU tensors run dense: the extension was built but")
 
 
 def test_running_dense_for_want_of_the_engine_is_said_once():
@@ -123,6 +125,32 @@ def test_info_names_versions_threads_and_backends(capsys):
     labels = ("contrastive_kernels", "torch", "python", "threads", "cpu capability")
     for label in (*labels, *ck.backends()):
         assert any(line.startswith(label) for line in lines), label
+    fused = ck.backends()["cpu"].usable
+    assert lines[-1].startswith(f"CPU tensors run {'fused' if fused else 'dense: '}")
+
+
+def test_check_says_ok(capsys):
+    usable = ck.backends()["cpu"].usable
+    assert main(["info", "--check"]) == (0 if usable else 1)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(" s: OK") if usable else last.startswith("nothing to check")
+
+
+def test_check_says_what_is_wrong(capsys, monkeypatch):
+    def wrong(*operands, backend, **options):
+        value = right(*operands, backend=backend, **options)
+        return value * (1 + 1e-4) if backend == "cpu" else value
+
+    right = selfcheck.row_softplus
+    if not ck.backends()["cpu"].usable:
+        pytest.skip("no extension")
+    monkeypatch.setattr(selfcheck, "row_softplus", wrong)
+    assert main(["info", "--check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("row_softplus, cpu, float32: the error of its value is ") for line in lines
+    )
+    assert lines[-1].endswith(" s: 4 failed")
 
 
 @pytest.mark.parametrize(

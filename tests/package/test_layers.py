@@ -21,7 +21,7 @@ LAYERS = {
         ("ops",),
         ("whitening",),
         ("losses",),
-        ("queue", "integrations"),
+        ("queue", "integrations", "selfcheck"),
         ("__init__",),
         ("demo",),
         ("__main__",),
