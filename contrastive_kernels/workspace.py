@@ -48,3 +48,12 @@ def _exchange(size: int) -> int:
     before = _cpu.workspace_limit()
     _cpu.set_workspace_limit(size)
     return before
+
+
+def engine_peak() -> int:
+    """The most bytes of the engine's buffers at one time since this was last asked."""
+    if CPU_ERROR is not None:
+        return 0
+    from . import _cpu  # type: ignore[attr-defined]
+
+    return _cpu.memory_peak()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..distributed import KeptGroup, collective, world_size
 from ..types import Loss, LossStats
+from .observe import observable
 
 P = ParamSpec("P")
 
@@ -74,7 +75,7 @@ def loss(function: Callable[P, Loss]) -> LossFunction[P]: ...
 def loss(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a loss: it may join a `group`, and its help describes every option."""
     function.__doc__ = _documented(function, OPTIONS)
-    return collective(function)
+    return observable(collective(function))
 
 
 def loss_like(other: Callable[..., Any]) -> Callable[[Callable[P, Loss]], LossFunction[P]]:
@@ -82,7 +83,7 @@ def loss_like(other: Callable[..., Any]) -> Callable[[Callable[P, Loss]], LossFu
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__doc__ = _documented(function, _described(other.__doc__ or "") | OPTIONS)
-        return collective(function)
+        return observable(collective(function))
 
     return decorate
 
