@@ -52,12 +52,9 @@ Features<T>::Features(const Matrix& matrix, bool normalize, bool with_norms, con
     tile_kernels<T>().norms(rows, stride, range.size(), d_, inverse_.data() + range.begin,
                             norms.data() + range.begin);
   });
+  if (!normalize) std::fill_n(inverse_.data(), rows_, T{1});
   for (int64_t i = 0; i < rows_; ++i)
-    largest_norm_ = std::max(largest_norm_, static_cast<double>(norms[i]));
-  if (normalize)
-    largest_norm_ = std::min(largest_norm_, 1.0);
-  else
-    std::fill_n(inverse_.data(), rows_, T{1});
+    largest_norm_ = std::max(largest_norm_, static_cast<double>(norms[i] * inverse_[i]));
 }
 
 template <class T>

@@ -122,6 +122,24 @@ def test_every_loss(name, backend, scale):
     assert_as_dense(fused, definition, given, scale, slack=case.slack / 4)
 
 
+@with_backends([n for n in NAMES if CASES[n][1].options.get("normalize", True)], INTERPRETED)
+def test_short_features_have_the_logits_of_unit_vectors(name, backend):
+    """Rows of norm 1 / 8, in nearly one direction: logits of 100, not of 100 / 64."""
+    row, case = CASES[name]
+    given, options = scaled(name, 100.0)
+    given = [short_and_alike(t) if t.is_floating_point() and t.dim() > 1 else t for t in given]
+    if row.takes("lam") and row.name in IN_LOGARITHMS:
+        options["q"] = 0.1
+    options["normalize"] = True
+    fused, definition = ours(name, backend=backend, **options), exact(name, **options)
+    assert_as_dense(fused, definition, given, 100.0, slack=case.slack / 4)
+
+
+def short_and_alike(t):
+    short = F.normalize(1 + 0.1 * t.detach(), dim=-1) / 8
+    return short.requires_grad_(t.requires_grad)
+
+
 @with_backends([name for name in NAMES if CASES[name][0].takes("q")], interpreted=("rince",))
 def test_infinite_where_it_is(name, backend):
     given, options = scaled(name, 1e3)
