@@ -23,9 +23,9 @@ from ..checks import (
     scalar,
 )
 from ..distributed import Batch, Shards, join
-from ..ops import operands, positives, sweep
+from ..ops import operands, positives, sweep, swept_positives
 from ..types import Counts, Group, IdPair, Loss, Sweep, known
-from .algebra import add_up, log_add, masked_logsumexp
+from .algebra import add_up, log_add, masked_logsumexp, softplus
 from .base import ContrastiveLoss, loss
 from .stats import mi_lower_bound, pair_stats, tie_limit
 
@@ -116,20 +116,36 @@ def mnrl(
     document_ids = ids if pairs else of_documents.own_ids(query.device, repeat=blocks)
     same_query = (ids if pairs else document_ids[:n], document_ids)
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
-    dots, query, documents = positives(query, documents, **options)
-    dots = dots.reshape(n, blocks)
+    # a sweep that gives the positives takes hard negatives as it takes all others
+    aligned = False
+    if negatives_mask is None and not (in_batch or own_negatives):
+        aligned, dots, query, documents = swept_positives(
+            query, documents, batch, dots=return_stats, **options
+        )
+    else:
+        dots, query, documents = positives(query, documents, **options)
+    apart = not (aligned or pairs)  # own hard negatives are not in the sweep
+    dropped_ids = same_query
+    if aligned and not pairs:
+        dropped_ids = (ids, torch.cat((ids, ids.new_full((m - n,), -1))))
     positive = documents if pairs else documents[:n]
-    dot, pos = dots[:, 0], scale * dots[:, 0]
+    if dots is not None:
+        dots = dots.reshape(n, -1)
+        dot, pos = dots[:, 0], scale * dots[:, 0]
     backward = "doc_to_query" in directions
     sharp, share = _harder(scale, in_batch)
     limit = tie_limit(sharp * dot, query, positive, sharp, **options) if return_stats else None
     out = _sweep_harder(
-        query, documents, sharp, share, exclude=same_query, keep=keep,
-        columns=backward and not in_batch, threshold=limit, batch=of_documents, **options,
+        query, documents, sharp, share, exclude=dropped_ids, keep=keep,
+        columns=backward and not in_batch, threshold=limit, batch=of_documents, aligned=aligned,
+        **options,
     )  # fmt: skip
+    if aligned:
+        pos = known(out.partner)
     logits = {"query_to_doc": [out.lse]}
-    if not pairs:
-        hard = scale * dots[:, 1:] + own_negatives * dots[:, 1:].detach()
+    if apart:
+        own = known(dots)[:, 1:]
+        hard = scale * own + own_negatives * own.detach()
         logits["query_to_doc"].append(masked_logsumexp(hard, negatives_mask))
 
     def lse(
@@ -156,8 +172,8 @@ def mnrl(
     if not return_stats:
         return value
     counts: list[Counts | None] = [out.counts]
-    if not pairs:
-        hard = (sharp * dots[:, 1:]).detach()
+    if apart:
+        hard = (sharp * own).detach()
         kept = torch.ones_like(hard).bool() if negatives_mask is None else negatives_mask
         counts.append(reference.threshold_stats(hard, kept, limit))
     stats = pair_stats(dot, counts, sharp, batch, lse=rows + pos)
@@ -268,5 +284,8 @@ def _sweep_harder(
 
 def _excess(logits: Iterable[Tensor], pos: Tensor, positives: int = 1) -> Tensor:
     """log(positives exp(pos) + sum exp(logits)) - pos; also where all logits are -inf."""
-    start = torch.full_like(pos, math.log(positives))
-    return log_add(start, *(z - pos for z in logits))
+    first, *others = (z - pos for z in logits)
+    if positives > 1:
+        own = math.log(positives)
+        return log_add(own + softplus(first - own), *others)
+    return log_add(softplus(first), *others)

@@ -232,17 +232,18 @@ def positives(
 def swept_positives(
     x: Tensor, y: Tensor, batch: Batch, *, normalize: bool, backend: str, dots: bool
 ) -> tuple[bool, Tensor | None, Tensor, Tensor]:
-    """(aligned, dots, x, y) before a sweep of x (N, D) and the keys y (N, D) of a batch.
+    """(aligned, dots, x, y) before a sweep of x (N, D) and the keys y of a batch, (N, D) or more.
 
     Where it can give the logits of <x_i, y_i> on its way, to be asked for by
-    `operands(aligned=True)`, dots have no gradient and are None unless `dots`; else as `positives`.
+    `operands(aligned=True)`, dots (N,) have no gradient and are None unless `dots`; else as
+    `positives`.
     """
     can = can_align(backend) and not isinstance(batch, Shards)
     if not can or _may_attend(x, y, backend, frozen=not y.requires_grad):
         return False, *positives(x, y, normalize=normalize, backend=backend)
     made = None
     if dots:
-        made = row_dot(x.detach(), y.detach(), normalize=normalize, backend=backend)
+        made = row_dot(x.detach(), y[: len(x)].detach(), normalize=normalize, backend=backend)
     return True, made, x, y
 
 
