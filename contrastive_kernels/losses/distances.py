@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ..autograd import in_transform
-from ..ops import KeyBias, can_tie, squares, tied
+from ..ops import (
+    KeyBias,
+    can_tie,
+    has_row_kernels,
+    row_distance,
+    row_distance_gradients,
+    squares,
+    tied,
+)
 from ..sources import NegativeSource, is_source
 from ..types import IdPair, known, statistics_dtype
 from .algebra import unit
@@ -20,10 +28,14 @@ def distances(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(|query_i - positive_ik|^2 (N, K), query, positives), the features for sweeps and nothing
     else; by difference: 2 - 2 cos would lose all of a small one."""
-    if can_tie(backend, query, smallest=0):
-        distance, tied_query, tied_positives = tied(_Distances(normalize), query, positives)
-        return distance, tied_query, known(tied_positives)
     own = positives.unsqueeze(1) if positives.dim() == 2 else positives
+    kernels = has_row_kernels(backend) and len(query) > 0
+    if can_tie(backend, query, smallest=None if kernels else 0):
+        local = _Distances(normalize, backend)
+        distance, tied_query, tied_positives = tied(local, query, positives)
+        return distance, tied_query, known(tied_positives)
+    if kernels:
+        return row_distance(query, own, normalize), query, positives
     difference = unit(own, normalize) - unit(query, normalize).unsqueeze(1)
     return difference.square().sum(-1), query, positives
 
@@ -95,8 +107,11 @@ class _Distances(NamedTuple):
     """
 
     normalize: bool
+    backend: str
 
     def values(self, x: Tensor, y: Tensor | None) -> Tensor:
+        if has_row_kernels(self.backend):
+            return row_distance(x, known(y), self.normalize)
         difference = unit(known(y), self.normalize) - unit(x, self.normalize).unsqueeze(1)
         return torch.linalg.vector_norm(difference, dim=-1).square()
 
@@ -104,6 +119,8 @@ class _Distances(NamedTuple):
         self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         y = known(y)
+        if has_row_kernels(self.backend):
+            return row_distance_gradients(x, y, values, grad, self.normalize, needs)
         direction = unit(x, self.normalize)
         difference = unit(y, self.normalize) - direction.unsqueeze(1)
         grad_x = grad_y = None

@@ -21,6 +21,8 @@ from ..distributed import Batch, Shards, join
 from ..ops import (
     BLOCK_ELEMENTS,
     can_tie,
+    class_dot,
+    has_row_kernels,
     operands,
     own_gradient,
     squares,
@@ -169,8 +171,11 @@ def sup_con_rows(
         itself_ids = -1 if own is None else n + 1 + own
         ids = torch.where(only, place, itself_ids)
     dot = None
-    if ref is None and not isinstance(batch, Shards) and can_tie(backend, features):
-        dot, features = _ClassProducts.apply(features, place, normalize, backend)
+    if ref is None and not isinstance(batch, Shards):
+        if can_tie(backend, features):
+            dot, features = _ClassProducts.apply(features, place, normalize, backend)
+        elif has_row_kernels(backend):
+            dot = class_dot(features, place, normalize)
     pairs = operands(
         features, ref, scale=scale, exclude=(ids, ref_ids), normalize=normalize, backend=backend,
         batch=batch,

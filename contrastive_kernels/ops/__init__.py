@@ -15,6 +15,7 @@ from .primitives import (
     swept_positives,
 )
 from .registration import NAMESPACE
+from .row_operators import class_dot, has_row_kernels, row_distance, row_distance_gradients
 from .rows import sum_rows, take_rows
 from .rowwise import BLOCK_ELEMENTS, can_tie, own_gradient, tied
 
@@ -24,12 +25,16 @@ __all__ = [
     "KeyBias",
     "can_tie",
     "checked_operands",
+    "class_dot",
     "count_own",
     "full_precision",
+    "has_row_kernels",
     "keeps_frozen_keys",
     "operands",
     "own_gradient",
     "positives",
+    "row_distance",
+    "row_distance_gradients",
     "row_dot",
     "row_softplus",
     "row_stats",

@@ -11,6 +11,7 @@
 #include "backward.h"
 #include "bfloat16.h"
 #include "binding.h"
+#include "class_dot.h"
 #include "forward.h"
 #include "row_dot.h"
 
@@ -144,6 +145,38 @@ void dot_backward(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, Addr
   });
 }
 
+void distance(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, bool normalize,
+              Address out) {
+  with_compute_type(dtype_of(x), [&](auto t) {
+    using T = decltype(t);
+    row_distance<T>(own_rows<T>(x, y, keys, 0, normalize), at<T>(out));
+  });
+}
+
+void distance_backward(const MatrixTuple& x, const MatrixTuple& y, int64_t keys, bool normalize,
+                       Address distance, Address grad, Address dx, Address dy) {
+  with_compute_type(dtype_of(x), [&](auto t) {
+    using T = decltype(t);
+    row_distance_backward<T>(own_rows<T>(x, y, keys, 0, normalize), at<T>(distance), at<T>(grad),
+                             at<void>(dx), at<void>(dy));
+  });
+}
+
+void dot_of_classes(const MatrixTuple& x, Address places, bool normalize, Address out) {
+  with_compute_type(dtype_of(x), [&](auto t) {
+    using T = decltype(t);
+    class_dot<T>({matrix(x), at<int32_t>(places), normalize}, at<T>(out));
+  });
+}
+
+void dot_of_classes_backward(const MatrixTuple& x, Address places, bool normalize, Address grad,
+                             Address dx) {
+  with_compute_type(dtype_of(x), [&](auto t) {
+    using T = decltype(t);
+    class_dot_backward<T>({matrix(x), at<int32_t>(places), normalize}, at<T>(grad), at<void>(dx));
+  });
+}
+
 void start(const std::string& capability, Address parallel_for, Address num_threads,
            Address thread_num) {
   set_capability(capability.c_str());
@@ -189,6 +222,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("backward", &backward);
   m.def("row_dot", &dot);
   m.def("row_dot_backward", &dot_backward);
+  m.def("row_distance", &distance);
+  m.def("row_distance_backward", &distance_backward);
+  m.def("class_dot", &dot_of_classes);
+  m.def("class_dot_backward", &dot_of_classes_backward);
 
   bind_whitening(m);
 

@@ -1,5 +1,7 @@
 #include "row_dot.h"
 
+#include <numeric>
+
 #include "feature_rows.h"
 
 namespace ck {
@@ -7,12 +9,13 @@ namespace {
 
 constexpr int64_t kBlock = 64;  // keys
 
-// A thread's memory: for a row, for its keys, and for their gradients.
+// A thread's memory: for a row and its keys, both of unit length where that is wanted, and for
+// their gradients.
 template <class T>
 struct Room {
   explicit Room(int64_t d)
-      : row(d), keys(kBlock * d), row_gradient(d, T{0}), gradients(kBlock * d) {}
-  Buffer<T> row, keys, row_gradient, gradients;
+      : row(d), unit(d), keys(kBlock * d), row_gradient(d, T{0}), gradients(kBlock * d) {}
+  Buffer<T> row, unit, keys, row_gradient, gradients;
 };
 
 // visit(i, row i of x, a block of its own keys, where they are, their stride, room) for the blocks
@@ -36,6 +39,22 @@ void for_rows(const OwnRows<T>& own, const Features<T>& x, const Features<T>& y,
       done(i, row, room);
     }
   });
+}
+
+// rows (count, D) times a factor of each, one after the other in out, where they may lie
+template <class T>
+void scale(const T* rows, int64_t stride, const T* factors, int64_t count, int64_t d, T* out) {
+  for (int64_t i = 0; i < count; ++i)
+    std::transform(rows + i * stride, rows + i * stride + d, out + i * d,
+                   [factor = factors[i]](T value) { return value * factor; });
+}
+
+// what a row of unit length lacks of it: more than 0 if its norm was raised
+template <class T>
+T shortfall(const T* unit, T inverse, int64_t d) {
+  if (inverse < kLargestInverse<T>) return 0;
+  const T squares = std::inner_product(unit, unit + d, unit, T{0});
+  return squares < 1 ? 1 - squares : 0;
 }
 
 }  // namespace
@@ -90,9 +109,76 @@ void row_dot_backward(const OwnRows<T>& own, const T* grad, void* dx, void* dy) 
       });
 }
 
+template <class T>
+void row_distance(const OwnRows<T>& own, T* out) {
+  const Features<T> x(own.x, own.normalize), y(own.y, own.normalize);
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const int64_t d = x.d();
+  for_rows(
+      own, x, y,
+      [&](int64_t i, const T* row, Range block, const T* keys, int64_t stride, Room<T>& room) {
+        T *unit_row = room.unit.data(), *unit_keys = room.keys.data();
+        scale(row, d, x.inverse() + i, 1, d, unit_row);
+        scale(keys, stride, y.inverse() + block.begin, block.size(), d, unit_keys);
+        for (int64_t j = 0; j < block.size(); ++j)
+          out[block.begin + j] = kernels.distance(unit_row, unit_keys + j * d, d);
+      },
+      [](int64_t, const T*, Room<T>&) {});
+}
+
+// With p and q of unit length, r = p - q and a = <r, p>, so that -<r, q> = |r|^2 - a, the
+// derivatives of |r|^2 by the vectors themselves are 2 ((1 - a) r - a q) / |y| and
+// -2 (r + (|r|^2 - a) q) / |x|. A norm that was raised is a constant: its vector has no a.
+template <class T>
+void row_distance_backward(const OwnRows<T>& own, const T* distance, const T* grad, void* dx,
+                           void* dy) {
+  const Features<T> x(own.x, own.normalize), y(own.y, own.normalize);
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const int64_t d = x.d();
+  const auto constant = [&](T inverse) { return !own.normalize || inverse >= kLargestInverse<T>; };
+  const auto place = [d](void* out, Dtype dtype, int64_t row) {
+    return static_cast<char*>(out) + row * d * size_of(dtype);
+  };
+  for_rows(
+      own, x, y,
+      [&](int64_t i, const T* row, Range block, const T* keys, int64_t stride, Room<T>& room) {
+        T *unit_row = room.unit.data(), *unit_keys = room.keys.data();
+        T* sum = room.row_gradient.data();
+        scale(row, d, x.inverse() + i, 1, d, unit_row);
+        scale(keys, stride, y.inverse() + block.begin, block.size(), d, unit_keys);
+        const T row_lacks = shortfall(unit_row, x.inverse()[i], d);
+        for (int64_t j = block.begin; j < block.end; ++j) {
+          const T inverse = y.inverse()[j];
+          const T* unit = unit_keys + (j - block.begin) * d;
+          T* to_y = room.gradients.data() + (j - block.begin) * d;
+          const T key_along = (distance[j] + row_lacks - shortfall(unit, inverse, d)) / 2;
+          const T along = constant(inverse) ? 0 : key_along;
+          const T to_key = 2 * grad[j] * inverse, to_row = -2 * grad[j] * x.inverse()[i];
+          kernels.add_difference(unit_row, unit, to_row, to_key * (1 - along), -to_key * along, d,
+                                 sum, to_y);
+          if (!constant(x.inverse()[i]))
+            kernels.add_scaled(to_row * (distance[j] - key_along), unit_row, d, sum);
+        }
+        if (dy != nullptr)
+          kernels.write(room.gradients.data(), block.size() * d, own.y.dtype,
+                        place(dy, own.y.dtype, block.begin));
+      },
+      [&](int64_t i, const T*, Room<T>& room) {
+        T* sum = room.row_gradient.data();
+        if (dx != nullptr) kernels.write(sum, d, own.x.dtype, place(dx, own.x.dtype, i));
+        std::fill_n(sum, d, T{0});
+      });
+}
+
 template void row_dot(const OwnRows<float>&, float*);
 template void row_dot(const OwnRows<double>&, double*);
 template void row_dot_backward(const OwnRows<float>&, const float*, void*, void*);
 template void row_dot_backward(const OwnRows<double>&, const double*, void*, void*);
+template void row_distance(const OwnRows<float>&, float*);
+template void row_distance(const OwnRows<double>&, double*);
+template void row_distance_backward(const OwnRows<float>&, const float*, const float*, void*,
+                                    void*);
+template void row_distance_backward(const OwnRows<double>&, const double*, const double*, void*,
+                                    void*);
 
 }  // namespace ck

@@ -1,4 +1,4 @@
-// Products of rows with keys of their own.
+// Products of rows with keys of their own, and distances to them.
 #pragma once
 
 #include "matrix.h"
@@ -28,5 +28,15 @@ void row_dot(const OwnRows<T>& rows, T* out);
 // key whose product has the gradient 0 is not read: NaN in one that is left out goes nowhere.
 template <class T>
 void row_dot_backward(const OwnRows<T>& rows, const T* grad, void* dx, void* dy);
+
+// out: the squared distance of each row of y from the row of x that it belongs to, both of unit
+// length if they are normalised
+template <class T>
+void row_distance(const OwnRows<T>& rows, T* out);
+
+// likewise, from these distances
+template <class T>
+void row_distance_backward(const OwnRows<T>& rows, const T* distance, const T* grad, void* dx,
+                           void* dy);
 
 }  // namespace ck

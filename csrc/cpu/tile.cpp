@@ -325,6 +325,8 @@ const TileKernels<T>& kernels() {
       .add_counts = add_counts<T>,
       .dots = dots<T>,
       .project = project<T>,
+      .distance = distance<T>,
+      .add_difference = add_difference<T>,
       .add_scaled = add_scaled<T>,
       .multiply = multiply<Numbers<T>>,
       .center = center<T>,

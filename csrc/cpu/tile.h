@@ -15,6 +15,10 @@ constexpr int kRowPadding = 64;
 constexpr int kPanel = 64;
 constexpr int kMatrices = 4;  // most matrices that `eigen` takes at once
 
+// rows are divided by their norm, which counts as at least 1e-12
+template <class T>
+constexpr T kLargestInverse = T(1e12);
+
 enum class Fold { kLse, kLseMean, kSoftplus };
 
 enum class Dtype { kFloat, kDouble, kBFloat16, kHalf };
@@ -136,6 +140,10 @@ struct TileKernels {
                int64_t d, T* out, T* inverse, int64_t ld);
   // out = scale (u - [normalize] inverse^2 <x, u> x); returns <x, u>. out may be u
   T (*project)(const T* u, const T* x, T inverse, bool normalize, T scale, int64_t d, T* out);
+  // |y - x|^2
+  T (*distance)(const T* x, const T* y, int64_t d);
+  // with r = y - x: u += weight r, and out = of_r r + of_x x
+  void (*add_difference)(const T* x, const T* y, T weight, T of_r, T of_x, int64_t d, T* u, T* out);
   // u += weight y
   void (*add_scaled)(T weight, const T* y, int64_t d, T* u);
   // c (m, n) = a (m, k) b (k, n), or += with `add` (product.h)

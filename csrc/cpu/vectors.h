@@ -3,6 +3,7 @@
 
 #include "fold.h"
 #include "simd.h"
+#include "tile.h"
 
 namespace ck {
 namespace CK_ISA {
@@ -23,9 +24,6 @@ CK_FOLD T dot(const T* x, const T* y, int64_t d) {
 }
 
 template <class T>
-constexpr T kLargestInverse = T(1e12);
-
-template <class T>
 void norms(const T* x, int64_t stride, int64_t rows, int64_t d, T* inverse, T* norm) {
   for (int64_t i = 0; i < rows; ++i) {
     const T length = static_cast<T>(__builtin_sqrt(dot(x + i * stride, x + i * stride, d)));
@@ -41,6 +39,36 @@ void dots(const T* x, const T* y, int64_t stride, bool normalize, T scale, int64
     inverse[j * ld] = 1;
     if (normalize) norms<T>(y + j * stride, stride, 1, d, inverse + j * ld, nullptr);
     out[j * ld] = dot(x, y + j * stride, d) * scale * inverse[j * ld];
+  }
+}
+
+template <class T>
+T distance(const T* x, const T* y, int64_t d) {
+  constexpr int W = kLanes<T>;
+  Vec<T> squares{};
+  int64_t k = 0;
+  for (; k + W <= d; k += W) {
+    const Vec<T> r = load<Vec<T>>(y + k) - load<Vec<T>>(x + k);
+    squares += r * r;
+  }
+  T total = sum_lanes<T>(squares);
+  for (; k < d; ++k) total += (y[k] - x[k]) * (y[k] - x[k]);
+  return total;
+}
+
+template <class T>
+void add_difference(const T* x, const T* y, T weight, T of_r, T of_x, int64_t d, T* u, T* out) {
+  constexpr int W = kLanes<T>;
+  int64_t k = 0;
+  for (; k + W <= d; k += W) {
+    const Vec<T> own = load<Vec<T>>(x + k), r = load<Vec<T>>(y + k) - own;
+    store(u + k, load<Vec<T>>(u + k) + weight * r);
+    store(out + k, of_r * r + of_x * own);
+  }
+  for (; k < d; ++k) {
+    const T r = y[k] - x[k];
+    u[k] += weight * r;
+    out[k] = of_r * r + of_x * x[k];
   }
 }
 
