@@ -1,206 +1,195 @@
-"""What the large cases should take on an H200, by counting: a table in docs/gpu.md.
+"""What the large cases should take on an H200, by counting: tables in docs/gpu.md.
 
-Needs no GPU: python -m benchmarks.gpu.predict, or with --check. Nothing here is measured but the
-rates of the machine.
+Needs no GPU: python -m benchmarks.gpu.predict, or with --check. Instructions are counted in the
+machine code; model.py makes times of them, and published.py holds that against measurements.
 """
+
+from __future__ import annotations
 
 import math
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from contrastive_kernels.triton.compile import Compiled
-from contrastive_kernels.triton.configs import TILES, Tile, width_of
-from contrastive_kernels.triton.tune import Entry
+import torch
+
+from contrastive_kernels import triton as operators
+from contrastive_kernels.triton.compile import Compiled, compiling
 
 from ..harness.markdown import table
-from . import resources
+from . import published, resources
+from .model import H200, Prediction, Sweep, Tile, arithmetic_cycles, predicted, wgmma_cycles
 
 NAME = "predict"
-ARCHITECTURE, PROCESSORS = 90, 132
-# Measured on an H200: dense bfloat16 products, exponentials, and device memory, for a second.
-TENSOR, EXPONENTIALS, MEMORY = 790e12, 4.18e12, 4.3e12
-L2 = 5.5e12  # an assumption
-# 16 exponentials and 128 other instructions of single lanes for each clock of a multiprocessor.
-INSTRUCTIONS = EXPONENTIALS / 16 * 128
+ARCHITECTURE = 90
 ITEMSIZE = 2
-MILLION = 2**20
-
-
-class Times(NamedTuple):
-    """Milliseconds that each unit is busy."""
-
-    tensor: float
-    exponentials: float
-    instructions: float
-    l2: float
-    memory: float
-
-    def overlapped(self) -> float:
-        """Without L2, whose rate is only assumed."""
-        return max(self._replace(l2=0.0))
-
-    def likely(self, programs: int) -> float:
-        """Loads are prefetched. Arithmetic runs beside products where programs share an SM."""
-        scalar = max(self.exponentials, self.instructions)
-        busy = max(self.tensor, scalar) if programs > 1 else self.tensor + scalar
-        return max(busy, self.l2, self.memory)
-
-    def serial(self) -> float:
-        scalar = max(self.exponentials, self.instructions)
-        return self.tensor + scalar + max(self.l2, self.memory)
-
-
-class Sweep(NamedTuple):
-    """One kernel of ours over n own vectors and m others.
-
-    `special` counts exponentials, logarithms and divisions of a pair, `plain` all its instructions
-    (an estimate from the code); `share` of the pairs is computed, `stored` bytes of each written.
-    """
-
-    schedule: str
-    n: int
-    m: int
-    dim: int
-    special: int
-    plain: int
-    share: float = 1.0
-    stored: int = 0
-
-    @property
-    def entry(self) -> Entry:
-        return Entry(self.schedule, width_of(self.dim), "half")
-
-    @property
-    def tile(self) -> Tile:
-        return TILES[ARCHITECTURE]["half"][self.schedule][self.entry.width]
-
-    @property
-    def products(self) -> int:
-        return 2 if self.schedule in ("attend", "gradient") else 1
-
-    def tiles(self) -> float:
-        blocks = math.ceil(self.n / self.tile.block_m) * math.ceil(self.m / self.tile.block_n)
-        return blocks * self.share
-
-    def times(self) -> Times:
-        tile, pairs = self.tile, self.n * self.m * self.share
-        flops = 2 * pairs * self.dim * self.products
-        vectors = tile.block_n  # of a tile, read from L2: own vectors stay
-        if self.schedule == "two_way":
-            vectors = tile.block_m
-        if tile.block_k < self.dim:
-            vectors = tile.block_m + tile.block_n
-        moved = self.tiles() * vectors * self.dim * ITEMSIZE
-        inputs = (self.n + self.m) * self.dim * ITEMSIZE
-        return Times(
-            1e3 * flops / TENSOR,
-            1e3 * pairs * self.special / EXPONENTIALS,
-            1e3 * pairs * self.plain / INSTRUCTIONS,
-            1e3 * moved / L2,
-            1e3 * (inputs + pairs * self.stored) / MEMORY,
-        )
+N, MILLION = 65536, 2**20
 
 
 class Workload(NamedTuple):
-    """A loss, forward and backward; `library`: products of 2 N M D with stored coefficients."""
+    """A loss, forward and backward: its sweeps, and how often both sides are read to be packed.
+
+    `share` of the pairs is computed by each sweep. `library`: products of 2 N M D with stored
+    coefficients, which are written once and read by each. `run` starts the kernels.
+    """
 
     name: str
     n: int
     m: int
     dim: int
     at_most_ms: float
-    sweeps: tuple[Sweep, ...]
+    sweeps: dict[str, float]
+    run: Callable[[Inputs], None]
+    packings: int = 2
     library: int = 0
 
-
-def workload(
-    name: str, n: int, m: int, dim: int, at_most_ms: float, *sweeps: tuple, library: int = 0
-) -> Workload:
-    made = tuple(Sweep(schedule, n, m, dim, *rest) for schedule, *rest in sweeps)
-    return Workload(name, n, m, dim, at_most_ms, made, library)
+    @property
+    def title(self) -> str:
+        return f"`{self.name}` N={self.n:,} M={self.m:,} D={self.dim}"
 
 
-ATTEND, GRADIENT, FORWARD = ("attend", 1, 7), ("gradient", 1, 7), ("two_way", 1, 6)
-# both sides' coefficients
-SYMMETRIC, CLIP, SIGLIP = ("gradient", 2, 10), ("coefficient", 2, 10), ("coefficient", 4, 20)
-HALF = (*FORWARD, 0.5)
-N = 65536
+class Inputs:
+    """Tensors without data, for the operators of a workload."""
+
+    def __init__(self, n: int, m: int, dim: int):
+        self.x, self.y = (self.empty(size, dim, dtype=torch.bfloat16) for size in (n, m))
+        self.scale, self.none = self.empty(), self.empty(0)
+        self.rows, self.columns = self.empty(n), self.empty(m)
+        self.ids = self.empty(n, dtype=torch.int64)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=resources.META)
+
+    def forward(self, y: torch.Tensor | None, ids: bool = False, **flags: bool) -> None:
+        operators.row_stats(
+            self.x, y, self.scale, None, self.ids if ids else None, None, None, None, None,
+            mean=False, normalize=True, together=False, aligned=False,
+            columns=flags.get("columns", False), attend=flags.get("attend", False),
+        )  # fmt: skip
+
+    def backward(
+        self, y: torch.Tensor | None, needs: str, columns: bool, ids: bool = False
+    ) -> None:
+        lse = (self.rows, self.none, self.columns if columns else self.none, self.none)
+        low = (self.rows, self.columns if columns else self.none)
+        grads = (self.rows, None, self.columns if columns else None, None, None)
+        operators.row_stats_backward(
+            self.x, y, self.scale, None, self.ids if ids else None, None, None, None, *lse,
+            self.none, self.none, *low, *grads, normalize=True,
+            needs=[name in needs for name in ("x", "y", "scale", "bias")], together=False,
+        )  # fmt: skip
+
+
+def info_nce(at: Inputs) -> None:
+    at.forward(at.y, attend=True)
+    at.backward(at.y, "y", columns=False)
+
+
+def frozen(at: Inputs) -> None:
+    at.forward(at.y, attend=True)
+
+
+def clip_loss(at: Inputs) -> None:
+    at.forward(at.y, columns=True)
+    at.backward(at.y, "xy", columns=True)
+
+
+def siglip_loss(at: Inputs) -> None:
+    pairs: tuple[Any, ...] = (at.x, at.y, at.scale, None, None, None, None, None, None)
+    operators.row_softplus(*pairs, True, [True, True, True, False], False)
+
+
+def nt_xent(at: Inputs) -> None:
+    at.forward(None, ids=True, columns=True)
+    at.backward(None, "x", columns=True, ids=True)
+
+
+ROWS = {"attend": 1.0, "gradient": 1.0}
+LONG = {"two_way": 1.0, "coefficient": 1.0}
 WORKLOADS = (
-    workload("info_nce", N, N, 128, 9.0, ATTEND, GRADIENT),
-    workload("clip_loss", N, N, 512, 30.0, FORWARD, (*CLIP, 1.0, ITEMSIZE), library=2),
-    workload("clip_loss", N, N, 768, 42.0, FORWARD, (*CLIP, 1.0, ITEMSIZE), library=2),
-    workload("siglip_loss", N, N, 768, 36.0, (*SIGLIP, 1.0, ITEMSIZE), library=2),
-    workload("nt_xent", N, N, 128, 6.0, HALF, SYMMETRIC),
-    workload("info_nce, frozen keys", 1024, MILLION, 128, 1.1, ATTEND),
+    Workload("info_nce", N, N, 128, 9.0, ROWS, info_nce),
+    Workload("clip_loss", N, N, 512, 30.0, LONG, clip_loss, library=2),
+    Workload("clip_loss", N, N, 768, 42.0, LONG, clip_loss, library=2),
+    Workload("siglip_loss", N, N, 768, 36.0, {"coefficient": 1.0}, siglip_loss, 1, library=2),
+    Workload("nt_xent", N, N, 128, 6.0, {"two_way": 0.5, "gradient": 1.0}, nt_xent),
+    Workload("info_nce, frozen keys", 1024, MILLION, 128, 1.1, {"attend": 1.0}, frozen, 1),
 )
 
 
-def library_times(case: Workload) -> Times:
-    """Products with what is stored: read once for each."""
-    pairs = case.n * case.m * case.library
-    return Times(
-        1e3 * 2 * pairs * case.dim / TENSOR, 0.0, 0.0, 0.0, 1e3 * pairs * ITEMSIZE / MEMORY
-    )
+def compiled(case: Workload, schedule: str) -> Compiled:
+    """The first kernel of a schedule that a workload starts."""
+    with compiling(ARCHITECTURE, resources.KERNELS[schedule], loops=True) as made:
+        case.run(Inputs(case.n, case.m, case.dim))
+    if made[0].error:
+        raise RuntimeError(f"{case.title} {schedule}: {made[0].error}")
+    return made[0]
 
 
-SWEEP_HEAD = ("case", "sweep", "NMD", "tile", "programs per SM", "tiles per SM", "waves",
-              "tensor", "special", "all instructions", "L2", "memory")  # fmt: skip
-CASE_HEAD = ("case", "bound", "all overlapped", "likely", "nothing overlapped", "NMD")
+def sweep(case: Workload, schedule: str, share: float, made: Compiled) -> Sweep:
+    """A chain is one warpgroup; those of a program meet at barriers."""
+    block_m, block_n, block_k, warps, _ = made.tile
+    groups = warps // 4
+    slices = math.ceil(case.dim / block_k)
+    count = made.loops.of_tile(slices)
+    lanes = 32 * warps / groups
+    plain, special = lanes * (count.all - count.special), lanes * count.special
+    columns = block_m * block_n // groups // 64
+    products = wgmma_cycles(H200, 64, columns, case.dim, True)
+    if schedule in ("attend", "gradient"):
+        products += wgmma_cycles(H200, 64, case.dim, columns, False)
+    # own vectors stay, unless they are read in slices
+    vectors = block_m + block_n if slices > 1 else block_m if schedule == "two_way" else block_n
+    tile = Tile(
+        products, arithmetic_cycles(H200, plain, special),
+        bytes=vectors * case.dim * ITEMSIZE / groups,
+    )  # fmt: skip
+    tiles = share * math.ceil(case.n / block_m) * math.ceil(case.m / block_n)
+    programs = math.prod(made.grid)
+    if schedule == "coefficient":  # launched for each chunk
+        programs = int(tiles)
+    stored = case.n * case.m * ITEMSIZE if schedule == "coefficient" else 0
+    return Sweep(
+        tile, programs, groups * tiles / programs, made.programs(ARCHITECTURE),
+        1 + (groups - 1) / 2, stored,
+    )  # fmt: skip
 
 
-def title(case: Workload) -> str:
-    return f"`{case.name}` N={case.n:,} M={case.m:,} D={case.dim}"
+def beside(case: Workload) -> float:
+    """Milliseconds of packing, and of a library's products."""
+    packed = case.packings * (case.n + case.m) * case.dim * ITEMSIZE / H200.memory
+    flops = 2 * case.library * case.n * case.m * case.dim
+    read = case.library * case.n * case.m * ITEMSIZE
+    rate = H200.products * H200.clock * H200.processors
+    return 1e3 * (packed + max(flops / rate, read / H200.memory))
 
 
-def sweep_row(case: Workload, sweep: Sweep, made: Compiled) -> list[str]:
-    programs = made.programs(ARCHITECTURE)
-    own = sweep.tile.block_n if sweep.schedule == "two_way" else sweep.tile.block_m
-    blocks = math.ceil(sweep.n / own)
-    if sweep.schedule == "coefficient":
-        blocks = int(sweep.tiles())
-    waves = blocks / (PROCESSORS * programs)
-    shape = f"{sweep.tile.block_m} x {sweep.tile.block_n}"
-    return [
-        title(case),
-        sweep.schedule,
-        f"{2 * sweep.products * sweep.share:g}",
-        shape,
-        str(programs),
-        f"{sweep.tiles() / PROCESSORS:,.0f}",
-        f"{waves:.1f}" if waves >= 2 else "split into parts",
-        *(f"{time:.2f}" for time in sweep.times()),
-    ]
+def predictions(case: Workload) -> dict[str, Prediction]:
+    """Of each sweep."""
+    return {
+        schedule: predicted(H200, sweep(case, schedule, share, compiled(case, schedule)))
+        for schedule, share in case.sweeps.items()
+    }
 
 
-def case_row(case: Workload, made: list[Compiled]) -> list[str]:
-    times = [sweep.times() for sweep in case.sweeps]
-    programs = [one.programs(ARCHITECTURE) for one in made]
+HEAD = ("case", "bound", "Triton engine", "what limits each sweep", "measured")
+
+
+def row(case: Workload) -> list[str]:
+    found = predictions(case)
+    total = sum(one.milliseconds for one in found.values()) + beside(case)
+    limits = [f"`{name}` {one.milliseconds:.2f} ms: {one.limit}" for name, one in found.items()]
     if case.library:
-        times.append(library_times(case))
-        programs.append(2)  # a library's products overlap what they read
-    totals = (
-        sum(one.overlapped() for one in times),
-        sum(one.likely(count) for one, count in zip(times, programs, strict=True)),
-        sum(one.serial() for one in times),
-    )
-    flops = sum(2 * s.products * s.share for s in case.sweeps) + 2 * case.library
-    numbers = [f"{total:.1f} ms" if total >= 10 else f"{total:.2f} ms" for total in totals]
-    return [title(case), f"{case.at_most_ms:g} ms", *numbers, f"{flops:g}"]
+        limits.append(f"library products {beside(case):.1f} ms")
+    return [case.title, f"{case.at_most_ms:g} ms", f"{total:.3g} ms", "; ".join(limits), "not yet"]
 
 
 def lines() -> list[str]:
-    sweeps, cases = [], []
-    for one in WORKLOADS:
-        made = [resources.compiled(ARCHITECTURE, sweep.entry) for sweep in one.sweeps]
-        pairs = zip(one.sweeps, made, strict=True)
-        sweeps += [sweep_row(one, sweep, kernel) for sweep, kernel in pairs]
-        cases.append(case_row(one, made))
     return [
-        *table(CASE_HEAD, cases),
+        *table(HEAD, map(row, WORKLOADS)),
         "",
-        "The sweeps of each case, with the milliseconds that each unit is busy:",
+        "The same model beside published speeds:",
         "",
-        *table(SWEEP_HEAD, sweeps),
+        *table(published.HEAD, published.rows()),
     ]
 
 

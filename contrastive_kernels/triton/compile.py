@@ -21,8 +21,9 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
 from ..types import known
-from . import configs, engine
+from . import configs, engine, machine_code
 from .configs import Properties, Tile
+from .machine_code import Loops
 
 # Multiprocessors of a GPU that is compiled for: they decide into how many parts work is split.
 PROCESSORS = 132
@@ -35,7 +36,8 @@ class Compiled(NamedTuple):
 
     Registers and `spilled` bytes are of one thread; `shared` bytes and `tensor` columns (of tensor
     memory) of one program. `instruction` multiplies matrices, "" where none of the tensor cores'
-    does; `calls` counts functions that were not inlined. `error`: why it did not compile.
+    does; `calls` counts functions that were not inlined. `error`: why it did not compile. `grid`:
+    that of its first launch. `loops`: what its machine code issues, where that was asked for.
     """
 
     kernel: str
@@ -47,6 +49,8 @@ class Compiled(NamedTuple):
     instruction: str = ""
     calls: int = 0
     error: str = ""
+    grid: tuple[int, ...] = ()
+    loops: Loops | None = None
 
     def programs(self, architecture: int) -> int:
         """How many programs one multiprocessor holds at once."""
@@ -109,9 +113,11 @@ def counting(architecture: int) -> Iterator[Counted]:
 
 
 @contextmanager
-def compiling(architecture: int, only: str = "") -> Iterator[list[Compiled]]:
+def compiling(
+    architecture: int, only: str = "", *, loops: bool = False
+) -> Iterator[list[Compiled]]:
     """Host code that is called within it compiles its kernels, or the one of a name; each is listed
-    once."""
+    once, on request with what its loops issue."""
     made: list[Compiled] = []
     seen: set[Any] = set()
 
@@ -129,7 +135,10 @@ def compiling(architecture: int, only: str = "") -> Iterator[list[Compiled]]:
             key = result
         if key not in seen:
             seen.add(key)
-            made.append(result or _report(name, tile, found))
+            result = (result or _report(name, tile, found))._replace(grid=grid)
+            if loops and not result.error:
+                result = result._replace(loops=machine_code.loops(found.asm["cubin"]))
+            made.append(result)
 
     with _in_place(architecture, launch):
         yield made
