@@ -21,7 +21,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
 from ..types import known
-from . import configs, engine, machine_code
+from . import configs, engine, launching, machine_code
 from .configs import Properties, Tile
 from .machine_code import Loops
 
@@ -82,10 +82,10 @@ class Driver:
 
 class Counted(NamedTuple):
     """What host code launched: the kernels' names in their order, and each that has to be compiled,
-    once, by its name and what it is compiled for."""
+    by its name and what it is compiled for, with the keys that `launching` has for it."""
 
     launches: list[str]
-    kernels: dict[tuple[str, str], None]
+    kernels: dict[tuple[str, str], set[tuple[Any, ...]]]
 
 
 @contextmanager
@@ -95,14 +95,18 @@ def counting(architecture: int) -> Iterator[Counted]:
     What kernels would have written is never written: a workspace holds any numbers.
     """
     counted = Counted([], {})
+    own_key: tuple[Any, ...] = ()
 
     def compile_nothing(kernel: Any, key: str, *_others: Any) -> None:
-        counted.kernels[kernel.fn.__name__, key] = None
+        counted.kernels.setdefault((kernel.fn.__name__, key), set()).add(own_key)
 
     def launch(
         kernel: Any, grid: Any, *args: Any, tile: Tile | None = None, **constants: Any
     ) -> None:
+        nonlocal own_key
         counted.launches.append(kernel.fn.__name__)
+        last = launching.in_order(kernel, args, constants)
+        own_key = launching.key_of(kernel, architecture, args, tile, last)
         kernel.warmup(*args, **constants, **_options(tile), grid=grid)
 
     with (
@@ -145,7 +149,7 @@ def compiling(
 
 
 def _options(tile: Tile | None) -> dict[str, Any]:
-    """As `engine.launch` gives them."""
+    """As `launching.launch` gives them."""
     pipeline = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
     return {"enable_fp_fusion": True, **pipeline}
 

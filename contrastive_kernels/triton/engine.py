@@ -1,4 +1,4 @@
-"""A similarity matrix as the kernels see it, how work is split, and how kernels are started."""
+"""A similarity matrix as the kernels see it, and how work is split."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..backends import resident_dim
 from ..types import known, statistics_dtype
 from . import tiles
 from .configs import INTERPRETED, Tile, arithmetic, processors, tile
+from .launching import launch
 from .tiles import RANGE, Side
 
 ROWS, COLUMNS = 0, 1
@@ -34,14 +35,6 @@ FIXED_PAIRS = 0 if INTERPRETED else 1 << 26
 # other side is cut into parts. It holds one, two or three of these at once: of six the last wave is
 # full too.
 WAVES, PART_WAVES = 4, 6
-
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile | None = None, **constants: Any
-) -> None:
-    """Starts a kernel. Everything here goes through it, so that tests can compile instead."""
-    options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    kernel[grid](*args, **constants, enable_fp_fusion=True, **options)
 
 
 def cdiv(a: int, b: int) -> int:

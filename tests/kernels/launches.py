@@ -1,8 +1,8 @@
 """What each case of the table of losses launches in forward and backward, without a GPU.
 
-Run as a program: prints a line of JSON for each case and dtype, and one for each loss of BATCHES.
-Triton binds and specialises the arguments of every launch as on an sm_90; nothing is compiled, and
-nothing runs.
+Run as a program: prints a line of JSON for each case and dtype, one for each loss of BATCHES, and
+one of changed arguments. Triton binds and specialises the arguments of every launch as on an sm_90;
+nothing is compiled, and nothing runs.
 """
 
 from benchmarks.gpu import stand_in  # noqa: F401, I001  first of all
@@ -24,7 +24,8 @@ from contrastive_kernels.losses import distances
 from contrastive_kernels.losses.cases import call, tensors
 from contrastive_kernels.losses.table import CASES
 from contrastive_kernels.ops.registration import ARGUMENTS
-from contrastive_kernels.triton.compile import counting
+from contrastive_kernels.triton import engine
+from contrastive_kernels.triton.compile import Counted, counting
 
 ARCHITECTURE = 90
 # Rows of batches that one kernel of each kind should serve, as far as it can.
@@ -99,7 +100,57 @@ def results() -> Iterator[dict]:
                 except Exception as failure:
                     found["error"] = f"{type(failure).__name__}: {failure}"
             found |= {"launches": counted.launches, "waits": sorted(waiting)}
-            yield found | {"kernels": list(counted.kernels)}
+            yield found | {"kernels": list(counted.kernels), "mixed": mixed(counted)}
+
+
+def mixed(counted: Counted) -> list[str]:
+    """Kernels that are compiled apart, but have a key of `launching` in common."""
+    seen: dict[tuple, tuple] = {}
+    return [
+        kernel[0]
+        for kernel, keys in counted.kernels.items()
+        for key in keys
+        if seen.setdefault(key, kernel) != kernel
+    ]
+
+
+def changes(arg) -> list:
+    """Other arguments in the place of one, of which Triton makes kernels of their own."""
+    if isinstance(arg, Tensor):
+        narrow = {4: torch.int16, 2: torch.int8, 8: torch.float16}[arg.element_size()]
+        return [None, arg.new_empty(arg.numel() + 1)[1:].view(arg.shape), arg.to(narrow)]
+    return [1, 2, 16, 3 << 31, 1 << 35] if isinstance(arg, int) else [torch.zeros(1)]
+
+
+def changed(args: tuple) -> Iterator[tuple]:
+    """The arguments, and with every one of them changed in turn, those within tuples too."""
+    yield args
+    for i, arg in enumerate(args):
+        if isinstance(arg, tuple):
+            inner = (type(arg)(*each) for each in changed(arg))
+        else:
+            inner = changes(arg)
+        yield from ((*args[:i], each, *args[i + 1 :]) for each in inner)
+
+
+def specialised() -> dict:
+    """Each launch of a step again with changed arguments, constants, warps and devices."""
+    given = []
+    with counting(ARCHITECTURE) as counted:
+        launch = engine.launch
+        with patch.object(engine, "launch", lambda *a, **k: given.append((a, k))):
+            x, y = (torch.randn(64, 32).bfloat16().requires_grad_() for _ in range(2))
+            ck.info_nce(x, y, backend="triton").backward()
+        for (kernel, grid, *args), options in given:
+            for each in changed(tuple(args)):
+                launch(kernel, grid, *each, **options)
+            others = [{name: 3} for name in options if name != "tile"]
+            if "tile" in options:
+                tile = options["tile"]
+                others += [{"tile": tile._replace(warps=2)}, {"tile": tile._replace(stages=7)}]
+            for other in others:
+                launch(kernel, grid, *args, **options | other)
+    return {"changed": len(counted.launches), "made": len(counted.kernels), "mixed": mixed(counted)}
 
 
 def batches() -> Iterator[dict]:
@@ -112,5 +163,5 @@ def batches() -> Iterator[dict]:
 
 
 if __name__ == "__main__":
-    for result in chain(results(), batches()):
+    for result in chain(results(), batches(), [specialised()]):
         print(json.dumps(result), flush=True)

@@ -73,10 +73,30 @@ def test_batches_share_kernels(counted):
     assert {loss: len(made) for loss, made in kernels.items() if len(made) > 15} == {}
 
 
+def test_a_kept_kernel_is_started_for_what_it_was_compiled_for(counted):
+    """What Triton tells apart has keys of its own: over every loss, and one argument at a time."""
+    assert not {found["name"]: found["mixed"] for found in counted if found.get("mixed")}
+    (found,) = [found for found in counted if "changed" in found]
+    assert found["changed"] > found["made"] > 100 and not found["mixed"]
+
+
+def test_launchers_of_other_versions_are_left_to_triton():
+    from contrastive_kernels.triton import launching
+
+    def known(gridX, gridY, gridZ, stream, function, *args):  # noqa: N803
+        pass
+
+    def other(grid, stream, function, *args):
+        pass
+
+    assert launching._is_known(known) and not launching._is_known(other)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real driver")
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the driver is built by gcc")
 def test_kernels_are_launched():
     found = printed("fake_cuda.py", *LAUNCHED)
     assert [one["name"] for one in found] == LAUNCHED
     for one in found:
-        assert one["launched"] == len(one["asked"]) > 0, one
+        assert one["launched"] == one["again"] == len(one["asked"]) > 0, one
+        assert not one["bound again"], one  # past Triton's binder
