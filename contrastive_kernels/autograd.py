@@ -134,10 +134,14 @@ def register_rules(
     backward: Callable[..., Any],
     setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
     kernel: Callable[..., Any] | None = None,
+    fill: Callable[[tuple, Any], Any] = lambda inputs, output: output,
 ) -> Callable[..., Any]:
     """Registers how an operator is traced and differentiated; `kernel`: what it does with CPU
     tensors, where that is in Python. Returns what calls the operator, without torch's dispatcher
     where that takes longer than a small problem does.
+
+    A kernel may return None for a result that was not asked for; `fill` makes tensors of those for
+    the dispatcher, which takes nothing else.
 
     Backward and context are as torch.library.register_autograd takes them, whose derivatives do not
     work within transforms of torch.func, as these do. vmap takes one problem after another.
@@ -147,7 +151,7 @@ def register_rules(
     torch.library.register_vmap(op.name(), partial(_one_by_one, op), lib=library)
     if kernel is None:
         return op
-    library.impl(op, kernel, "CPU")
+    library.impl(op, lambda *args: fill(args, kernel(*args)), "CPU")
     direct = _derivative(kernel, backward, setup_context)
     return lambda *args: direct(*args) if _reaches_kernel(args) else op(*args)
 
@@ -183,8 +187,13 @@ def _derivative(run: Callable, backward_rule: Callable, setup_context: Callable)
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             # a Function turns the mode off; kernels ask it whether a backward may follow
-            with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
-                output = run(*args)
+            before = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(True)
+            try:
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = run(*args)
+            finally:
+                torch._C._set_grad_enabled(before)
             setup_context(ctx, args, output)
             return output
 

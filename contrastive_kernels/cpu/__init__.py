@@ -2,7 +2,7 @@
 
 Import it only where `backends.CPU_ERROR` is None. `_cpu` knows no torch: it takes addresses, sizes
 and strides. What it reads is checked and brought into its types here, and what it writes is
-allocated here. A result that was not asked for is an empty tensor.
+allocated here. A statistic that was not asked for is None, a gradient that was not an empty tensor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ _LSE, _LSE_MEAN, _SOFTPLUS = range(3)  # Fold in csrc/cpu/tile.h
 _NO_COUNTS = (0, 0, 0, 0)
 _NOWHERE = _NO_UPSTREAM = (0, 0, 0, 0, 0)
 
+Results = tuple[Tensor | None, ...]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -36,7 +37,7 @@ def row_stats(
     attend: bool,
     together: bool,
     aligned: bool,
-) -> tuple[Tensor, ...]:
+) -> Results:
     """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low,
     mean_low, col_mean_low, partner)."""
     given = operands(
@@ -47,32 +48,30 @@ def row_stats(
     if attend and (together or given.own_keys):
         raise ValueError("attend needs shared keys")
     partner = _partner(given, x, y, keep_rows, aligned)
-    # a backward sweep may follow: this runs below autograd, which leaves the mode on where it
-    # records
-    keep = torch.is_grad_enabled() and not attend
-    keep = keep and any(t is not None and t.requires_grad for t in (x, y, scale, bias))
+    keep = _may_be_differentiated(x, y, scale, bias)
     rows, keys, like = given.rows, given.keys, given.like
     lse, low = like.new_empty(rows), like.new_empty(rows)
-    col_lse, col_low = _vectors(2, like, keys, columns)
-    means, mean_low = _vectors(2, like, rows, mean)
-    col_means, col_mean_low = _vectors(2, like, keys, columns and mean)
-    attended = like.new_empty(rows, x.shape[1]) if attend else like.new()
+    means = mean_low = col_lse = col_low = col_means = col_mean_low = None
+    if mean:
+        means, mean_low = like.new_empty(rows), like.new_empty(rows)
+    if columns:
+        col_lse, col_low = like.new_empty(keys), like.new_empty(keys)
+    if columns and mean:
+        col_means, col_mean_low = like.new_empty(keys), like.new_empty(keys)
+    attended = like.new_empty(rows, x.shape[1]) if attend else None
     counts, addresses, _held = _counts(threshold, given)
     keeper = _cpu.forward(
         given.pairs,
         _LSE_MEAN if mean else _LSE,
-        keep,
-        # of an empty tensor the address is 0
-        tuple([t.data_ptr() for t in (lse, low, means, mean_low, attended)]),
-        (*[t.data_ptr() for t in (col_lse, col_low, col_means, col_mean_low)], 0),
+        keep and not attend,
+        tuple(map(address, (lse, low, means, mean_low, attended))),
+        (*map(address, (col_lse, col_low, col_means, col_mean_low)), 0) if columns else _NOWHERE,
         addresses,
-        partner.data_ptr(),
+        address(partner),
     )
-    if keeper is not None:  # lives as long as these values do
-        low = torch.frombuffer(keeper, dtype=like.dtype)
     return (
-        lse, means, col_lse, col_means, *counts, attended, like.new(), low, col_low, mean_low,
-        col_mean_low, partner,
+        lse, means, col_lse, col_means, *counts, attended, None, _kept(keeper, low), col_low,
+        mean_low, col_mean_low, partner,
     )  # fmt: skip
 
 
@@ -85,14 +84,14 @@ def row_stats_backward(
     exclude_cols: Tensor | None,
     keep_rows: Tensor | None,
     keep_cols: Tensor | None,
-    lse: Tensor,
-    mean: Tensor,
-    col_lse: Tensor,
-    col_mean: Tensor,
-    attended: Tensor,
-    slope: Tensor,
-    lse_low: Tensor,
-    col_lse_low: Tensor,
+    lse: Tensor | None,
+    mean: Tensor | None,
+    col_lse: Tensor | None,
+    col_mean: Tensor | None,
+    attended: Tensor | None,
+    slope: Tensor | None,
+    lse_low: Tensor | None,
+    col_lse_low: Tensor | None,
     grad_lse: Tensor | None,
     grad_mean: Tensor | None,
     grad_col_lse: Tensor | None,
@@ -109,7 +108,7 @@ def row_stats_backward(
     columns = _upstream(
         given.keys, given.like.dtype, col_lse, col_lse_low, col_mean, grad_col_lse, grad_col_mean
     )
-    attended = attended.contiguous()
+    attended = None if attended is None else attended.contiguous()
     return _backward(given, x, y, scale, bias, rows, columns, attended, grad_partner, needs)
 
 
@@ -126,20 +125,21 @@ def row_softplus(
     normalize: bool,
     attend: list[bool],
     aligned: bool,
-) -> tuple[Tensor, ...]:
-    """(value, rank, total, count, dx, dy, dscale, dbias, partner)."""
+) -> Results:
+    """(value, rank, total, count, dx, dy, dscale, dbias, partner, low)."""
     if y is None:
         raise ValueError("row_softplus needs y")
     if any(attend):
         raise ValueError("the sum over rows is not offered here")
     given = operands(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize)
-    value = given.like.new_empty(given.rows)
+    value, low = given.like.new_empty(given.rows), given.like.new_empty(given.rows)
     counts, addresses, _held = _counts(threshold, given)
     partner = _partner(given, x, y, keep_rows, aligned)
-    to = (value.data_ptr(), 0, 0, 0, 0)
-    _cpu.forward(given.pairs, _SOFTPLUS, False, to, _NOWHERE, addresses, partner.data_ptr())
-    dbias = x.new() if bias is None else bias.new()
-    return value, *counts, x.new(), y.new(), scale.new(), dbias, partner
+    keeper = _cpu.forward(
+        given.pairs, _SOFTPLUS, _may_be_differentiated(x, y, scale, bias),
+        (value.data_ptr(), low.data_ptr(), 0, 0, 0), _NOWHERE, addresses, address(partner),
+    )  # fmt: skip
+    return value, *counts, None, None, None, None, partner, _kept(keeper, low)
 
 
 def row_softplus_backward(
@@ -151,13 +151,14 @@ def row_softplus_backward(
     exclude_cols: Tensor | None,
     keep_rows: Tensor | None,
     keep_cols: Tensor | None,
+    low: Tensor | None,
     grad: Tensor,
     grad_partner: Tensor | None,
     normalize: bool,
     needs: list[bool],
 ) -> Gradients:
     given = operands(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize)
-    rows = _upstream(given.rows, given.like.dtype, None, None, None, grad, None)
+    rows = _upstream(given.rows, given.like.dtype, None, low, None, grad, None)
     return _backward(given, x, y, scale, bias, rows, None, None, grad_partner, needs)
 
 
@@ -181,17 +182,23 @@ def row_dot_backward(
     return dx, dy
 
 
-def _vectors(count: int, like: Tensor, size: int, wanted: bool) -> tuple[Tensor, ...]:
-    """Vectors to be written, or empty ones, which `new` makes in half the time of `new_empty`."""
-    return tuple([like.new_empty(size) if wanted else like.new() for _ in range(count)])
+def _may_be_differentiated(*inputs: Tensor | None) -> bool:
+    """Whether a backward sweep may follow: this runs below autograd, which leaves the mode on where
+    it records."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _kept(keeper: _cpu.Keeper | None, low: Tensor) -> Tensor:
+    """`low`, or what stands for it and for logits that are kept, which live as long as it does."""
+    return low if keeper is None else torch.frombuffer(keeper, dtype=low.dtype)
 
 
 def _partner(
     given: Operands, x: Tensor, y: Tensor | None, keep_rows: Tensor | None, aligned: bool
-) -> Tensor:
+) -> Tensor | None:
     """Where the logits of the rows that belong together go."""
     if not aligned:
-        return given.like.new()
+        return None
     rows, keys = x.shape[0], 0 if y is None or y.dim() != 2 else y.shape[0]
     if keep_rows is not None or (rows != keys if given.together else rows > keys):
         raise ValueError("aligned rows take y (M, D) of as many rows or more, and no keep ids")
@@ -200,12 +207,12 @@ def _partner(
 
 def _counts(
     threshold: Tensor | None, given: Operands
-) -> tuple[tuple[Tensor, ...], tuple[int, ...], Tensor | None]:
+) -> tuple[Results, tuple[int, ...], Tensor | None]:
     """(rank, total, count), what `_cpu` takes for them, and what it has the address of."""
-    threshold = optional(threshold, "threshold", given.rows, given.like.dtype)
-    counts = _vectors(3, given.like, given.rows, threshold is not None)
     if threshold is None:
-        return counts, _NO_COUNTS, None
+        return (None, None, None), _NO_COUNTS, None
+    threshold = vector(threshold, "threshold", given.rows, given.like.dtype)
+    counts = tuple(given.like.new_empty(given.rows) for _ in range(3))
     return counts, (threshold.data_ptr(), *map(address, counts)), threshold
 
 
@@ -250,7 +257,7 @@ def _backward(
         need_x, need_y = need_x or need_y, False
     dx = x.new_empty(given.rows, x.shape[1]) if need_x else x.new()
     dy = y.new_empty(y.shape) if need_y and y is not None else x.new()
-    (dbias,) = _vectors(1, given.like, given.keys, need_bias)
+    dbias = given.like.new_empty(given.keys) if need_bias else given.like.new()
     slope = _cpu.backward(
         given.pairs,
         columns is None,  # of softplus

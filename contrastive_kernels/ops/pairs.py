@@ -256,7 +256,7 @@ def softplus_backward(pairs: Pairs, grad: Tensor, needs: Needs) -> Gradients:
     if pairs.backend == "reference":
         return _dense_backward(pairs, None, grad, needs)
     out = registration.call(
-        "row_softplus_backward", pairs.backend, **_operands(pairs), grad=grad,
+        "row_softplus_backward", pairs.backend, **_operands(pairs), low=None, grad=grad,
         grad_partner=None, normalize=pairs.normalize, needs=list(needs),
     )  # fmt: skip
     return Gradients(*out)

@@ -2,7 +2,8 @@
 bound to every backend that has kernels. Those of "triton" are imported when they are first called.
 
 Arguments and results have the names of the schema on both sides: `call` takes and gives them by
-name. A result that was not asked for is an empty tensor, since operators return a fixed number.
+name. A result that was not asked for is an empty tensor, since operators return a fixed number; or
+None of "cpu", where torch's dispatcher has no part in the call.
 
 `attend` asks the forward sweep for what the backward needs of the keys, so that it need not see
 them again: attended (N, D), of "cpu" the weighted keys sum_j p_ij y_j, of "triton" the gradient
@@ -17,7 +18,8 @@ row, whether the pair is dropped or not.
 
 lse_low, col_lse_low: what rounding took from lse and col_lse. It may be more than 1 where logits
 are 1e7, and the backward, whose exp(z - lse) have to add up to 1, gets it back. mean_low,
-col_mean_low: the same of the means, for the z - mean of the backward.
+col_mean_low: the same of the means, for the z - mean of the backward. That of `row_softplus`, low,
+may stand for logits that are kept, and nothing is made of it.
 """
 
 from __future__ import annotations
@@ -51,19 +53,20 @@ _SCHEMAS = {
         "Tensor lse_low, Tensor col_lse_low, Tensor mean_low, Tensor col_mean_low, Tensor partner)"
     ),
     "row_stats_backward": (
-        f"({_PAIRS}, Tensor lse, Tensor mean, Tensor col_lse, Tensor col_mean, Tensor attended, "
-        "Tensor slope, Tensor lse_low, Tensor col_lse_low, Tensor? grad_lse, Tensor? grad_mean, "
+        f"({_PAIRS}, Tensor lse, Tensor? mean, Tensor? col_lse, Tensor? col_mean, "
+        "Tensor? attended, Tensor? slope, Tensor lse_low, Tensor? col_lse_low, "
+        "Tensor? grad_lse, Tensor? grad_mean, "
         "Tensor? grad_col_lse, Tensor? grad_col_mean, Tensor? grad_partner, bool normalize, "
         f"bool[4] needs, bool together) -> {_GRADIENTS}"
     ),
     "row_softplus": (
         f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend, bool aligned) -> "
         "(Tensor value, Tensor rank, Tensor total, Tensor count, "
-        "Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, Tensor partner)"
+        "Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, Tensor partner, Tensor low)"
     ),
     "row_softplus_backward": (
-        f"({_PAIRS}, Tensor grad, Tensor? grad_partner, bool normalize, bool[4] needs) -> "
-        + _GRADIENTS
+        f"({_PAIRS}, Tensor? low, Tensor grad, Tensor? grad_partner, bool normalize, "
+        f"bool[4] needs) -> {_GRADIENTS}"
     ),
     "row_dot": "(Tensor x, Tensor y, Tensor? ends, bool normalize) -> (Tensor dot)",
     "row_dot_backward": (
@@ -169,14 +172,15 @@ def _fake_row_stats(backend: str, *inputs: Any) -> Any:
     )
 
 
-def _fake_row_softplus(*inputs: Any) -> Any:
+def _fake_row_softplus(backend: str, *inputs: Any) -> Any:
     given = ARGUMENTS["row_softplus"](*inputs)
     x = given.x
     counts = (_stats(x, x.shape[0] * (given.threshold is not None)) for _ in range(3))
     value = _stats(x, 1 if any(given.attend) else x.shape[0])
     gradients = _gradients(given.attend, x, given.y, given.scale, given.bias)
     partner = _stats(x, min(x.shape[0], given.y.shape[0]) * given.aligned)
-    return RESULTS["row_softplus"](value, *counts, *gradients, partner)
+    low = _stats(x, x.shape[0] * (backend == "cpu"))
+    return RESULTS["row_softplus"](value, *counts, *gradients, partner, low)
 
 
 def _fake_pairs_backward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
@@ -190,6 +194,22 @@ def _fake_pairs_backward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
         given.x.new_empty(0),
         *gradients[2:],
     )
+
+
+def _fill(name: str, inputs: tuple, output: Any) -> Any:
+    """Empty tensors for results that were not asked for."""
+    if not isinstance(output, tuple) or all(t is not None for t in output):
+        return output
+    given = ARGUMENTS[name](*inputs)
+    like = {"dx": given.x, "dy": given.y, "dscale": given.scale, "dbias": given.bias}
+
+    def empty(field: str) -> Tensor:
+        if field not in like:
+            return _stats(given.x, 0)
+        return (given.x if like[field] is None else like[field]).new_empty(0)
+
+    fields = RESULTS[name]._fields
+    return tuple(empty(f) if t is None else t for f, t in zip(fields, output, strict=True))
 
 
 def _save(ctx: Any, **tensors: Tensor | None) -> None:
@@ -214,20 +234,10 @@ def _setup_row_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
         attended=out.attended, slope=out.slope, lse_low=out.lse_low, col_lse_low=out.col_lse_low,
         mean_low=out.mean_low, col_mean_low=out.col_mean_low,
     )  # fmt: skip
-    absent = [
-        out.rank, out.total, out.count, out.attended, out.slope, out.lse_low, out.col_lse_low,
-        out.mean_low, out.col_mean_low,
-    ]  # fmt: skip
-    if not given.mean:
-        absent.append(out.mean)
-    if not given.columns:
-        absent.append(out.col_lse)
-    if not (given.columns and given.mean):
-        absent.append(out.col_mean)
-    if not given.aligned:
-        absent.append(out.partner)
-    ctx.mark_non_differentiable(*absent)
-    ctx.set_materialize_grads(False)
+    _mark(
+        ctx, out, lse=True, mean=given.mean, col_lse=given.columns,
+        col_mean=given.columns and given.mean, partner=given.aligned,
+    )  # fmt: skip
 
 
 def _setup_row_softplus(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -236,9 +246,15 @@ def _setup_row_softplus(ctx: Any, inputs: tuple, output: tuple) -> None:
     if ctx.summed:  # the value is the sum over rows, and its gradients are there already
         _save(ctx, x=out.dx, y=out.dy, scale=out.dscale, bias=out.dbias)
     else:
-        _save(ctx, **dict(zip(_PAIR_NAMES, inputs, strict=False)))
-    absent = output[1:-1] if given.aligned else output[1:]
-    ctx.mark_non_differentiable(*absent)
+        _save(ctx, **dict(zip(_PAIR_NAMES, inputs, strict=False)), low=out.low)
+    _mark(ctx, out, value=True, partner=given.aligned)
+
+
+def _mark(ctx: Any, out: Any, **differentiable: bool) -> None:
+    """Which of the results, by name, have a gradient."""
+    named = zip(out._fields, out, strict=True)
+    others = (t for field, t in named if t is not None and not differentiable.get(field))
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 
@@ -269,7 +285,8 @@ def _register(backend: str) -> None:
         return _replace_needed(gradients, needs, out)
 
     def differentiate_row_softplus(ctx: Any, *grads: Any) -> Any:
-        grad, grad_partner = grads[0], grads[-1]
+        result = RESULTS["row_softplus"](*grads)
+        grad, grad_partner = result.value, result.partner
         gradients = _NO_GRADIENTS["row_softplus"]
         if grad is None and grad_partner is None:
             return gradients
@@ -299,7 +316,9 @@ def _register(backend: str) -> None:
 
     rules: dict[str, tuple[Callable, Callable, Callable]] = {
         "row_stats": (partial(_fake_row_stats, backend), differentiate_row_stats, _setup_row_stats),
-        "row_softplus": (_fake_row_softplus, differentiate_row_softplus, _setup_row_softplus),
+        "row_softplus": (
+            partial(_fake_row_softplus, backend), differentiate_row_softplus, _setup_row_softplus,
+        ),
         "row_dot": (
             lambda x, y, ends, normalize: _stats(x, *y.shape[:-1]), differentiate_row_dot,
             _setup_row_dot,
@@ -315,7 +334,9 @@ def _register(backend: str) -> None:
         op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_{backend}").default
         kernel = _KERNELS.get(f"{name}_{backend}")
         OPERATORS[name, backend] = op
-        _CALLS[name, backend] = register_rules(_library, op, fake, backward, setup_context, kernel)
+        _CALLS[name, backend] = register_rules(
+            _library, op, fake, backward, setup_context, kernel, partial(_fill, name)
+        )
 
 
 def _replace_needed(gradients: Any, needs: Any, made: Any) -> Any:

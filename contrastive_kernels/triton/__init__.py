@@ -130,8 +130,8 @@ def row_softplus(
     attend: list[bool],
     aligned: bool,
 ) -> tuple[Tensor, ...]:
-    """(value, rank, total, count, dx, dy, dscale, dbias, partner); gradients of the sum over the
-    rows."""
+    """(value, rank, total, count, dx, dy, dscale, dbias, partner, low); gradients of the sum over
+    the rows."""
     assert not aligned
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
@@ -143,7 +143,7 @@ def row_softplus(
             row = forward.stats(problem, ROWS, softplus=True, threshold=threshold)
             gradients = backward.no_gradients(*problem.inputs, problem.dtype)
         values = _or_empty(problem, row.first, row.rank, row.total, row.pairs)
-        return *values, *gradients, problem.empty(0)
+        return *values, *gradients, problem.empty(0), problem.empty(0)
 
 
 def row_softplus_backward(
@@ -155,6 +155,7 @@ def row_softplus_backward(
     exclude_cols: Tensor | None,
     keep_rows: Tensor | None,
     keep_cols: Tensor | None,
+    low: Tensor | None,
     grad: Tensor,
     grad_partner: Tensor | None,
     normalize: bool,

@@ -125,7 +125,8 @@ class BackwardSweep {
   }
   Upstream<T> of_rows() const {
     Upstream<T> rows = in_.rows;
-    if (attended()) rows.low = nullptr;  // the weights of attended keys are of the sums themselves
+    // the weights of attended keys are of the sums themselves; of softplus it stands for logits
+    if (attended() || in_.softplus) rows.low = nullptr;
     return rows;
   }
 

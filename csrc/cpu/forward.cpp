@@ -75,7 +75,7 @@ class ForwardSweep {
   // From now on logits are kept, as far as there is room.
   void keep(bool half) {
     constexpr int64_t kSmallest = 1 << 15;  // pairs whose product costs more than the memory does
-    if (!options_.keep || options_.fold == Fold::kSoftplus || p_.paired) return;
+    if (!options_.keep || p_.paired) return;
     if (p_.x.rows() * p_.keys < kSmallest) return;
     keeper_ = take_logits(p_.x.rows(), p_.keys, p_.block_keys, sizeof(T), half);
     if (!keeper_) return;
@@ -245,7 +245,7 @@ class ForwardSweep {
     for (int64_t i = 0; i < sums.size(); ++i) {
       const double sum = sums.of(kSum)[i], shift = sums.of(kShift)[i];
       if (options_.fold == Fold::kSoftplus) {
-        to.lse[i] = static_cast<T>(sum);
+        put(0, sum, to.lse[i], to.low[i]);
         continue;
       }
       const bool empty = sum == 0;

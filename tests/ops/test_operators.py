@@ -84,6 +84,16 @@ def test_opcheck(backend, kind):
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_results_that_are_not_asked_for_have_their_types(backend):
+    x, y, scale, bias, *ids = operator_arguments("shared")
+    features = [t.detach().bfloat16().requires_grad_() for t in (x, y)]
+    others = [t.detach().float().requires_grad_() for t in (scale, bias)]
+    pairs = (*features, *others, *ids)
+    opcheck(OPERATORS["row_stats", backend], (*pairs, None, *6 * (False,)))
+    opcheck(OPERATORS["row_softplus", backend], (*pairs, None, False, [False] * 4, False))
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_opcheck_with_frozen_keys(backend):
     x, y, scale, _, *ids = operator_arguments("shared")
     arguments = (x, y.detach(), scale, None, *ids, None, False, True, False, True, False, False)

@@ -67,6 +67,7 @@ CALLS = {
     "rows": ck.info_nce,
     "rows and columns": lambda x, y: ck.clip_loss(x, y, 20.0),
     "itself": ck.nt_xent,
+    "softplus": lambda x, y: ck.siglip_loss(x, y, 20.0, -3.0),
     "two sweeps": lambda x, y: ck.info_nce(x, y, negatives=x.flip(0), in_batch=True),
     "large logits": lambda x, y: ck.clip_loss(x, y, 1e4),
 }
