@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test proof fuzz lint bench report docs clean
+.PHONY: setup demo test proof fuzz lint bench report docs wheel clean
 
 setup: $(VENV)/build.stamp
 
@@ -82,6 +82,13 @@ report: setup
 	@$(RUN) -m benchmarks.grid
 	@$(RUN) -m benchmarks.negatives --plot --report
 	@$(RUN) -m benchmarks.infomin --plot --report
+
+# For this Python and any torch >= 2.10, of what is built; auditwheel finds the platform's tag.
+wheel: setup
+	@rm -rf build/lib.* build/wheel
+	@$(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	    $(RUN) -m auditwheel repair --strip -w dist build/wheel/*.whl
 
 # For a machine with a GPU and no network: PYTHON itself has torch, triton, pytest and the build
 # tools. Logs and results are left in OUT.
