@@ -139,6 +139,9 @@ def with_gains(text: str) -> str:
 
 
 def cost_rows(record: dict) -> Iterable[list[str]]:
+    if "failed" in record:
+        yield [title(record), "FAILED: " + record["failed"], *5 * [""]]
+        return
     ours, memory = record["ours"], record.get("memory", {})
     for theirs in record["peers"]:
         row = [title(record), theirs["name"], milliseconds(ours)]

@@ -15,7 +15,11 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py")) + sorted((ROOT / "examples").glob("*.ipynb"))
+EXAMPLES = [
+    path
+    for path in sorted((ROOT / "examples").iterdir(), key=lambda path: (path.suffix, path.name))
+    if path.suffix == ".ipynb" or (path.suffix == ".py" and "__main__" in path.read_text())
+]
 # pages of the site by the files of the repository that they are made of
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
