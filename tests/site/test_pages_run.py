@@ -103,6 +103,7 @@ def test_swap():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the memory")
+@pytest.mark.skipif(not ck.backends()["cpu"].usable, reason="there are no kernels for the CPU")
 def test_negatives():
     pytest.importorskip("matplotlib").use("agg")
     threads = torch.get_num_threads()
