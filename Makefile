@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test proof fuzz lint bench report docs wheel clean
+.PHONY: setup demo test proof fuzz lint bench report wheel clean
 
 setup: $(VENV)/build.stamp
 
@@ -71,6 +71,7 @@ bench: setup $(VENV)/peers.stamp
 
 # The site, in build/site. Building it needs no network; a broken link or name is an error (with
 # --quiet it would not be).
+.PHONY: docs
 docs: setup $(VENV)/docs.stamp
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 	@echo "build/site is there; read it with $(RUN) -m http.server -d build/site"
