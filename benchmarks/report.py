@@ -121,9 +121,14 @@ def gain(record: dict) -> str:
     return text + (f", {theirs:.0f} MB to {ours:.0f}" if ours and theirs else "")
 
 
-def latest(device_type: str) -> dict[str, dict]:
-    """The last result's record of each case."""
-    return {r["name"]: r for result in results(device_type) for r in result["cases"]}
+def latest(device_type: str) -> dict[str, tuple[dict, str]]:
+    """The last result's record of each case, and where and when it was measured."""
+    found = {}
+    for result in results(device_type):
+        environment = result["environment"]
+        where = f"{environment['device']}, {environment['threads']} threads, {result['date']}"
+        found |= {record["name"]: (record, where) for record in result["cases"]}
+    return found
 
 
 def with_gains(text: str) -> str:
@@ -131,7 +136,7 @@ def with_gains(text: str) -> str:
     records = latest("cpu")
 
     def replaced_gain(match: re.Match) -> str:
-        record = records.get(match[1])
+        record, _ = records.get(match[1], (None, None))
         measured = gain(record) if record and "memory" in record else "not measured"
         return f"<!-- gain: {match[1]} -->{measured}<!-- /gain -->"
 
@@ -158,8 +163,12 @@ def with_costs(text: str) -> str:
     head = ["case", "against", "ours", "theirs", "ours / theirs", "our memory", "their memory"]
 
     def replaced_cost(match: re.Match) -> str:
-        rows = [row for name in match[1].split("; ") for row in cost_rows(records[name])]
-        lines = [f"<!-- cost: {match[1]} -->", *table(head, rows), "<!-- /cost -->"]
+        chosen = [records[name] for name in match[1].split("; ")]
+        rows = [row for record, _ in chosen for row in cost_rows(record)]
+        places = "; ".join(dict.fromkeys(where for _, where in chosen))
+        lines = [f"<!-- cost: {match[1]} -->", *table(head, rows), ""]
+        lines += [f"Forward and backward, float32, D = 128. {places}:"]
+        lines += ["[the tables](../measured.md) name the command.", "<!-- /cost -->"]
         return "\n".join(lines)
 
     return re.sub(r"<!-- cost: (.+?) -->.*?<!-- /cost -->", replaced_cost, text, flags=re.DOTALL)
