@@ -106,15 +106,7 @@ def softmax(
 ) -> Sweep:
     """Softmax statistics of tensors; `attend` as the operators take it."""
     if pairs.backend == "reference":
-        parts = [
-            precise(reference.sweep)(
-                block.x, block.tensor, scale=block.scale, bias=block.bias, exclude=block.exclude,
-                keep=block.keep, normalize=block.normalize, mean=mean, columns=columns,
-                threshold=level,
-            )
-            for block, level in _row_blocks(pairs, threshold)
-        ]  # fmt: skip
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        return _dense_softmax(pairs, mean=mean, columns=columns, threshold=threshold)
     if columns and pairs.y is None:
         pairs = pairs._replace(y=pairs.x)
     out = registration.call(
@@ -161,6 +153,26 @@ def softplus(
     return SoftplusSweep(out.value, counts, partner)
 
 
+def _dense_softmax(pairs: Pairs, *, mean: bool, columns: bool, threshold: Tensor | None) -> Sweep:
+    def of(block: Pairs, columns: bool, threshold: Tensor | None) -> Sweep:
+        return precise(reference.sweep)(
+            block.x, block.tensor, scale=block.scale, bias=block.bias, exclude=block.exclude,
+            keep=block.keep, normalize=block.normalize, mean=mean, columns=columns,
+            threshold=threshold,
+        )  # fmt: skip
+
+    blocks = _row_blocks(pairs, threshold)
+    if len(blocks) == 1:
+        return of(pairs, columns, threshold)
+    out = _below([of(block, False, level) for block, level in blocks])
+    if not columns:
+        return out
+    # Whole columns: parts of one, with weights exp(lse - lse), would be off by as much as logits
+    # are rounded.
+    whole = _below([of(block, True, None) for block in _column_blocks(pairs)])
+    return out._replace(col_lse=whole.col_lse, col_mean=whole.col_mean)
+
+
 def _row_blocks(pairs: Pairs, threshold: Tensor | None) -> list[tuple[Pairs, Tensor | None]]:
     """All pairs, with the threshold; or, in forward mode, which keeps no block for later, blocks of
     rows of a bounded number of pairs."""
@@ -185,20 +197,21 @@ def _row_blocks(pairs: Pairs, threshold: Tensor | None) -> list[tuple[Pairs, Ten
     ]  # fmt: skip
 
 
-def _joined(parts: list[Sweep]) -> Sweep:
-    """The statistics of blocks of rows as those of all."""
-    columns = [part for part in parts if part.col_lse is not None]
-    out = _below([part._replace(col_lse=None, col_mean=None) for part in parts])
-    if not columns:
-        return out
-    lses = torch.stack([known(part.col_lse) for part in columns], 1)
-    lse = reference.masked_softmax_stats(lses, torch.ones_like(lses, dtype=torch.bool))[0]
-    out = out._replace(col_lse=lse)
-    if columns[0].col_mean is None:
-        return out
-    weight = (lses - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(1)).exp()
-    means = torch.stack([known(part.col_mean) for part in columns], 1)
-    return out._replace(col_mean=(weight * means).sum(1))
+def _column_blocks(pairs: Pairs) -> list[Pairs]:
+    """Likewise of columns."""
+    y = cast(Tensor, pairs.keys)
+    size = max(1, FORWARD_PAIRS // max(1, pairs.x.shape[0]))
+
+    def of(ids: IdPair | None, columns: slice) -> IdPair | None:
+        return None if ids is None else (ids[0], ids[1][columns])
+
+    return [
+        pairs._replace(
+            y=y[columns], bias=None if pairs.bias is None else pairs.bias[columns],
+            exclude=of(pairs.exclude, columns), keep=of(pairs.keep, columns),
+        )
+        for columns in (slice(i, i + size) for i in range(0, y.shape[0], size))
+    ]  # fmt: skip
 
 
 def _below(parts: list[Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import contrastive_kernels as ck
-from contrastive_kernels import reference
+from contrastive_kernels import ops, reference
 from contrastive_kernels.losses.cases import tensors
 from contrastive_kernels.losses.table import CASES
 from contrastive_kernels.ops import pairs
@@ -121,6 +121,25 @@ def test_forward_mode_in_blocks(name, monkeypatch):
     expected = ways()
     monkeypatch.setattr(pairs, "FORWARD_PAIRS", 25)
     torch.testing.assert_close(ways(), expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def test_large_logits_in_blocks(monkeypatch):
+    """Equal rows in several blocks: float32 does not tell their joint lse from that of one."""
+    x, y, along = (randn(n, 8, seed=n, dtype=torch.float32) for n in (3, 14, 15))
+    x = x.repeat(5, 1)
+
+    def stats(x):
+        given = ops.operands(x, y.to(x.dtype), scale=1e6, normalize=True, backend="reference")
+        out = ops.sweep(given, mean=True, columns=True)
+        return out.lse, out.mean, out.col_lse, out.col_mean
+
+    monkeypatch.setattr(pairs, "FORWARD_PAIRS", 40)
+    found = jvp(stats, (x,), (along,))
+    monkeypatch.undo()
+    exact = jvp(stats, (x.double(),), (along.double(),))
+    for part, right in zip(found, exact, strict=True):
+        for a, e in zip(part, right, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-6 * e.abs().max().item())
 
 
 def test_forward_mode_is_never_dense(monkeypatch):
