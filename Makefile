@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test proof fuzz lint bench report wheel clean
+.PHONY: setup demo test proof fuzz lint bench report wheel hub clean
 
 setup: $(VENV)/build.stamp
 
@@ -90,6 +90,14 @@ wheel: setup
 	@$(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 	    $(RUN) -m auditwheel repair --strip -w dist build/wheel/*.whl
+
+# The kernel repository of what is Python and Triton alone: docs/hub.md.
+HUB ?= build/hub
+hub:
+	@rm -rf $(HUB)
+	@mkdir -p $(HUB)/torch-ext
+	@cp hub/build.toml $(HUB)
+	@find contrastive_kernels -name '*.py' -exec cp --parents {} $(HUB)/torch-ext \;
 
 # For a machine with a GPU and no network: PYTHON itself has torch, triton, pytest and the build
 # tools. Logs and results are left in OUT.

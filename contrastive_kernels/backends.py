@@ -58,7 +58,7 @@ def _load(extension: str) -> str | None:
     if not report["built"]:
         return f"the extension was not built: {_REBUILD}; what failed: {report['reason']}"
     try:
-        loaded = importlib.import_module(f"contrastive_kernels.{extension}")
+        loaded = importlib.import_module(f".{extension}", __package__)
     except ImportError as error:
         return f"the extension was built but cannot be loaded: {error}"
     return _start(loaded) if extension == "_cpu" else None

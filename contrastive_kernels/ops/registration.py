@@ -352,7 +352,7 @@ def _cpu_kernels() -> dict[str, Callable]:
     """Those in C++."""
     if CPU_ERROR is not None:
         return {}
-    cpu = import_module("contrastive_kernels.cpu")
+    cpu = import_module("..cpu", __package__)
     return {f"{name}_cpu": getattr(cpu, name) for name in _SCHEMAS}
 
 
@@ -361,7 +361,7 @@ def _register_triton() -> None:
     for name in _SCHEMAS:
 
         def implementation(*args: Any, name: str = name) -> Any:
-            return getattr(import_module("contrastive_kernels.triton"), name)(*args)
+            return getattr(import_module("..triton", __package__), name)(*args)
 
         for device in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
             _library.impl(f"{name}_triton", implementation, device)
