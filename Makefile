@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test proof fuzz lint bench report wheel hub clean
+.PHONY: setup demo test proof fuzz lint bench report wheel hub aarch64 clean
 
 setup: $(VENV)/build.stamp
 
@@ -90,6 +90,12 @@ wheel: setup
 	@$(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 	    $(RUN) -m auditwheel repair --strip -w dist build/wheel/*.whl
+
+# The engine's C++ and its tests for another processor, emulated: Debian's g++-aarch64-linux-gnu and
+# qemu-user.
+aarch64: setup
+	@CXX=aarch64-linux-gnu-g++ CK_EMULATOR="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+	    $(RUN) -m pytest -q tests/kernels/test_products.py tests/kernels/test_fold.py $(ARGS)
 
 # The kernel repository of what is Python and Triton alone: docs/hub.md.
 HUB ?= build/hub

@@ -1,6 +1,7 @@
 """The matrix products of csrc/cpu for each instruction set: against sums in float64, with operands
 between pages that cannot be touched, in all layouts; the bits of an entry, which depend on the
-number of terms alone; and how operands of bfloat16 are made."""
+number of terms alone; and how operands of bfloat16 are made. And the whole engine without Python,
+for processors that an emulator runs."""
 
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ from tests import compiled
 
 SOURCES = Path(__file__).parent / "products"
 QUICK = "-O1"  # to compile: loops of every size are instantiated
+# of the module, and for instruction sets that are not everywhere
+OTHERS = ("module", "whiten_module", "bfloat16_avx512", "bfloat16_amx")
 
 pytestmark = compiled.needs_compiler
 
@@ -20,6 +23,17 @@ def test_products_of_numbers(tmp_path, isa):
     program = tmp_path / "numbers"
     compiled.build(SOURCES / "numbers.cpp", program, QUICK, *compiled.isa_flags(isa))
     compiled.run(program)
+
+
+def test_engine(tmp_path):
+    """Elsewhere than in an emulator it is compiled for its types alone: other tests run it."""
+    source, flags = SOURCES / "engine.cpp", compiled.isa_flags("baseline")
+    if not compiled.EMULATOR:
+        compiled.build(source, tmp_path / "engine", "-fsyntax-only", *flags)
+        return
+    engine = [path for path in compiled.HEADERS.glob("*.cpp") if path.stem not in OTHERS]
+    compiled.build(source, tmp_path / "engine", *flags, *engine)
+    compiled.run(tmp_path / "engine")
 
 
 def bfloat16_program(folder: Path, kind: str, *flags: str) -> Path:
