@@ -3,6 +3,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef CK_HAVE_BFLOAT16_AMX
+#include <cpuid.h>
+#endif
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,12 +23,18 @@ const BFloat16Kernels& table();
 namespace {
 
 #ifdef CK_HAVE_BFLOAT16_AMX
+// Clang does not know them by name.
+bool has_tiles() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kBoth = kBFloat16 | kTiles;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBoth) == kBoth;
+}
+
 // The system grants the tile registers to a process that asks.
 bool may_use_tiles() {
 #ifdef __linux__
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has_tiles() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
