@@ -96,6 +96,10 @@ CUDA_ERROR: str | None = _load("_cuda")
 TRITON_ERROR: str | None = _find_triton()
 # Triton's interpreter runs kernels on CPU tensors; it reads this variable when it is imported.
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# N M D up to which sweeps of Triton are few launches rather than few products: these take a GPU
+# no longer than a launch takes a CPU. The interpreter goes the way of many.
+LAUNCH_BOUND = 2**31
+FEW_PRODUCTS = 0 if INTERPRETED else LAUNCH_BOUND
 
 
 def unusable_reason(name: str, device: str) -> str | None:
@@ -185,6 +189,11 @@ def can_attend(backend: str, x: Tensor, keys_dtype: torch.dtype, frozen: bool) -
     return frozen if backend == "cpu" else x.shape[1] <= resident_dim(x.dtype, keys_dtype)
 
 
+def are_few(rows: int, keys: int, dim: int) -> bool:
+    """Whether a sweep of Triton is so small that a launch counts for more than its products."""
+    return rows * keys * dim <= FEW_PRODUCTS
+
+
 def can_join(backend: str) -> bool:
     """Whether a symmetric matrix may be that of two tensors, one after the other."""
     return backend == "cpu"
@@ -192,7 +201,13 @@ def can_join(backend: str) -> bool:
 
 def can_align(backend: str) -> bool:
     """Whether a sweep may give the logits of the rows that belong together."""
-    return backend == "cpu"
+    return backend in ("cpu", "triton")
+
+
+def check_aligned(rows: int, keys: int, keep: Tensor | None, *, equal: bool = False) -> None:
+    """Raise unless each row can belong to a key of the same number."""
+    if keep is not None or (rows != keys if equal else rows > keys):
+        raise ValueError("aligned rows take y (M, D) of as many rows or more, and no keep ids")
 
 
 def float32_products(device: str) -> str:

@@ -58,6 +58,7 @@ def kernels():
         interpreted.prepare_once()
     else:
         import_module("contrastive_kernels.triton.engine").FIXED_PAIRS = 0
+        import_module("contrastive_kernels.backends").FEW_PRODUCTS = 0
 
 
 def pytest_collection_modifyitems(config, items):

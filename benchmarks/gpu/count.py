@@ -9,6 +9,8 @@ from . import stand_in  # noqa: F401, I001  first of all
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from unittest.mock import patch
@@ -26,11 +28,19 @@ ARCHITECTURE = 90
 LARGEST = 8192  # so many rows and keys have 2^26 pairs, from which on there is a fixed shift
 
 
+@contextmanager
+def many() -> Iterator[None]:
+    """Few pairs go the way of many."""
+    backends = sys.modules["contrastive_kernels.backends"]
+    with patch.object(engine, "FIXED_PAIRS", 0), patch.object(backends, "FEW_PRODUCTS", 0):
+        yield
+
+
 def of_smoke() -> dict[str, int]:
     """For each process: its dtype and number of features."""
     counts = {}
     for name, dim in product(smoke.NAMES, smoke.DIMS):
-        with counting(ARCHITECTURE) as counted, patch.object(engine, "FIXED_PAIRS", 0):
+        with counting(ARCHITECTURE) as counted, many():
             for family in smoke.chosen(list(smoke.FAMILIES), DTYPES[name], dim):
                 smoke.FAMILIES[family](smoke.Inputs(DTYPES[name], dim, "cpu", exact=False))
         counts[f"{name} {dim}"] = len(counted.kernels)

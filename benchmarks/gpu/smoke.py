@@ -209,6 +209,7 @@ def here(families: list[str], dtype: torch.dtype, dim: int, device: str) -> Iter
     from contrastive_kernels.triton import engine
 
     engine.FIXED_PAIRS = 0  # few pairs go the way of many
+    sys.modules["contrastive_kernels.backends"].FEW_PRODUCTS = 0
     for family in families:
         made = record(family, dtype, dim, device)
         yield made

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
+from ..backends import check_aligned
 from .operands import Operands, address, contiguous, operands, optional, own_rows, vector
 
 _LSE, _LSE_MEAN, _SOFTPLUS = range(3)  # Fold in csrc/cpu/tile.h
@@ -200,8 +201,7 @@ def _partner(
     if not aligned:
         return None
     rows, keys = x.shape[0], 0 if y is None or y.dim() != 2 else y.shape[0]
-    if keep_rows is not None or (rows != keys if given.together else rows > keys):
-        raise ValueError("aligned rows take y (M, D) of as many rows or more, and no keep ids")
+    check_aligned(rows, keys, keep_rows, equal=given.together)
     return given.like.new_empty(given.rows)
 
 

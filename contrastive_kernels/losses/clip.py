@@ -88,8 +88,9 @@ def siglip_loss(
 
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     aligned, dot, image_features, text_features = swept_positives(
-        image_features, text_features, batch, dots=return_stats, **options
-    )
+        image_features, text_features, batch, dots=return_stats, summed=reduction != "none",
+        **options,
+    )  # fmt: skip
     pos = None if dot is None else scale * dot + bias
     ids = batch.own_ids(image_features.device)
     pairs = operands(

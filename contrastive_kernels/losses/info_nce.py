@@ -204,7 +204,9 @@ def contrast(
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     aligned, dot = False, None  # without `dot` the sweep gives the positives
     if in_batch:
-        aligned, dot, query, key = swept_positives(query, key, batch, dots=return_stats, **options)
+        aligned, dot, query, key = swept_positives(
+            query, key, batch, dots=return_stats, one_way=not symmetric, **options
+        )
     else:
         dot, query, key = positives(query, key, **options)
     options["scale"] = scale

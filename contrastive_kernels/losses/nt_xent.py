@@ -238,7 +238,7 @@ class Views(NamedTuple):
         batch, _ = join(group, n, exchange=exchange)
         check_other_rows("z1", batch.total)
         aligned, dot, z1, z2 = swept_positives(
-            z1, z2, batch, normalize=normalize, backend=backend, dots=dots
+            z1, z2, batch, normalize=normalize, backend=backend, dots=dots, one_way=False
         )
         return Views(z1, z2, dot, aligned, normalize, backend, batch, batch.times(2))
 

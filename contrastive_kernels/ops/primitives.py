@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from ..backends import can_align, can_attend, can_join, can_sum, resolve_backend
+from ..backends import are_few, can_align, can_attend, can_join, can_sum, resolve_backend
 from ..checks import check_features, check_id_pair, check_keys, check_pair, finite, scalar
 from ..distributed.shards import Batch, Shards
 from ..sources import NegativeSource, as_source, is_source
@@ -230,16 +230,18 @@ def positives(
 
 
 def swept_positives(
-    x: Tensor, y: Tensor, batch: Batch, *, normalize: bool, backend: str, dots: bool
-) -> tuple[bool, Tensor | None, Tensor, Tensor]:
+    x: Tensor, y: Tensor, batch: Batch, *, normalize: bool, backend: str, dots: bool,
+    one_way: bool = True, summed: bool = False,
+) -> tuple[bool, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(aligned, dots, x, y) before a sweep of x (N, D) and the keys y of a batch, (N, D) or more.
 
     Where it can give the logits of <x_i, y_i> on its way, to be asked for by
     `operands(aligned=True)`, dots (N,) have no gradient and are None unless `dots`; else as
-    `positives`.
+    `positives`. `one_way`: the sweep is of rows alone. `summed`: as `softplus_sweep` takes it.
     """
     can = can_align(backend) and not isinstance(batch, Shards)
-    if not can or _may_attend(x, y, backend, frozen=not y.requires_grad):
+    can = can and not (summed and can_sum(backend))
+    if not can or (one_way and _may_attend(x, y, backend, frozen=not y.requires_grad)):
         return False, *positives(x, y, normalize=normalize, backend=backend)
     made = None
     if dots:
@@ -263,8 +265,11 @@ def keeps_frozen_keys(x: Tensor, y: Tensor, backend: str) -> bool:
 
 
 def _may_attend(x: Tensor, y: Tensor, backend: str, frozen: bool) -> bool:
-    needed = torch.is_grad_enabled() and x.requires_grad
-    return needed and can_attend(backend, x, y.dtype, frozen)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if not frozen and are_few(x.shape[0], y.shape[0], x.shape[1]):
+        return False  # its products are fewer, its launches are not
+    return can_attend(backend, x, y.dtype, frozen)
 
 
 class _Options(TypedDict, total=False):

@@ -37,14 +37,17 @@ def row_stats(
 ) -> tuple[Tensor, ...]:
     """(lse, mean, col_lse, col_mean, rank, total, count, attended, slope, lse_low, col_lse_low,
     mean_low, col_mean_low, partner)."""
-    assert not (together or aligned)  # backends.can_join
+    assert not together  # backends.can_join
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
-        unit = problem.bounded and bias is None
+        partner = problem.pack_partners(keep_rows) if aligned else None
+        unit = problem.bounded and bias is None and not problem.few
         if unit and not mean and threshold is None and (columns or problem.symmetric):
             row, col = forward.two_way(problem)
             col = col if columns else Outputs()
+        elif columns and problem.few:
+            row, col = forward.stats_both(problem, mean, threshold)
         else:
             row = forward.stats(problem, ROWS, mean=mean, threshold=threshold, attend=attend)
             col = forward.stats(problem, COLUMNS, mean=mean) if columns else Outputs()
@@ -60,7 +63,7 @@ def row_stats(
             col.low,
             row.second_low,
             col.second_low,
-            None,
+            partner,
         )
 
 
@@ -95,6 +98,7 @@ def row_stats_backward(
     wanted = Needs(*needs)
     # by an `attend` the forward pass has made the gradients of x and of the scale
     made = attended.numel() > 0
+    assert not (made and grad_partner is not None)
     missing = wanted._replace(x=False, scale=False) if made else wanted
     with _device(x):
         if any(missing):
@@ -103,6 +107,7 @@ def row_stats_backward(
             half = x.dtype == torch.float16
             upstream.add(ROWS, lse, mean, grad_lse, grad_mean, half, lse_low)
             upstream.add(COLUMNS, col_lse, col_mean, grad_col_lse, grad_col_mean, half, col_lse_low)
+            upstream.add_partner(grad_partner, lse, half, lse_low)
             out = backward.gradients(problem, upstream, missing)
         else:
             out = backward.no_gradients(x, x if y is None else y, lse.dtype)
@@ -132,10 +137,11 @@ def row_softplus(
 ) -> tuple[Tensor, ...]:
     """(value, rank, total, count, dx, dy, dscale, dbias, partner, low); gradients of the sum over
     the rows."""
-    assert not aligned
+    assert not (aligned and any(attend))
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
     with _device(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
+        partner = problem.pack_partners(keep_rows) if aligned else problem.empty(0)
         if any(attend):
             value, gradients = backward.summed_softplus(problem, Needs(*attend))
             row = Outputs(value.reshape(1))
@@ -143,7 +149,7 @@ def row_softplus(
             row = forward.stats(problem, ROWS, softplus=True, threshold=threshold)
             gradients = backward.no_gradients(*problem.inputs, problem.dtype)
         values = _or_empty(problem, row.first, row.rank, row.total, row.pairs)
-        return *values, *gradients, problem.empty(0), problem.empty(0)
+        return *values, *gradients, partner, problem.empty(0)
 
 
 def row_softplus_backward(
@@ -166,6 +172,7 @@ def row_softplus_backward(
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
         upstream = Upstream(softplus=True)
         upstream.add(ROWS, None, None, grad, None, x.dtype == torch.float16)
+        upstream.partner = None if grad_partner is None else grad_partner.contiguous()
         return backward.gradients(problem, upstream, Needs(*needs))
 
 

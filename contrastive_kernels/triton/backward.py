@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -32,6 +32,7 @@ class Upstream:
         self.sides: list[dict[str, Tensor]] = [{}, {}]
         self.coefficient = folds.softplus_coefficient if softplus else folds.softmax_coefficient
         self.largest: Tensor | float = 0.0
+        self.partner: Tensor | None = None  # the gradient of the rows' logits with their partners
         self.values: Tensor | None = None  # if set, receives the sums of the fold too
 
     def add(
@@ -55,6 +56,14 @@ class Upstream:
             if grad_mean is not None:
                 self.largest = self.largest + 32 * grad_mean.abs().amax()
 
+    def add_partner(self, grad: Tensor | None, lse: Tensor, half: bool, low: Tensor) -> None:
+        """The gradient of the logits of rows and their partners, which may be the only one."""
+        if grad is None:
+            return
+        if not any(self.sides):
+            self.add(ROWS, lse, None, torch.zeros_like(lse), None, half, low)
+        self.partner = grad.contiguous()
+
 
 def no_gradients(x: Tensor, y: Tensor, dtype: torch.dtype) -> Gradients:
     """Of scale and bias in this type."""
@@ -64,7 +73,7 @@ def no_gradients(x: Tensor, y: Tensor, dtype: torch.dtype) -> Gradients:
 
 def gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Gradients:
     """4 N M D for each side."""
-    problem.pack(*upstream.sides)
+    problem.pack(upstream.sides[ROWS], upstream.sides[COLUMNS])
     if problem.paired:
         return paired_gradients(problem, upstream, needs)
     by_side: list[Tensor | None] = [None, None]
@@ -77,10 +86,14 @@ def gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Gradients:
             problem, upstream, own, rows and columns, needs.bias
         )
     else:
-        if rows:
-            by_side[ROWS], slope, _ = side_gradient(problem, upstream, ROWS, False)
-        if columns:
-            by_side[COLUMNS], slope, bias = side_gradient(problem, upstream, COLUMNS, needs.bias)
+        sides = [which for which, wanted in ((ROWS, rows), (COLUMNS, columns)) if wanted]
+        whole = problem.few and all(len(problem.blocks(which)) == 1 for which in sides)
+        for together in [sides] if whole else [[which] for which in sides]:
+            for made in side_gradients(problem, upstream, together, needs.bias):
+                by_side[made.which], bias = made.gradient, made.bias
+                slope = made.slope if slope is None else slope
+    if bias is not None and upstream.partner is not None:
+        bias[: len(upstream.partner)] += upstream.partner
     dx, dy = by_side
     absent = no_gradients(*problem.inputs, problem.dtype)
     return Gradients(
@@ -110,44 +123,97 @@ def summed_softplus(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
     return known(out.first).sum(), made
 
 
-def side_gradient(
-    problem: Problem, upstream: Upstream, which: int, with_bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradient of one side, its derivative by the scale (size,), and sums of dL/dz."""
+class Work(NamedTuple):
+    """Gradient of one side, its derivative by the scale (size,), and sums of dL/dz (size,)."""
+
+    which: int
+    gradient: Tensor
+    slope: Tensor | None
+    bias: Tensor | None
+    float16_scale: Tensor | None
+
+
+class Parts(NamedTuple):
+    """A block of own vectors from `start` on, and their sums over so many parts of the other side,
+    of `each` tiles."""
+
+    own: Side
+    start: int
+    sums: Tensor
+    bias_sums: Tensor | None
+    number: int
+    each: int
+
+
+def side_gradients(
+    problem: Problem, upstream: Upstream, sides: list[int], with_bias: bool
+) -> list[Work]:
+    """Those of one side, or of both by as many launches, for a block of vectors each."""
     chosen = problem.tile("gradient")
-    other = problem.side(1 - which)
-    n = problem.size(which)
-    float16_scale = problem.float16_scale(upstream.largest, other)
-    gradient = problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype)
-    slope, bias = problem.empty(n), problem.empty(n) if with_bias else None
-    for start, stop in problem.blocks(which):
-        own = problem.part(problem.side(which), which, start, stop)
-        count, each = problem.parts(own.size, other.size, chosen, True)
-        parts = problem.empty(count, own.size, problem.dim)
-        bias_sums = problem.empty(count, own.size) if with_bias else None
-        engine.launch(
-            gradient_kernel, (cdiv(own.size, chosen.block_m), count), own, other,
-            problem.scale, float16_scale, parts, bias_sums, each,
-            COEFFICIENT=upstream.coefficient, **problem.constants(chosen),
-        )  # fmt: skip
-        finish(
-            problem, own, float16_scale, gradient[start:stop], slope[start:stop], parts,
-            scaled=False,
-        )  # fmt: skip
-        if bias is not None:
-            torch.sum(known(bias_sums), 0, out=bias[start:stop])
-    return gradient, slope, bias
+    works: list[Work] = []
+    for which in sides:
+        n, dtype = problem.size(which), problem.inputs[which].dtype
+        bias = problem.empty(n) if with_bias and which == COLUMNS else None
+        float16_scale = problem.float16_scale(upstream.largest, problem.side(1 - which))
+        gradient = problem.empty(n, problem.dim, dtype=dtype)
+        slope = None if works else problem.empty(n)
+        works.append(Work(which, gradient, slope, bias, float16_scale))
+    blocks = [problem.blocks(which) for which in sides]
+    for bounds in zip(*blocks, strict=True):
+        parts = [
+            parts_of(problem, work, start, stop, chosen)
+            for work, (start, stop) in zip(works, bounds, strict=True)
+        ]
+        launch_gradient(problem, upstream, works, parts, chosen)
+        finish(problem, upstream, works, parts, scaled=False)
+        for work, part in zip(works, parts, strict=True):
+            if work.bias is not None:
+                stop = part.start + part.own.size
+                torch.sum(known(part.bias_sums), 0, out=work.bias[part.start : stop])
+    return works
+
+
+def parts_of(problem: Problem, work: Work, start: int, stop: int, chosen: Tile) -> Parts:
+    own = problem.part(problem.side(work.which), work.which, start, stop)
+    count, each = problem.parts(own.size, problem.size(1 - work.which), chosen, True)
+    sums = problem.empty(count, own.size, problem.dim)
+    bias_sums = None if work.bias is None else problem.empty(count, own.size)
+    return Parts(own, start, sums, bias_sums, count, each)
+
+
+def launch_gradient(
+    problem: Problem, upstream: Upstream, works: list[Work], parts: list[Parts], chosen: Tile
+) -> None:
+    first, other = parts[0], problem.side(1 - works[0].which)
+    programs = [cdiv(part.own.size, chosen.block_m) * part.number for part in parts]
+    second: tuple[Any, ...] = (None, None, None, 0)
+    if len(parts) > 1:
+        second = (works[1].float16_scale, parts[1].sums, parts[1].bias_sums, parts[1].each)
+    engine.launch(
+        gradient_kernel, (sum(programs),), first.own, other, problem.scale, works[0].float16_scale,
+        first.sums, first.bias_sums, first.each, programs[0], *second, BOTH=len(parts) > 1,
+        COEFFICIENT=upstream.coefficient, **problem.constants(chosen),
+    )  # fmt: skip
 
 
 def finish(
-    problem: Problem, own: Side, float16_scale: Tensor | None, gradient: Tensor,
-    slope: Tensor | None, parts: Tensor, scaled: bool,
-) -> None:  # fmt: skip
+    problem: Problem, upstream: Upstream, works: list[Work], parts: list[Parts], scaled: bool
+) -> None:
+    """Writes the gradients of a block of one side, or of both whole sides."""
     width = next_power_of_2(problem.dim)
     block = max(1, min(128, 2048 // width))
+    programs = [cdiv(part.own.size, block) for part in parts]
+    first, work = parts[0], works[0]
+    rows = slice(first.start, first.start + first.own.size)
+    second: tuple[Any, ...] = (None, None, None, 0)
+    if len(parts) > 1:
+        second = (works[1].float16_scale, works[1].gradient, parts[1].sums, parts[1].number)
     engine.launch(
-        finish_kernel, (cdiv(own.size, block),), own, problem.scale, float16_scale, gradient,
-        slope, parts, parts.shape[0], DIM=problem.dim, SCALED=scaled, BLOCK_M=block, BLOCK_K=width,
+        finish_kernel, (sum(programs),), first.own, problem.side(1 - work.which), problem.scale,
+        upstream.partner, work.float16_scale, work.gradient[rows],
+        None if work.slope is None else work.slope[rows], first.sums,
+        first.number, first.start, programs[0], *second, BOTH=len(parts) > 1,
+        SYMMETRIC=problem.symmetric, DIM=problem.dim, SCALED=scaled, BLOCK_M=block, BLOCK_K=width,
     )  # fmt: skip
 
 
@@ -169,8 +235,9 @@ def stored_gradients(
     chunk = problem.empty(height * width, dtype=operand)
     own_sum = problem.empty(height, dim)
     other_sum = problem.zeros(m, dim) if both else None
-    gradient, slope = problem.empty(n, dim, dtype=problem.inputs[which].dtype), problem.empty(n)
+    gradient = problem.empty(n, dim, dtype=problem.inputs[which].dtype)
     bias = problem.zeros(n) if with_bias else None
+    work = Work(which, gradient, problem.empty(n), bias, float16_scale)
     if upstream.values is not None:
         upstream.values.zero_()
     for start in range(0, n, height):
@@ -179,33 +246,31 @@ def stored_gradients(
         total = own_sum[: stop - start].zero_()
         for begin in range(0, m, width):
             end = min(begin + width, m)
-            theirs = problem.part(other, 1 - which, begin, end)
-            c = chunk[: mine.size * theirs.size].view(mine.size, theirs.size)
-            tiles_here = cdiv(theirs.size, chosen.block_n)
+            columns = problem.part(other, 1 - which, begin, end)
+            c = chunk[: mine.size * columns.size].view(mine.size, columns.size)
+            tiles_here = cdiv(columns.size, chosen.block_n)
             bias_sums = problem.empty(tiles_here, mine.size) if with_bias else None
             values = None if upstream.values is None else problem.empty(tiles_here, mine.size)
             coefficients(
-                problem, upstream, mine, theirs, float16_scale, c, values, bias_sums, chosen
+                problem, upstream, mine, columns, float16_scale, c, values, bias_sums, chosen
             )
             for total_of, sums in ((bias, bias_sums), (upstream.values, values)):
                 if total_of is not None and sums is not None:
                     total_of[start:stop] += sums.sum(0)
-            add_product(total, c, theirs.features)
+            add_product(total, c, columns.features)
             if both:
                 add_product(known(other_sum)[begin:end], c.T, mine.features)
-        finish(
-            problem, mine, float16_scale, gradient[start:stop], slope[start:stop],
-            total.unsqueeze(0), scaled=True,
-        )  # fmt: skip
+        here = Parts(mine, start, total.unsqueeze(0), None, 1, 0)
+        finish(problem, upstream, [work], [here], scaled=True)
     results: list[Tensor | None] = [None, None]
     results[which] = gradient
     if other_sum is not None:
-        theirs_whole = problem.empty(m, dim, dtype=problem.inputs[1 - which].dtype)
-        finish(
-            problem, other, float16_scale, theirs_whole, None, other_sum.unsqueeze(0), scaled=True
-        )
-        results[1 - which] = theirs_whole
-    return results, slope, bias
+        dtype = problem.inputs[1 - which].dtype
+        theirs = Work(1 - which, problem.empty(m, dim, dtype=dtype), None, None, float16_scale)
+        whole = Parts(other, 0, other_sum.unsqueeze(0), None, 1, 0)
+        finish(problem, upstream, [theirs], [whole], scaled=True)
+        results[1 - which] = theirs.gradient
+    return results, known(work.slope), bias
 
 
 def coefficients(

@@ -9,9 +9,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import resident_dim
+from ..backends import are_few, check_aligned, resident_dim
 from ..types import known, statistics_dtype
-from . import tiles
+from . import packing
 from .configs import INTERPRETED, Tile, arithmetic, processors, tile
 from .launching import launch
 from .tiles import RANGE, Side
@@ -113,6 +113,11 @@ class Problem:
         """Whether the scale and the largest bias bound the logits."""
         return self.normalize and not self.paired
 
+    @property
+    def few(self) -> bool:
+        """Whether launches take longer than the products."""
+        return are_few(self.size(ROWS), self.size(COLUMNS), self.dim)
+
     @cached_property
     def largest_bias(self) -> Tensor | None:
         """0-d; NaN and inf, which may be of dropped pairs alone, count as 0."""
@@ -124,8 +129,11 @@ class Problem:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def pack(self, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
-        """Makes both sides ready for the kernels, with what the backward pass knows of them."""
+    def pack(
+        self, rows: dict[str, Tensor], columns: dict[str, Tensor], partner: Tensor | None = None
+    ) -> None:
+        """Makes both sides ready for the kernels, with what the backward pass knows of them; into
+        `partner`, if given, go the logits of the rows and their partners."""
         features = self.features if self.products is None else (self.products, self.products)
         dim = features[ROWS].shape[-1]
         normalize = self.normalize and not self.paired
@@ -148,15 +156,25 @@ class Problem:
                 made["ranges"] = self.empty(padded // RANGE.value, 2, dtype=torch.int32)
             sources.append(source)
             packed.append(Side(*source[:4], **made))
-            blocks.append(padded // RANGE.value if made else 0)
+            needed = made or (which == ROWS and partner is not None)
+            blocks.append(padded // RANGE.value if needed else 0)
         if sum(blocks):
             both = [t for pair in zip(sources, packed, strict=True) for t in pair]
             launch(
-                tiles.pack_kernel, (sum(blocks),), *both, *([None] * (4 - len(both))), blocks[0],
-                BOTH=len(both) > 2, DIM=dim, NORMALIZE=normalize, ACC=self.arithmetic.sum,
+                packing.pack_kernel, (sum(blocks),), *both, *([None] * (4 - len(both))),
+                None if partner is None else self.scale, partner, blocks[0], BOTH=len(both) > 2,
+                DIM=dim, NORMALIZE=normalize, ACC=self.arithmetic.sum,
                 BLOCK_K=min(64, next_power_of_2(dim)),
             )  # fmt: skip
         self.packed = (packed[0], packed[-1])
+
+    def pack_partners(self, keep_rows: Tensor | None) -> Tensor:
+        """The logits of the rows and their partners, made where features are packed."""
+        keys = 0 if self.paired else self.size(COLUMNS)
+        check_aligned(self.size(ROWS), keys, keep_rows)
+        partner = self.empty(self.size(ROWS))
+        self.pack({}, {}, partner)
+        return partner
 
     def side(self, which: int) -> Side:
         if self.packed is None:

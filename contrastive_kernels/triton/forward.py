@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,6 +18,32 @@ SOFTMAX = {"PUSH": folds.softmax_push, "DONE": folds.softmax_done, "TOP": -math.
 SOFTPLUS = {"PUSH": folds.softplus_push, "DONE": folds.softplus_done, "TOP": 0.0}
 
 
+class Work(NamedTuple):
+    """What a sweep has to do for one side: own vectors, the others in `parts` of `each` tiles, and
+    where results go."""
+
+    own: Side
+    other: Side
+    out: Outputs
+    partial: Partial
+    parts: int
+    each: int
+
+
+def outputs(
+    problem: Problem, which: int, mean: bool, threshold: Tensor | None = None, low: bool = True
+) -> Outputs:
+    """Those of one side, to be written."""
+    n = problem.size(which)
+    out = Outputs(first=problem.empty(n), low=problem.empty(n) if low else None)
+    if mean:
+        out = out._replace(second=problem.empty(n), second_low=problem.empty(n))
+    if threshold is not None:
+        counts = {name: problem.empty(n) for name in ("rank", "total", "pairs")}
+        out = out._replace(**counts)
+    return out
+
+
 def stats(
     problem: Problem, which: int, *, softplus: bool = False, mean: bool = False,
     threshold: Tensor | None = None, attend: bool = False,
@@ -25,25 +51,39 @@ def stats(
     """Statistics of every row (which = ROWS) or column, 2 N M D; with `attend` their gradient by
     the own vectors too, 4 N M D."""
     n = problem.size(which)
-    out = Outputs(first=problem.empty(n), low=None if softplus else problem.empty(n))
-    if mean:
-        out = out._replace(second=problem.empty(n), second_low=problem.empty(n))
-    if threshold is not None:
-        threshold = threshold.contiguous()
-        counts = {name: problem.empty(n) for name in ("rank", "total", "pairs")}
-        out = out._replace(**counts)
-    if attend:
-        gradient = problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype)
-        out = out._replace(gradient=gradient, slope=problem.empty(n))
+    threshold = None if threshold is None else threshold.contiguous()
+    out = outputs(problem, which, mean, threshold, low=not softplus)
     if not attend:
         stats_of(problem, problem.side(which), problem.side(1 - which), softplus, threshold, out)
         return out
+    gradient = problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype)
+    out = out._replace(gradient=gradient, slope=problem.empty(n))
     for start, stop in problem.blocks(which):
         own = problem.part(problem.side(which), which, start, stop)
         here = Outputs(*(None if t is None else t[start:stop] for t in out))
         level = None if threshold is None else threshold[start:stop]
         stats_of(problem, own, problem.side(1 - which), softplus, level, here)
     return out
+
+
+def stats_both(problem: Problem, mean: bool, threshold: Tensor | None) -> tuple[Outputs, Outputs]:
+    """Statistics of rows and of columns, 4 N M D, by as few launches as those of rows."""
+    chosen = problem.tile("stats")
+    threshold = None if threshold is None else threshold.contiguous()
+    found = []
+    for which in (ROWS, COLUMNS):
+        own, other = problem.side(which), problem.side(1 - which)
+        parts, each = problem.parts(own.size, other.size, chosen, False)
+        out = outputs(problem, which, mean, threshold if which == ROWS else None)
+        found.append(Work(own, other, out, Partial(), parts, each))
+    if any(work.parts > 1 for work in found):
+        found = [
+            work._replace(partial=Partial(problem.empty(work.parts, 6, work.own.size)))
+            for work in found
+        ]
+    fold = SOFTMAX | {"SUM_EXPONENT": SUM_EXPONENT}
+    sweep_and_merge(problem, found, None, threshold, chosen, fold, fixed=False, repair=False)
+    return found[ROWS].out, found[COLUMNS].out
 
 
 def stats_of(
@@ -55,7 +95,7 @@ def stats_of(
     chosen = problem.tile("attend" if attend else "stats")
     float16_scale = problem.float16_scale(1.0, other) if attend else None
     fixed = problem.bounded and not softplus and float16_scale is None
-    fixed = fixed and own.size * other.size >= engine.FIXED_PAIRS
+    fixed = fixed and own.size * other.size >= engine.FIXED_PAIRS and not problem.few
     parts, each = problem.parts(own.size, other.size, chosen, attend)
     partial = Partial()
     if parts > 1 or attend:
@@ -66,47 +106,55 @@ def stats_of(
     fold = SOFTPLUS if softplus else SOFTMAX
     fold = fold | {"SUM_EXPONENT": SUM_EXPONENT_WEIGHTED if attend else SUM_EXPONENT}
     shifted = fold | {"PUSH": folds.shifted_push} if fixed else fold
-    arguments = (problem, own, other, float16_scale, threshold, out, partial, chosen)
-    sweep_and_merge(*arguments, parts, each, shifted, fixed=fixed, repair=False)
+    work = Work(own, other, out, partial, parts, each)
+    given = (float16_scale, threshold, chosen)
+    sweep_and_merge(problem, [work], *given, shifted, fixed=fixed, repair=False)
     if fixed:
         each = cdiv(other.size, chosen.block_n)
-        if partial.weighted is None:
-            partial = Partial()
-        arguments = (problem, own, other, float16_scale, threshold, out, partial, chosen)
-        sweep_and_merge(*arguments, 1, each, fold, fixed=False, repair=True)
+        partial = Partial() if partial.weighted is None else partial
+        again = work._replace(partial=partial, parts=1, each=each)
+        sweep_and_merge(problem, [again], *given, fold, fixed=False, repair=True)
 
 
 def sweep_and_merge(
-    problem: Problem, own: Side, other: Side, float16_scale: Tensor | None,
-    threshold: Tensor | None, out: Outputs, partial: Partial, chosen: Tile, parts: int, each: int,
-    fold: dict[str, Any], *, fixed: bool, repair: bool,
+    problem: Problem, works: list[Work], float16_scale: Tensor | None, threshold: Tensor | None,
+    chosen: Tile, fold: dict[str, Any], *, fixed: bool, repair: bool,
 ) -> None:  # fmt: skip
+    """Of one side, or of both."""
+    own, other, out, partial, _, each = works[0]
+    programs = [cdiv(work.own.size, chosen.block_m) * work.parts for work in works]
+    second = (works[1].out, works[1].partial, works[1].each) if len(works) > 1 else (None, None, 0)
     engine.launch(
-        sweep.stats_kernel, (cdiv(own.size, chosen.block_m), parts), own, other,
-        problem.scale, problem.largest_bias if fixed else None, float16_scale, threshold,
-        out._replace(gradient=None, slope=None), partial, each, FIXED=fixed,
-        REPAIR=repair, **fold, **problem.constants(chosen),
+        sweep.stats_kernel, (sum(programs),), own, other, problem.scale,
+        problem.largest_bias if fixed else None, float16_scale, threshold,
+        out._replace(gradient=None, slope=None), partial, each, programs[0], *second,
+        BOTH=len(works) > 1, FIXED=fixed, REPAIR=repair, **fold, **problem.constants(chosen),
     )  # fmt: skip
     if partial.state is not None:
+        terms = [work.other.size for work in works]
         merge(
-            problem, own, other.size, float16_scale, out, partial, parts, fold["DONE"],
-            fold["SUM_EXPONENT"], fixed=fixed, repair=repair, width=6,
+            problem, works, terms, float16_scale, fold["DONE"], fold["SUM_EXPONENT"], fixed=fixed,
+            repair=repair, width=6,
         )  # fmt: skip
 
 
 def merge(
-    problem: Problem, own: Side, terms: int, float16_scale: Tensor | None, out: Outputs,
-    partial: Partial, parts: int, done: Any, sum_exponent: float, *, fixed: bool, repair: bool,
-    width: int,
+    problem: Problem, works: list[Work], terms: list[int], float16_scale: Tensor | None, done: Any,
+    sum_exponent: float, *, fixed: bool, repair: bool, width: int,
 ) -> None:  # fmt: skip
-    """Merges parts of sums over `terms` logits."""
+    """Merges parts of sums over so many `terms`, of one side, or of both."""
+    own, other, out, partial, parts, _ = works[0]
     width_k = bucket(problem.dim) if out.gradient is not None else 1
     block = max(1, min(128, 2048 // width_k))
+    programs = [cdiv(work.own.size, block) for work in works]
+    second: tuple[Any, ...] = (None, None, 0, 0)
+    if len(works) > 1:
+        second = (works[1].out, works[1].partial, terms[1], works[1].parts)
     engine.launch(
-        sweep.merge_kernel, (cdiv(own.size, block),), own, terms, problem.scale,
-        problem.largest_bias if fixed else None, float16_scale, out, partial, parts,
-        DIM=problem.dim, DONE=done, FIXED=fixed, SUM_EXPONENT=sum_exponent, WIDTH=width,
-        REPAIR=repair, BLOCK_M=block, BLOCK_K=width_k,
+        sweep.merge_kernel, (sum(programs),), own, other, problem.scale,
+        problem.largest_bias if fixed else None, float16_scale, out, partial, terms[0], parts,
+        programs[0], *second, BOTH=len(works) > 1, DIM=problem.dim, DONE=done, FIXED=fixed,
+        SUM_EXPONENT=sum_exponent, WIDTH=width, REPAIR=repair, BLOCK_M=block, BLOCK_K=width_k,
     )  # fmt: skip
 
 
@@ -137,24 +185,28 @@ def two_way(problem: Problem) -> tuple[Outputs, Outputs]:
         **problem.constants(chosen),
     )  # fmt: skip
     if problem.symmetric:
-        lse = two_way_lse(problem, ROWS, sums, terms)
+        (lse,) = two_way_lse(problem, [sums], terms)
         return lse, lse
-    rows_lse = two_way_lse(problem, ROWS, other_sums, terms)
-    return rows_lse, two_way_lse(problem, COLUMNS, own_sums, terms)
+    rows_lse, columns_lse = two_way_lse(problem, [other_sums, own_sums], terms)
+    return rows_lse, columns_lse
 
 
-def two_way_lse(problem: Problem, which: int, sums: Tensor, terms: int) -> Outputs:
-    """lse from the sums of `two_way_kernel`, (parts, size); rows that underflowed swept again."""
+def two_way_lse(problem: Problem, sums: list[Tensor], terms: int) -> list[Outputs]:
+    """lse from the sums of `two_way_kernel`, (parts, size), of the rows, or of rows and columns;
+    what underflowed is swept again."""
     chosen = problem.tile("stats")
-    own, other = problem.side(which), problem.side(1 - which)
-    out = Outputs(problem.empty(own.size), low=problem.empty(own.size))
+    works = []
+    for which, of_side in enumerate(sums):
+        own, other = problem.side(which), problem.side(1 - which)
+        out = outputs(problem, which, False)
+        works.append(Work(own, other, out, Partial(of_side), of_side.shape[0], 0))
     merge(
-        problem, own, terms, None, out, Partial(sums), sums.shape[0], folds.softmax_done,
-        SUM_EXPONENT, fixed=True, repair=False, width=1,
+        problem, works, [terms] * len(works), None, folds.softmax_done, SUM_EXPONENT, fixed=True,
+        repair=False, width=1,
     )  # fmt: skip
-    sweep_and_merge(
-        problem, own, other, None, None, out, Partial(), chosen, 1,
-        cdiv(other.size, chosen.block_n), SOFTMAX | {"SUM_EXPONENT": SUM_EXPONENT}, fixed=False,
-        repair=True,
-    )  # fmt: skip
-    return out
+    fold = SOFTMAX | {"SUM_EXPONENT": SUM_EXPONENT}
+    for work in works:
+        each = cdiv(work.other.size, chosen.block_n)
+        again = work._replace(partial=Partial(), parts=1, each=each)
+        sweep_and_merge(problem, [again], None, None, chosen, fold, fixed=False, repair=True)
+    return [work.out for work in works]

@@ -3,18 +3,47 @@
 import triton
 import triton.language as tl
 
-from .tiles import dot, load_block, load_features, logits
+from .tiles import dot, load_block, load_features, load_rows, logits, partner_of
 
 
-@triton.jit(do_not_specialize=["tiles_per_part"])
+@triton.jit(do_not_specialize=["tiles_per_part", "programs", "other_tiles_per_part"])
 def gradient_kernel(
-    own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part, DIM: tl.constexpr,
-    COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part, programs,
+    other_float16_scale, other_parts, other_bias_sums, other_tiles_per_part, BOTH: tl.constexpr,
+    DIM: tl.constexpr, COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dL/dz_ij y_j, (parts, N, D), and of dL/dz_ij, (parts, N), for own vectors."""
-    start = tl.program_id(0) * BLOCK_M
-    part = tl.program_id(1)
+    """Sums of dL/dz_ij y_j, (parts, N, D), and of dL/dz_ij, (parts, N), for own vectors, of which
+    there are `programs`; with BOTH for those of the other side too, by the programs after them."""
+    program = tl.program_id(0)
+    if BOTH:
+        if program < programs:
+            gradient_part(
+                program, own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part,
+                DIM, COEFFICIENT, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
+            )  # fmt: skip
+        else:
+            gradient_part(
+                program - programs, other, own, scale_ptr, other_float16_scale, other_parts,
+                other_bias_sums, other_tiles_per_part, DIM, COEFFICIENT, BLOCK_M, BLOCK_N, BLOCK_K,
+                DTYPE, PRECISION,
+            )  # fmt: skip
+    else:
+        gradient_part(
+            program, own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part, DIM,
+            COEFFICIENT, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def gradient_part(
+    program, own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part,
+    DIM: tl.constexpr, COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """That of a block of own vectors, from a part of the other side."""
+    block, part = block_and_part(program, own, BLOCK_M)
+    start = block * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
     inside = i < own.size
     scale = tl.load(scale_ptr)
@@ -41,13 +70,42 @@ def gradient_kernel(
     store_part(parts, weighted, part, own, i, k, inside, DIM)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "start", "programs", "other_count"])
 def finish_kernel(
-    own, scale_ptr, float16_scale, gradient, slope, parts, count, DIM: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts, count, start,
+    programs, other_float16_scale, other_gradient, other_parts, other_count, BOTH: tl.constexpr,
+    SYMMETRIC: tl.constexpr, DIM: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of own vectors from sums of dL/dz_ij y_j, (parts, N, D), added in their order."""
-    start = tl.program_id(0) * BLOCK_M
+    """Gradient of own vectors, those from `start` on, from sums of dL/dz_ij y_j, (parts, N, D),
+    added in their order, and from dL/d their logit with their partner; BOTH as above."""
+    program = tl.program_id(0)
+    if BOTH:
+        if program < programs:
+            finish_block(
+                program, own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts,
+                count, start, SYMMETRIC, DIM, SCALED, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+        else:
+            finish_block(
+                program - programs, other, own, scale_ptr, grad_partner, other_float16_scale,
+                other_gradient, None, other_parts, other_count, start, SYMMETRIC, DIM, SCALED,
+                BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+    else:
+        finish_block(
+            program, own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts,
+            count, start, SYMMETRIC, DIM, SCALED, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_block(
+    block, own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts, count,
+    own_start, SYMMETRIC: tl.constexpr, DIM: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    start = block * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
     inside = i < own.size
     scale = tl.load(scale_ptr)
@@ -56,9 +114,45 @@ def finish_kernel(
     for part in range(count):
         weighted += load_part(parts, part, own, i, k, inside, DIM)
     x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, scale.dtype)
+    if grad_partner is not None:
+        at = tl.cast(own_start, tl.int64) + i
+        more = weighted_partner(
+            at, inside, other, grad_partner, SYMMETRIC, DIM, BLOCK_K, scale.dtype
+        )
+        if SCALED and own.inverse is not None:
+            more *= tl.load(own.inverse + i)[:, None]
+        if float16_scale is not None:
+            more *= tl.load(float16_scale)
+        weighted += more
     store_gradient(
         gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, DIM, SCALED
     )
+
+
+@triton.jit
+def weighted_partner(
+    at, inside, other, grad_partner, SYMMETRIC: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dL/dz_ij y_j of vectors and their partners alone, of which those are read that have one."""
+    inside = inside & (at < other.size)
+    partner = partner_of(at, other.size, SYMMETRIC)
+    grad = tl.load(grad_partner + at, mask=inside, other=0.0)
+    if SYMMETRIC:
+        grad += tl.load(grad_partner + partner, mask=inside, other=0.0)
+    y = load_rows(
+        other.features, partner, 0, other.stride, other.inner, DIM, BLOCK_K, ACC, grad != 0
+    )
+    if other.inverse is not None:
+        grad *= tl.load(other.inverse + partner, mask=inside, other=0.0)
+    return y * grad[:, None]
+
+
+@triton.jit
+def block_and_part(program, own, BLOCK: tl.constexpr):
+    """The block of own vectors and the part of the other side of a program."""
+    blocks = tl.cdiv(own.size, BLOCK)
+    return program % blocks, program // blocks
 
 
 @triton.jit

@@ -6,20 +6,7 @@ They are bound by reading the features, not by arithmetic.
 import triton
 import triton.language as tl
 
-from .tiles import inverse_norm
-
-
-@triton.jit
-def load_rows(
-    x, i, k0, stride, inner, DIM: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, used=None
-):
-    """A slice of rows, 0 for those that are not used."""
-    k = k0 + tl.arange(0, BLOCK_K)
-    pointers = x + (i * stride)[:, None] + (k.to(tl.int64) * inner)[None, :]
-    mask = (k < DIM)[None, :]
-    if used is not None:
-        mask = mask & used[:, None]
-    return tl.load(pointers, mask=mask, other=0.0).to(ACC)
+from .tiles import inverse_norm, load_rows
 
 
 @triton.jit

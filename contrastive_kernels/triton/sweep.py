@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .folds import LOG2, LOG2E, merge
-from .gradient import load_part, store_gradient, store_part, weigh
+from .gradient import block_and_part, load_part, store_gradient, store_part, weigh
 from .tiles import dot, load_features, load_resident, logits
 
 # Marks a row whose sum came out too small for the fixed shift: it is swept again.
@@ -67,26 +67,59 @@ def fixed_shift(scale, largest_bias, terms, SUM_EXPONENT: tl.constexpr):
 
 
 # Counts change from batch to batch, and nothing is gained from a kernel for each kind of number.
-@triton.jit(do_not_specialize=["tiles_per_part"])
+@triton.jit(do_not_specialize=["tiles_per_part", "programs", "other_tiles_per_part"])
 def stats_kernel(
     own, other, scale_ptr, largest_bias, float16_scale, threshold, out, partial, tiles_per_part,
+    programs, other_out, other_partial, other_tiles_per_part, BOTH: tl.constexpr,
     DIM: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr,
     TOP: tl.constexpr, SUM_EXPONENT: tl.constexpr, REPAIR: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Folds each row of logits, and on request sums the other side's vectors, weighted.
 
-    REPAIR: only for blocks with rows that a fixed shift did not suit.
+    REPAIR: only for blocks with rows that a fixed shift did not suit. BOTH: after the `programs` of
+    the rows come those that fold the columns.
     """
+    program = tl.program_id(0)
+    if REPAIR:
+        i = program % tl.cdiv(own.size, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+        if not to_redo(out, i, i < own.size):
+            return
+    if BOTH:
+        if program < programs:
+            stats_part(
+                program, own, other, scale_ptr, largest_bias, float16_scale, threshold, out,
+                partial, tiles_per_part, DIM, PUSH, DONE, FIXED, TOP, SUM_EXPONENT, BLOCK_M,
+                BLOCK_N, BLOCK_K, DTYPE, PRECISION,
+            )  # fmt: skip
+        else:
+            stats_part(
+                program - programs, other, own, scale_ptr, largest_bias, float16_scale, None,
+                other_out, other_partial, other_tiles_per_part, DIM, PUSH, DONE, FIXED, TOP,
+                SUM_EXPONENT, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
+            )  # fmt: skip
+    else:
+        stats_part(
+            program, own, other, scale_ptr, largest_bias, float16_scale, threshold, out, partial,
+            tiles_per_part, DIM, PUSH, DONE, FIXED, TOP, SUM_EXPONENT, BLOCK_M, BLOCK_N, BLOCK_K,
+            DTYPE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def stats_part(
+    program, own, other, scale_ptr, largest_bias, float16_scale, threshold, out, partial,
+    tiles_per_part, DIM: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr,
+    TOP: tl.constexpr, SUM_EXPONENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Those of a block of own vectors with a part of the other side."""
     MEAN: tl.constexpr = out.second is not None
     ATTEND: tl.constexpr = partial.weighted is not None
-    start = tl.program_id(0) * BLOCK_M
-    part = tl.program_id(1)
+    block, part = block_and_part(program, own, BLOCK_M)
+    start = block * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
     inside = i < own.size
-    if REPAIR:
-        if not to_redo(out, i, inside):
-            return
     scale = tl.load(scale_ptr)
     k = tl.arange(0, BLOCK_K)
     zeros = tl.zeros((BLOCK_M,), scale.dtype)
@@ -166,19 +199,48 @@ def store_rows(out, i, inside, state, counts, least, DONE: tl.constexpr):
     return norm
 
 
-@triton.jit(do_not_specialize=["terms", "parts"])
+@triton.jit(do_not_specialize=["terms", "parts", "programs", "other_terms", "other_parts"])
 def merge_kernel(
-    own, terms, scale_ptr, largest_bias, float16_scale, out, partial, parts, DIM: tl.constexpr,
+    own, other, scale_ptr, largest_bias, float16_scale, out, partial, terms, parts, programs,
+    other_out, other_partial, other_terms, other_parts, BOTH: tl.constexpr, DIM: tl.constexpr,
     DONE: tl.constexpr, FIXED: tl.constexpr, SUM_EXPONENT: tl.constexpr, WIDTH: tl.constexpr,
     REPAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Merges parts in their order: of `stats_kernel`, or the sums of `two_way_kernel`."""
-    start = tl.program_id(0) * BLOCK_M
+    """Merges parts in their order: of `stats_kernel`, which has BOTH and REPAIR too, or the sums of
+    `two_way_kernel`. Sums are over `terms` logits."""
+    program = tl.program_id(0)
+    if REPAIR:
+        i = program * BLOCK_M + tl.arange(0, BLOCK_M)
+        if not to_redo(out, i, i < own.size):
+            return
+    if BOTH:
+        if program < programs:
+            merge_block(
+                program, own, terms, scale_ptr, largest_bias, float16_scale, out, partial, parts,
+                DIM, DONE, FIXED, SUM_EXPONENT, WIDTH, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+        else:
+            merge_block(
+                program - programs, other, other_terms, scale_ptr, largest_bias, float16_scale,
+                other_out, other_partial, other_parts, DIM, DONE, FIXED, SUM_EXPONENT, WIDTH,
+                BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+    else:
+        merge_block(
+            program, own, terms, scale_ptr, largest_bias, float16_scale, out, partial, parts, DIM,
+            DONE, FIXED, SUM_EXPONENT, WIDTH, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def merge_block(
+    block, own, terms, scale_ptr, largest_bias, float16_scale, out, partial, parts,
+    DIM: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr, SUM_EXPONENT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    start = block * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
     inside = i < own.size
-    if REPAIR:
-        if not to_redo(out, i, inside):
-            return
     scale = tl.load(scale_ptr)
     k = tl.arange(0, BLOCK_K)
     zeros = tl.zeros((BLOCK_M,), scale.dtype)

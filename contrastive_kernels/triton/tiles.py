@@ -7,15 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import INTERPRETED
-from .folds import LOG2, LOG2E
+from .folds import LOG2E
 
 
 class Side(NamedTuple):
     """One side of the similarity matrix: its feature vectors, and what belongs to each of them.
 
     What is None is left out when a kernel is compiled. Either side may be the rows. All but the
-    features are packed by `pack_kernel`: padded, so that a tile reads without a mask, in units of
-    log 2 where they are logits.
+    features are packed by `packing.pack_kernel`: padded, so that a tile reads without a mask, in
+    units of log 2 where they are logits.
 
     Attributes:
         features: with strides `stride` (vectors) and `inner` (features).
@@ -78,6 +78,19 @@ def load_features(
         return tl.load(pointers).to(DTYPE)
     else:
         return tl.load(pointers, mask=(k < DIM)[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def load_rows(
+    x, i, k0, stride, inner, DIM: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, used=None
+):
+    """A slice of rows of any numbers, int64; 0 for those that are not used."""
+    k = k0 + tl.arange(0, BLOCK_K)
+    pointers = x + (i * stride)[:, None] + (k.to(tl.int64) * inner)[None, :]
+    mask = (k < DIM)[None, :]
+    if used is not None:
+        mask = mask & used[:, None]
+    return tl.load(pointers, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -195,68 +208,13 @@ def id_range(side, start, BLOCK: tl.constexpr):
     return low, high
 
 
-@triton.jit(do_not_specialize=["row_blocks"])
-def pack_kernel(
-    rows, packed_rows, columns, packed_columns, row_blocks, BOTH: tl.constexpr, DIM: tl.constexpr,
-    NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Makes the packed fields of both sides, or of the rows alone, from sides of plain tensors."""
-    block = tl.program_id(0)
-    if BOTH:  # Triton 3.6 cannot ask whether a tuple is None
-        if block < row_blocks:
-            pack(rows, packed_rows, block, DIM, NORMALIZE, ACC, BLOCK_K)
-        else:
-            pack(columns, packed_columns, block - row_blocks, DIM, NORMALIZE, ACC, BLOCK_K)
-    else:
-        pack(rows, packed_rows, block, DIM, NORMALIZE, ACC, BLOCK_K)
-
-
 @triton.jit
-def pack(
-    source, packed, block, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    start = block * RANGE
-    i = start + tl.arange(0, RANGE)
-    inside = i < source.size
-    at = tl.minimum(i, source.size - 1)
-    if NORMALIZE:
-        squares = tl.zeros((RANGE,), ACC)
-        for k0 in range(0, DIM, BLOCK_K):
-            first = tl.minimum(start, source.size - 1)
-            tile = load_features(source, first, k0, DIM, RANGE, BLOCK_K, ACC)
-            squares += tl.sum(tile * tile, 1)
-        tl.store(packed.inverse + i, inverse_norm(squares))
-    if source.bias is not None:
-        tl.store(packed.bias + i, tl.load(source.bias + at) * LOG2E)
-    if source.exclude is not None:
-        ids = tl.load(source.exclude + at).to(tl.int32)
-        tl.store(packed.exclude + i, ids)
-        tl.store(packed.ranges + 2 * block, tl.min(ids, 0))
-        tl.store(packed.ranges + 2 * block + 1, tl.max(ids, 0))
-    if source.keep is not None:
-        tl.store(packed.keep + i, tl.load(source.keep + at).to(tl.int32))
-    factor = tl.full((RANGE,), 1.0, ACC)
-    if source.lse is not None:
-        exact = tl.load(source.lse + at).to(tl.float64)
-        if source.low is not None:
-            exact += tl.load(source.low + at)
-        exact *= LOG2E
-        lse = exact.to(ACC)
-        inside = inside & (lse != -float("inf"))  # no gradient without a pair, whatever comes
-        tl.store(packed.lse + i, tl.where(inside, lse, float("inf")))
-        factor = tl.exp2(tl.where(inside, lse - exact, 0.0).to(ACC))
-    if source.grad_lse is not None:
-        grad = tl.load(source.grad_lse + at, mask=inside, other=0.0)
-        if source.grad_mean is not None:
-            exact_mean = tl.load(source.mean + at).to(tl.float64) * LOG2E
-            mean = exact_mean.to(ACC)
-            tl.store(packed.mean + i, mean)
-            grad_mean = tl.load(source.grad_mean + at, mask=inside, other=0.0)
-            tl.store(packed.grad_mean + i, grad_mean * factor)
-            # z - mean comes with a factor grad_mean, beside grad_lse
-            grad -= grad_mean * ((exact_mean - mean) * LOG2).to(ACC)
-        tl.store(packed.grad_lse + i, grad * factor)
+def partner_of(i, size, HALF: tl.constexpr):
+    """The vector that belongs to the i-th: of the other half of `size`, or of the other side."""
+    if HALF:
+        half = size // 2
+        i = tl.where(i < half, i + half, i - half)
+    return i
 
 
 @triton.jit

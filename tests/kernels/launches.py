@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -31,6 +32,8 @@ ARCHITECTURE = 90
 # Rows of batches that one kernel of each kind should serve, as far as it can.
 BATCHES = {"info_nce": (), "clip_loss": (10.0,), "nt_xent": ()}
 POWERS = [2**k for k in range(8, 14)]
+# What starts no kernel, though it returns no view.
+WITHOUT = {"empty", "empty_strided", "empty_like", "new_empty", "detach"}
 # What needs to know a number that is on the device, by the operators that it comes to.
 WAITING = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "_unique2",
@@ -38,33 +41,43 @@ WAITING = {
 }  # fmt: skip
 
 
-class Waits(TorchDispatchMode):
-    """The operators within it that would wait for a GPU."""
+class Operators(NamedTuple):
+    """torch's own: those that would wait for a GPU, and those that would start kernels."""
 
-    def __init__(self, found: set[str]):
+    waiting: set[str]
+    started: list[str]
+
+
+class Watched(TorchDispatchMode):
+    """Looks at the operators within it."""
+
+    def __init__(self, found: Operators):
         super().__init__()
         self.found = found
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = operator._schema.name.split("::")[1]
+        space, name = operator._schema.name.split("::")
+        views = [r.alias_info for r in operator._schema.returns if r.alias_info is not None]
+        if space == "aten" and not (views and not views[0].is_write) and name not in WITHOUT:
+            self.found.started.append(name)
         masks = name in ("index", "index_put", "index_put_") and any(
             t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
         )
         lengths = name == "repeat_interleave" and kwargs.get("output_size") is None
         if name in WAITING or masks or lengths:
-            self.found.add(name)
+            self.found.waiting.add(name)
         return operator(*args, **kwargs)
 
 
 @contextmanager
-def waits() -> Iterator[set[str]]:
+def watched() -> Iterator[Operators]:
     """Those that run within it, in the operators of this package too."""
-    found: set[str] = set()
+    found = Operators(set(), [])
 
     def seen(function):
         def run(*arguments):
-            with Waits(found):
+            with Watched(found):
                 return function(*arguments)
 
         return run
@@ -76,7 +89,7 @@ def waits() -> Iterator[set[str]]:
         plain = patch.object(checks, "check_numbers", lambda name, numbers, *_: numbers.long())
         stack.enter_context(plain)
         stack.enter_context(patch.object(distances, "_may_look", lambda x: False))
-        stack.enter_context(Waits(found))
+        stack.enter_context(Watched(found))
         yield found
 
 
@@ -94,12 +107,12 @@ def results() -> Iterator[dict]:
             continue
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             found = {"name": name, "dtype": str(dtype)[6:]}
-            with counting(ARCHITECTURE) as counted, waits() as waiting:
+            with counting(ARCHITECTURE) as counted, watched() as own:
                 try:
                     step(name, dtype)
                 except Exception as failure:
                     found["error"] = f"{type(failure).__name__}: {failure}"
-            found |= {"launches": counted.launches, "waits": sorted(waiting)}
+            found |= {"launches": counted.launches, "waits": sorted(own.waiting)}
             yield found | {"kernels": list(counted.kernels), "mixed": mixed(counted)}
 
 
@@ -159,7 +172,12 @@ def batches() -> Iterator[dict]:
             for rows in POWERS:
                 x, y = (torch.randn(rows, 128).bfloat16().requires_grad_() for _ in range(2))
                 getattr(ck, loss)(x, y, *more, backend="triton").backward()
-        yield {"batches": loss, "kernels": list(counted.kernels)}
+        kernels = list(counted.kernels)
+        x, y = (torch.randn(1024, 128).bfloat16().requires_grad_() for _ in range(2))
+        with counting(ARCHITECTURE) as counted, watched() as own:
+            getattr(ck, loss)(x, y, *more, backend="triton").backward()
+        small = {"launches": counted.launches, "started": own.started}
+        yield {"batches": loss, "kernels": kernels, **small}
 
 
 if __name__ == "__main__":

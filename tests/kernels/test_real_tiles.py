@@ -7,6 +7,7 @@ the end of a larger block, own blocks that are longer than the others, several s
 from __future__ import annotations
 
 import itertools
+import sys
 
 import oracles
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels import reference
+from contrastive_kernels.backends import LAUNCH_BOUND, are_few
 
 pytestmark = pytest.mark.skipif(
     not oracles.interpreted("triton") or "triton" not in oracles.BACKENDS,
@@ -33,6 +35,7 @@ SCHEDULES = {
     "two ways": {"columns": True},
     "itself": {"itself": True},
     "softplus": {"softplus": True},
+    "few": {"columns": True, "mean": True, "few": True},
 }
 CASES = [
     (architecture, kind, schedule)
@@ -41,6 +44,7 @@ CASES = [
     # float64 has the same ones everywhere, sm_100 others than sm_90 for these schedules
     if (kind != "double" or architecture == 90)
     and (architecture != 100 or schedule in ("one way", "two ways"))
+    and (schedule != "few" or architecture == 90)
 ]
 
 
@@ -81,6 +85,7 @@ def results(fused: bool, schedule: str, sizes: tuple[int, int], dim: int, dtype)
     """Values and gradients, for random upstream gradients, of unit vectors of which some pairs are
     dropped; of the dense reference in float64."""
     options = dict(SCHEDULES[schedule])
+    options.pop("few", None)
     softplus, itself = (options.pop(name, False) for name in ("softplus", "itself"))
     rows, keys = sizes[0], sizes[0] if itself else sizes[1]
     x = oracles.randn(rows, dim).to(dtype)
@@ -103,8 +108,10 @@ def results(fused: bool, schedule: str, sizes: tuple[int, int], dim: int, dtype)
 
 
 @pytest.mark.parametrize(("architecture", "kind", "schedule"), CASES)
-def test_tiles_of_a_gpu(as_on, architecture, kind, schedule):
+def test_tiles_of_a_gpu(as_on, monkeypatch, architecture, kind, schedule):
     used = as_on(architecture)
+    if schedule == "few":
+        monkeypatch.setattr(sys.modules[are_few.__module__], "FEW_PRODUCTS", LAUNCH_BOUND)
     place = CASES.index((architecture, kind, schedule))
     for k, dim in enumerate(DIMS[kind]):
         sizes = SIZES[(place + 2 * k) % len(SIZES)]

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 # What is compiled here; the rest differs little: `python -m benchmarks.gpu.resources` has all.
 KINDS = {80: ("half",), 86: ("half",), 90: ("half", "single", "double"), 100: ("half",)}
+FEW = 1024  # rows and keys whose sweeps of rows and columns are one launch
 # The most bytes that a thread may spill, where another tile is expected to be slower.
 SPILLS = {
     "sm_90 rows and columns with mean backward D=768": 200,
@@ -34,7 +35,7 @@ SPILLS = {
 
 def arguments(dim: int, **used: bool) -> list[torch.Tensor | None]:
     """x, y, scale, bias, ids to drop and ids to keep, of which only those named are there."""
-    n, meta = resources.N, resources.META
+    n, meta = FEW if used.get("few") else resources.N, resources.META
     x = torch.empty(n, dim, dtype=torch.bfloat16, device=meta)
     if used.get("half"):
         x = x.half()
@@ -49,7 +50,8 @@ def arguments(dim: int, **used: bool) -> list[torch.Tensor | None]:
 def forward(dim: int, *, mean=False, above=False, unit=True, columns=False, attend=False, **used):
     tensors = arguments(dim, **used)
     above = torch.empty(resources.N, device=resources.META) if above else None
-    operators.row_stats(*tensors, above, mean, unit, columns, attend, False, False)
+    aligned = bool(used.get("few"))
+    operators.row_stats(*tensors, above, mean, unit, columns, attend, False, aligned)
 
 
 def softplus(dim: int, *, above=False, summed=False, unit=True, **used):
@@ -61,12 +63,14 @@ def softplus(dim: int, *, above=False, summed=False, unit=True, **used):
 
 def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=False, **used):
     tensors = arguments(dim, **used)
-    some, none = (torch.empty(n, device=resources.META) for n in (resources.N, 0))
+    size = FEW if used.get("few") else resources.N
+    some, none = (torch.empty(n, device=resources.META) for n in (size, 0))
     grads = [some if rows else None, some if mean and rows else None,
              some if columns else None, some if mean and columns else None]  # fmt: skip
     needs = [not key, key, True, key and bool(used.get("bias"))]
     statistics = [*4 * [some], none, none, some, some]
-    operators.row_stats_backward(*tensors, *statistics, *grads, None, unit, needs, False)
+    partner = some if used.get("few") else None
+    operators.row_stats_backward(*tensors, *statistics, *grads, partner, unit, needs, False)
 
 
 def products(dim: int, keys: int | None = None, half=False):
@@ -100,6 +104,9 @@ VARIANTS: dict[str, Callable[[int], None]] = {
     "mean backward": lambda d: backward(d, drop=True, mean=True),
     "rows and columns backward": lambda d: backward(d, drop=True, columns=True),
     "rows and columns with mean backward": lambda d: backward(d, columns=True, mean=True),
+    "few rows and columns": lambda d: forward(d, columns=True, drop=True, few=True),
+    "few rows and columns backward": lambda d: backward(d, columns=True, drop=True, few=True),
+    "few rows backward": lambda d: backward(d, drop=True, few=True),
     "symmetric backward": lambda d: backward(d, symmetric=True, drop=True),
     "float16 backward": lambda d: backward(d, drop=True, half=True),
     "pairs": lambda d: products(d, 1),

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import contrastive_kernels as ck
 from contrastive_kernels import ops
-from contrastive_kernels.backends import can_align
+from contrastive_kernels.backends import can_align, can_join
 from contrastive_kernels.ops.registration import OPERATORS
 
 ALIGNED = [backend for backend in FUSED if can_align(backend)]
@@ -91,6 +91,8 @@ def test_rows_together(backend, n, size, threads):
     x, y = leaves_of(n, n, d, torch.float64, size)
     scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     ids = torch.arange(n).repeat(2)
+    # logits of 4e6 in units of log 2, of which a rounding is 1e-9
+    tolerance = 4e-9 if size > 1 and backend == "triton" else 1e-9
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -103,7 +105,7 @@ def test_rows_together(backend, n, size, threads):
         partner = torch.cat((z.diagonal(n), z.diagonal(-n)))
         compare(
             {"lse": out.lse, "partner": out.partner},
-            {"lse": kept.logsumexp(1), "partner": partner}, (x, y, scale), 1e-9,
+            {"lse": kept.logsumexp(1), "partner": partner}, (x, y, scale), tolerance,
         )  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -116,6 +118,8 @@ def test_opcheck(backend):
     pairs = (x, y, scale, *5 * (None,))
     opcheck(OPERATORS["row_stats", backend], (*pairs, None, *4 * (False,), False, True))
     opcheck(OPERATORS["row_softplus", backend], (*pairs, None, False, 4 * [False], True))
+    if not can_join(backend):
+        return
     more = (x, y[:4].detach().requires_grad_(), *pairs[2:])
     opcheck(OPERATORS["row_stats", backend], (*more, None, *4 * (False,), True, True))
 
