@@ -155,7 +155,7 @@ def side_gradients(
         n, dtype = problem.size(which), problem.inputs[which].dtype
         bias = problem.empty(n) if with_bias and which == COLUMNS else None
         float16_scale = problem.float16_scale(upstream.largest, problem.side(1 - which))
-        gradient = problem.empty(n, problem.dim, dtype=dtype)
+        gradient = problem.empty(n, problem.length, dtype=dtype)
         slope = None if works else problem.empty(n)
         works.append(Work(which, gradient, slope, bias, float16_scale))
     blocks = [problem.blocks(which) for which in sides]
@@ -213,7 +213,8 @@ def finish(
         upstream.partner, work.float16_scale, work.gradient[rows],
         None if work.slope is None else work.slope[rows], first.sums,
         first.number, first.start, programs[0], *second, BOTH=len(parts) > 1,
-        SYMMETRIC=problem.symmetric, DIM=problem.dim, SCALED=scaled, BLOCK_M=block, BLOCK_K=width,
+        SYMMETRIC=problem.symmetric, DIM=problem.dim, LENGTH=problem.length, SCALED=scaled,
+        BLOCK_M=block, BLOCK_K=width,
     )  # fmt: skip
 
 
@@ -235,7 +236,7 @@ def stored_gradients(
     chunk = problem.empty(height * width, dtype=operand)
     own_sum = problem.empty(height, dim)
     other_sum = problem.zeros(m, dim) if both else None
-    gradient = problem.empty(n, dim, dtype=problem.inputs[which].dtype)
+    gradient = problem.empty(n, problem.length, dtype=problem.inputs[which].dtype)
     bias = problem.zeros(n) if with_bias else None
     work = Work(which, gradient, problem.empty(n), bias, float16_scale)
     if upstream.values is not None:
@@ -266,7 +267,8 @@ def stored_gradients(
     results[which] = gradient
     if other_sum is not None:
         dtype = problem.inputs[1 - which].dtype
-        theirs = Work(1 - which, problem.empty(m, dim, dtype=dtype), None, None, float16_scale)
+        theirs_whole = problem.empty(m, problem.length, dtype=dtype)
+        theirs = Work(1 - which, theirs_whole, None, None, float16_scale)
         whole = Parts(other, 0, other_sum.unsqueeze(0), None, 1, 0)
         finish(problem, upstream, [theirs], [whole], scaled=True)
         results[1 - which] = theirs.gradient

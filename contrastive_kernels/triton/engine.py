@@ -20,6 +20,9 @@ ROWS, COLUMNS = 0, 1
 
 # A part of dL/dz that is stored where vectors are too long to be held, and its columns at most.
 CHUNK_BYTES, CHUNK_COLUMNS = 256 << 20, 1 << 20
+# Copies of features that cannot be read 16 bytes at a time as they lie; elements that Triton counts
+# alignment in.
+COPY_BYTES, ALIGNMENT = 128 << 20, 16
 # Results of programs that share rows, before they are merged.
 PARTIAL_BYTES = 32 << 20
 # Offsets within a tile are of 32 bit.
@@ -64,6 +67,20 @@ def plain(features: Tensor) -> Tensor:
     return features if widest < LARGEST_STRIDE else features.contiguous()
 
 
+def wide(features: Tensor) -> Tensor:
+    """Features that can be read 16 bytes at a time: as they are, or a copy, of vectors that end in
+    zeros."""
+    size, dim = features.shape
+    padded = cdiv(dim, ALIGNMENT) * ALIGNMENT
+    aligned = features.stride(1) == 1 and features.stride(0) % ALIGNMENT == 0
+    if padded == dim and aligned and features.data_ptr() % 16 == 0:
+        return features
+    copy = features.new_empty(size, padded)
+    copy[:, :dim].copy_(features)
+    copy[:, dim:].zero_()
+    return copy
+
+
 class Needs(NamedTuple):
     """Which gradients are needed."""
 
@@ -76,7 +93,8 @@ class Needs(NamedTuple):
 class Problem:
     """A similarity matrix: its two sides, and how their products are computed.
 
-    y is None: x with itself. y (N, M, D): its products with x come too, and `dim` is 0.
+    y is None: x with itself. y (N, M, D): its products with x come too, and `dim` is 0. Else it is
+    what the kernels see of the `length` of the vectors, with zeros after them.
     """
 
     def __init__(
@@ -93,14 +111,20 @@ class Problem:
         self.dtype = statistics_dtype(x)
         self.inputs = (x, x if y is None else y)
         self.features = (plain(self.inputs[ROWS]), plain(self.inputs[COLUMNS]))
+        self.length = x.shape[-1]
         self.bias = None if bias is None else bias.contiguous()
         if self.symmetric:
             exclude, keep = (exclude[0], exclude[0]), (keep[0], keep[0])
         self.exclude, self.keep = narrow(*exclude), narrow(*keep)
         self.packed: tuple[Side, Side] | None = None
-        self.dim = x.shape[-1]
-        self.resident = resident_dim(*(t.dtype for t in self.inputs))
         self.products = products
+        self.dim = x.shape[-1]
+        bytes_of_copies = sum(t.numel() * t.element_size() for t in self.inputs)
+        if not (self.paired or self.few or bytes_of_copies > COPY_BYTES):
+            made = wide(self.features[ROWS])
+            self.features = (made, made if self.symmetric else wide(self.features[COLUMNS]))
+            self.dim = made.shape[1]
+        self.resident = resident_dim(*(t.dtype for t in self.inputs))
         if self.paired:
             self.dim = 0
             self.arithmetic = self.arithmetic._replace(kind="single", operand=self.arithmetic.sum)

@@ -56,7 +56,7 @@ def stats(
     if not attend:
         stats_of(problem, problem.side(which), problem.side(1 - which), softplus, threshold, out)
         return out
-    gradient = problem.empty(n, problem.dim, dtype=problem.inputs[which].dtype)
+    gradient = problem.empty(n, problem.length, dtype=problem.inputs[which].dtype)
     out = out._replace(gradient=gradient, slope=problem.empty(n))
     for start, stop in problem.blocks(which):
         own = problem.part(problem.side(which), which, start, stop)
@@ -153,8 +153,9 @@ def merge(
     engine.launch(
         sweep.merge_kernel, (sum(programs),), own, other, problem.scale,
         problem.largest_bias if fixed else None, float16_scale, out, partial, terms[0], parts,
-        programs[0], *second, BOTH=len(works) > 1, DIM=problem.dim, DONE=done, FIXED=fixed,
-        SUM_EXPONENT=sum_exponent, WIDTH=width, REPAIR=repair, BLOCK_M=block, BLOCK_K=width_k,
+        programs[0], *second, BOTH=len(works) > 1, DIM=problem.dim, LENGTH=problem.length,
+        DONE=done, FIXED=fixed, SUM_EXPONENT=sum_exponent, WIDTH=width, REPAIR=repair,
+        BLOCK_M=block, BLOCK_K=width_k,
     )  # fmt: skip
 
 

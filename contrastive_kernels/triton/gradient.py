@@ -74,8 +74,8 @@ def gradient_part(
 def finish_kernel(
     own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts, count, start,
     programs, other_float16_scale, other_gradient, other_parts, other_count, BOTH: tl.constexpr,
-    SYMMETRIC: tl.constexpr, DIM: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    SYMMETRIC: tl.constexpr, DIM: tl.constexpr, LENGTH: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of own vectors, those from `start` on, from sums of dL/dz_ij y_j, (parts, N, D),
     added in their order, and from dL/d their logit with their partner; BOTH as above."""
@@ -84,26 +84,26 @@ def finish_kernel(
         if program < programs:
             finish_block(
                 program, own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts,
-                count, start, SYMMETRIC, DIM, SCALED, BLOCK_M, BLOCK_K,
+                count, start, SYMMETRIC, DIM, LENGTH, SCALED, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         else:
             finish_block(
                 program - programs, other, own, scale_ptr, grad_partner, other_float16_scale,
-                other_gradient, None, other_parts, other_count, start, SYMMETRIC, DIM, SCALED,
-                BLOCK_M, BLOCK_K,
+                other_gradient, None, other_parts, other_count, start, SYMMETRIC, DIM, LENGTH,
+                SCALED, BLOCK_M, BLOCK_K,
             )  # fmt: skip
     else:
         finish_block(
             program, own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts,
-            count, start, SYMMETRIC, DIM, SCALED, BLOCK_M, BLOCK_K,
+            count, start, SYMMETRIC, DIM, LENGTH, SCALED, BLOCK_M, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
 def finish_block(
     block, own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts, count,
-    own_start, SYMMETRIC: tl.constexpr, DIM: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    own_start, SYMMETRIC: tl.constexpr, DIM: tl.constexpr, LENGTH: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     start = block * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
@@ -125,7 +125,7 @@ def finish_block(
             more *= tl.load(float16_scale)
         weighted += more
     store_gradient(
-        gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, DIM, SCALED
+        gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, LENGTH, SCALED
     )
 
 
@@ -249,13 +249,13 @@ def weight_factor(side, start, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_gradient(
-    gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, DIM: tl.constexpr,
+    gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, LENGTH: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
     """Writes d/dx_i of sum_j G_ij z_ij, and its derivative by the scale, from sum_j G_ij y_j.
 
     With u = x / |x| the normalisation projects: dx = (du - u <u, du>) / |x|; a norm that was raised
-    to 1e-12 is a constant. SCALED: the sum has the factor 1 / |x| already.
+    to 1e-12 is a constant. SCALED: the sum has the factor 1 / |x| already. LENGTH: of a gradient.
     """
     if float16_scale is not None:
         weighted = weighted / tl.load(float16_scale)
@@ -270,9 +270,9 @@ def store_gradient(
     if own.inverse is not None:
         projected = tl.where(inverse < 1e12, inverse * inverse * along, 0.0)
         weighted -= x * projected[:, None]
-    pointers = gradient + (tl.cast(i, tl.int64) * DIM)[:, None] + k[None, :]
+    pointers = gradient + (tl.cast(i, tl.int64) * LENGTH)[:, None] + k[None, :]
     value = (weighted * scale).to(gradient.dtype.element_ty)
-    tl.store(pointers, value, mask=inside[:, None] & (k < DIM)[None, :])
+    tl.store(pointers, value, mask=inside[:, None] & (k < LENGTH)[None, :])
 
 
 @triton.jit

@@ -203,8 +203,8 @@ def store_rows(out, i, inside, state, counts, least, DONE: tl.constexpr):
 def merge_kernel(
     own, other, scale_ptr, largest_bias, float16_scale, out, partial, terms, parts, programs,
     other_out, other_partial, other_terms, other_parts, BOTH: tl.constexpr, DIM: tl.constexpr,
-    DONE: tl.constexpr, FIXED: tl.constexpr, SUM_EXPONENT: tl.constexpr, WIDTH: tl.constexpr,
-    REPAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    LENGTH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr, SUM_EXPONENT: tl.constexpr,
+    WIDTH: tl.constexpr, REPAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Merges parts in their order: of `stats_kernel`, which has BOTH and REPAIR too, or the sums of
     `two_way_kernel`. Sums are over `terms` logits."""
@@ -217,26 +217,26 @@ def merge_kernel(
         if program < programs:
             merge_block(
                 program, own, terms, scale_ptr, largest_bias, float16_scale, out, partial, parts,
-                DIM, DONE, FIXED, SUM_EXPONENT, WIDTH, BLOCK_M, BLOCK_K,
+                DIM, LENGTH, DONE, FIXED, SUM_EXPONENT, WIDTH, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         else:
             merge_block(
                 program - programs, other, other_terms, scale_ptr, largest_bias, float16_scale,
-                other_out, other_partial, other_parts, DIM, DONE, FIXED, SUM_EXPONENT, WIDTH,
-                BLOCK_M, BLOCK_K,
+                other_out, other_partial, other_parts, DIM, LENGTH, DONE, FIXED, SUM_EXPONENT,
+                WIDTH, BLOCK_M, BLOCK_K,
             )  # fmt: skip
     else:
         merge_block(
             program, own, terms, scale_ptr, largest_bias, float16_scale, out, partial, parts, DIM,
-            DONE, FIXED, SUM_EXPONENT, WIDTH, BLOCK_M, BLOCK_K,
+            LENGTH, DONE, FIXED, SUM_EXPONENT, WIDTH, BLOCK_M, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
 def merge_block(
     block, own, terms, scale_ptr, largest_bias, float16_scale, out, partial, parts,
-    DIM: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr, SUM_EXPONENT: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    DIM: tl.constexpr, LENGTH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr,
+    SUM_EXPONENT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     start = block * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
@@ -275,7 +275,7 @@ def merge_block(
         x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, scale.dtype)
         store_gradient(
             out.gradient, out.slope, weighted * norm[:, None], x, own, i, k, inside, scale,
-            float16_scale, DIM, False,
+            float16_scale, LENGTH, False,
         )  # fmt: skip
 
 

@@ -134,6 +134,22 @@ def test_few_pairs_go_the_way_of_many(monkeypatch):
     assert {(True, False), (False, True)} <= set(swept)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_features_are_copied_where_they_are_not_aligned(dtype):
+    """Rows of a multiple of 16 elements, from an address that is a multiple of 16 on."""
+    from contrastive_kernels.triton.engine import wide
+
+    whole = oracles.randn(6, 64).to(dtype)
+    assert wide(whole) is whole and wide(whole[::2]).data_ptr() == whole.data_ptr()
+    assert wide(whole[:, 16:48]).data_ptr() == whole[:, 16:48].data_ptr()
+    for odd in (whole[:, 1:33], whole[:, :20], whole[:, :5], whole.T, whole[:, ::2]):
+        made = wide(odd)
+        size, dim = odd.shape
+        assert made.shape == (size, -(-dim // 16) * 16) and made.stride(1) == 1
+        assert made.stride(0) % 16 == 0 and made.data_ptr() % 16 == 0
+        assert torch.equal(made[:, :dim], odd) and not made[:, dim:].any()
+
+
 @pytest.mark.parametrize("held", [1, 2, 3])
 @pytest.mark.parametrize(("rows", "keys"), [(1024, 2**20), (256, 2**20), (4096, 65536), (64, 8192)])
 def test_parts_fill_the_last_wave(monkeypatch, rows, keys, held):
