@@ -85,8 +85,7 @@ class ClassSweep {
     return x_.read({i, i + 1}, room.row.data(), &stride);
   }
   const T* unit(int64_t i, Room& room) const {
-    const T *x = row(i, room), inverse = x_.inverse()[i];
-    for (int64_t k = 0; k < x_.d(); ++k) room.unit[k] = x[k] * inverse;
+    kernels_.scaled(x_.inverse()[i], row(i, room), x_.d(), room.unit.data());
     return room.unit.data();
   }
   // sum = that of the members, each times its weight, null: 1

@@ -14,8 +14,13 @@ constexpr int64_t kBlock = 64;  // keys
 template <class T>
 struct Room {
   explicit Room(int64_t d)
-      : row(d), unit(d), keys(kBlock * d), row_gradient(d, T{0}), gradients(kBlock * d) {}
-  Buffer<T> row, unit, keys, row_gradient, gradients;
+      : row(d),
+        unit(d),
+        keys(kBlock * d),
+        inverse(kBlock),
+        row_gradient(d, T{0}),
+        gradients(kBlock * d) {}
+  Buffer<T> row, unit, keys, inverse, row_gradient, gradients;
 };
 
 // visit(i, row i of x, a block of its own keys, where they are, their stride, room) for the blocks
@@ -41,12 +46,15 @@ void for_rows(const OwnRows<T>& own, const Features<T>& x, const Features<T>& y,
   });
 }
 
-// rows (count, D) times a factor of each, one after the other in out, where they may lie
+// rows (count, D), of unit length if they are normalised, one after the other in out, where they
+// may lie, and 1 / norm of each, or 1
 template <class T>
-void scale(const T* rows, int64_t stride, const T* factors, int64_t count, int64_t d, T* out) {
-  for (int64_t i = 0; i < count; ++i)
-    std::transform(rows + i * stride, rows + i * stride + d, out + i * d,
-                   [factor = factors[i]](T value) { return value * factor; });
+void unit_rows(const T* rows, int64_t stride, int64_t count, int64_t d, bool normalize, T* out,
+               T* inverse) {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  std::fill_n(inverse, count, T{1});
+  if (normalize) kernels.norms(rows, stride, count, d, inverse, nullptr);
+  for (int64_t i = 0; i < count; ++i) kernels.scaled(inverse[i], rows + i * stride, d, out + i * d);
 }
 
 // what a row of unit length lacks of it: more than 0 if its norm was raised
@@ -111,15 +119,16 @@ void row_dot_backward(const OwnRows<T>& own, const T* grad, void* dx, void* dy) 
 
 template <class T>
 void row_distance(const OwnRows<T>& own, T* out) {
-  const Features<T> x(own.x, own.normalize), y(own.y, own.normalize);
+  const Features<T> x(own.x, own.normalize, false), y(own.y, own.normalize, false);
   const TileKernels<T>& kernels = tile_kernels<T>();
   const int64_t d = x.d();
   for_rows(
       own, x, y,
-      [&](int64_t i, const T* row, Range block, const T* keys, int64_t stride, Room<T>& room) {
+      [&](int64_t, const T* row, Range block, const T* keys, int64_t stride, Room<T>& room) {
         T *unit_row = room.unit.data(), *unit_keys = room.keys.data();
-        scale(row, d, x.inverse() + i, 1, d, unit_row);
-        scale(keys, stride, y.inverse() + block.begin, block.size(), d, unit_keys);
+        T row_inverse;
+        unit_rows(row, d, 1, d, own.normalize, unit_row, &row_inverse);
+        unit_rows(keys, stride, block.size(), d, own.normalize, unit_keys, room.inverse.data());
         for (int64_t j = 0; j < block.size(); ++j)
           out[block.begin + j] = kernels.distance(unit_row, unit_keys + j * d, d);
       },
@@ -132,7 +141,7 @@ void row_distance(const OwnRows<T>& own, T* out) {
 template <class T>
 void row_distance_backward(const OwnRows<T>& own, const T* distance, const T* grad, void* dx,
                            void* dy) {
-  const Features<T> x(own.x, own.normalize), y(own.y, own.normalize);
+  const Features<T> x(own.x, own.normalize, false), y(own.y, own.normalize, false);
   const TileKernels<T>& kernels = tile_kernels<T>();
   const int64_t d = x.d();
   const auto constant = [&](T inverse) { return !own.normalize || inverse >= kLargestInverse<T>; };
@@ -141,22 +150,23 @@ void row_distance_backward(const OwnRows<T>& own, const T* distance, const T* gr
   };
   for_rows(
       own, x, y,
-      [&](int64_t i, const T* row, Range block, const T* keys, int64_t stride, Room<T>& room) {
+      [&](int64_t, const T* row, Range block, const T* keys, int64_t stride, Room<T>& room) {
         T *unit_row = room.unit.data(), *unit_keys = room.keys.data();
         T* sum = room.row_gradient.data();
-        scale(row, d, x.inverse() + i, 1, d, unit_row);
-        scale(keys, stride, y.inverse() + block.begin, block.size(), d, unit_keys);
-        const T row_lacks = shortfall(unit_row, x.inverse()[i], d);
+        T row_inverse;
+        unit_rows(row, d, 1, d, own.normalize, unit_row, &row_inverse);
+        unit_rows(keys, stride, block.size(), d, own.normalize, unit_keys, room.inverse.data());
+        const T row_lacks = shortfall(unit_row, row_inverse, d);
         for (int64_t j = block.begin; j < block.end; ++j) {
-          const T inverse = y.inverse()[j];
+          const T inverse = room.inverse[j - block.begin];
           const T* unit = unit_keys + (j - block.begin) * d;
           T* to_y = room.gradients.data() + (j - block.begin) * d;
           const T key_along = (distance[j] + row_lacks - shortfall(unit, inverse, d)) / 2;
           const T along = constant(inverse) ? 0 : key_along;
-          const T to_key = 2 * grad[j] * inverse, to_row = -2 * grad[j] * x.inverse()[i];
+          const T to_key = 2 * grad[j] * inverse, to_row = -2 * grad[j] * row_inverse;
           kernels.add_difference(unit_row, unit, to_row, to_key * (1 - along), -to_key * along, d,
                                  sum, to_y);
-          if (!constant(x.inverse()[i]))
+          if (!constant(row_inverse))
             kernels.add_scaled(to_row * (distance[j] - key_along), unit_row, d, sum);
         }
         if (dy != nullptr)

@@ -325,6 +325,7 @@ const TileKernels<T>& kernels() {
       .add_counts = add_counts<T>,
       .dots = dots<T>,
       .project = project<T>,
+      .scaled = scaled<T>,
       .distance = distance<T>,
       .add_difference = add_difference<T>,
       .add_scaled = add_scaled<T>,

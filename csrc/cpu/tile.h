@@ -140,6 +140,8 @@ struct TileKernels {
                int64_t d, T* out, T* inverse, int64_t ld);
   // out = scale (u - [normalize] inverse^2 <x, u> x); returns <x, u>. out may be u
   T (*project)(const T* u, const T* x, T inverse, bool normalize, T scale, int64_t d, T* out);
+  // out = factor x; out may be x
+  void (*scaled)(T factor, const T* x, int64_t d, T* out);
   // |y - x|^2
   T (*distance)(const T* x, const T* y, int64_t d);
   // with r = y - x: u += weight r, and out = of_r r + of_x x

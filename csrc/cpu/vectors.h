@@ -43,6 +43,14 @@ void dots(const T* x, const T* y, int64_t stride, bool normalize, T scale, int64
 }
 
 template <class T>
+void scaled(T factor, const T* x, int64_t d, T* out) {
+  constexpr int W = kLanes<T>;
+  int64_t k = 0;
+  for (; k + W <= d; k += W) store(out + k, factor * load<Vec<T>>(x + k));
+  for (; k < d; ++k) out[k] = factor * x[k];
+}
+
+template <class T>
 T distance(const T* x, const T* y, int64_t d) {
   constexpr int W = kLanes<T>;
   Vec<T> squares{};
