@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autograd import in_transform
 from ..distributed import Batch, Shards
 from ..ops import count_own
 from ..reference import masked_softmax_stats
@@ -27,6 +28,18 @@ def unit(x: Tensor, normalize: bool, dtype: torch.dtype | None = None) -> Tensor
     """Features in `dtype`, by default that of the statistics, normalised on request."""
     x = x.to(statistics_dtype(x) if dtype is None else dtype)
     return F.normalize(x, dim=-1) if normalize else x
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether numbers may decide what is computed: those of a GPU would be waited for."""
+    if torch.compiler.is_compiling() or in_transform():
+        return False
+    return x.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()  # real numbers
+
+
+def weighted(weight: float, rows: Tensor) -> Tensor:
+    """weight * rows, where a weight is most often 1."""
+    return rows if weight == 1 else weight * rows
 
 
 def row_blocks(rows: int, columns: int) -> list[slice]:

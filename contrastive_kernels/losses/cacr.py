@@ -27,7 +27,7 @@ from ..distributed import Batch, Shards, join
 from ..ops import operands, row_dot, sweep
 from ..sources import NegativeSource, as_source, is_source
 from ..types import Group, IdPair, Loss, LossStats, Sweep, known, statistics_dtype
-from .algebra import add_up, log_count, replicated, unit
+from .algebra import add_up, log_count, replicated, unit, weighted
 from .base import ContrastiveLoss, loss, loss_like
 from .distances import distances, from_products, shortfall, times, total_bias
 from .stats import is_first, tie_limit
@@ -123,7 +123,8 @@ def cacr(
         if k == 1:
             limit = _tie_limit(query, positives.flatten(1), distance[:, 0], options)
     repulsion, out = _repulsion(query, candidates, ids, options, limit, batch, key_batch)
-    losses = alpha * _attraction(distance, t_pos, detach_weights) + beta * repulsion
+    attraction = _attraction(distance, t_pos, detach_weights)
+    losses = weighted(alpha, attraction) + weighted(beta, repulsion)
     value = batch.reduce_rows(losses, reduction)
     if not return_stats:
         return value
@@ -290,8 +291,9 @@ def _attraction(distance: Tensor, t_pos: float, detach: bool) -> Tensor:
     """sum_k softmax_k(t_pos d_ik) d_ik, (N,)."""
     if distance.shape[1] == 1:
         return distance.squeeze(1)
-    weight = torch.softmax(t_pos * distance, 1)
-    return ((weight.detach() if detach else weight) * distance).sum(1)
+    distance = distance.T  # over few columns torch's softmax takes several times as long
+    weight = torch.softmax(weighted(t_pos, distance), 0)
+    return ((weight.detach() if detach else weight) * distance).sum(0)
 
 
 def _repulsion(

@@ -8,7 +8,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..autograd import in_transform
 from ..ops import (
     KeyBias,
     can_tie,
@@ -20,7 +19,7 @@ from ..ops import (
 )
 from ..sources import NegativeSource, is_source
 from ..types import IdPair, known, statistics_dtype
-from .algebra import unit
+from .algebra import may_look, unit
 
 
 def distances(
@@ -91,7 +90,7 @@ def shortfall(x: Tensor, look: bool = True) -> Tensor | None:
     """1 - |u|^2 (M,) of normalised rows u, without gradient: 0, but 1 of a row of zeros, and more
     than 0 of one below 1e-12. None: 0 throughout, where a `look` may tell."""
     x = x.detach()
-    look = look and _may_look(x)
+    look = look and may_look(x)
     if look and not (x[..., 0].abs() <= TINY).any():  # TINY is 0 in float16
         return None
     found = _shortfall(torch.linalg.vector_norm(x, dim=-1, dtype=statistics_dtype(x)))
@@ -150,11 +149,6 @@ TINY = 1e-12  # norms are at least that, as in F.normalize
 def _norm(x: Tensor) -> Tensor:
     """L2 norm of the rows, with a last dimension of 1."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
-
-
-def _may_look(x: Tensor) -> bool:
-    """Whether numbers may decide what is computed: those of a GPU would be waited for."""
-    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
 
 
 def _shortfall(norm: Tensor) -> Tensor:

@@ -112,9 +112,6 @@ def mnrl(
     pairs = blocks == 1
     if pairs:
         of_documents = batch
-    ids = batch.own_ids(query.device)
-    document_ids = ids if pairs else of_documents.own_ids(query.device, repeat=blocks)
-    same_query = (ids if pairs else document_ids[:n], document_ids)
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     # a sweep that gives the positives takes hard negatives as it takes all others
     aligned = False
@@ -125,7 +122,11 @@ def mnrl(
     else:
         dots, query, documents = positives(query, documents, **options)
     apart = not (aligned or pairs)  # own hard negatives are not in the sweep
-    dropped_ids = same_query
+    ids = batch.own_ids(query.device)
+    same_query = dropped_ids = (ids, ids)
+    if apart or (not pairs and "doc_to_doc" in directions):
+        document_ids = of_documents.own_ids(query.device, repeat=blocks)
+        same_query = dropped_ids = (document_ids[:n], document_ids)
     if aligned and not pairs:
         dropped_ids = (ids, torch.cat((ids, ids.new_full((m - n,), -1))))
     positive = documents if pairs else documents[:n]

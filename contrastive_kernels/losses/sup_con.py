@@ -31,7 +31,7 @@ from ..ops import (
     take_rows,
 )
 from ..types import Group, Loss, LossStats, Sweep, known, statistics_dtype
-from .algebra import count_equal_ids, softplus, unit
+from .algebra import count_equal_ids, may_look, softplus, unit
 from .base import ContrastiveLoss, loss
 
 
@@ -89,7 +89,7 @@ def sup_con(
     rows = out.loss
     if base_temperature is not None:
         rows = rows * (temperature / base_temperature)
-    value = batch.reduce_rows(rows.view(shape), reduction)
+    value = batch.reduce_rows(rows.view(shape) if reduction == "none" else rows, reduction)
     if not return_stats:
         return value
     # an only positive is not in the sweep
@@ -187,8 +187,10 @@ def sup_con_rows(
             features, place, ref, ref_place, own, ordered, labels, normalize, batch, backend
         )
     pos = scale * dot
-    gap = out.lse - pos / count.clamp(min=1)
-    loss = torch.where(count > 1, gap, softplus(gap.masked_fill(count == 0, -torch.inf)))
+    gap = torch.addcmul(out.lse, dot, scale / count.clamp(min=1).to(dot.dtype), value=-1)
+    loss = gap
+    if not (may_look(count) and (count > 1).all()):
+        loss = torch.where(count > 1, gap, softplus(gap.masked_fill(count == 0, -torch.inf)))
     return SupConRows(loss, pos, count, out)
 
 
