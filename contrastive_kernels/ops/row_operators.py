@@ -61,8 +61,9 @@ def _setup_distance(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate_distance(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, y, distance = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    return *row_distance_gradients(*ctx.saved_tensors, grad, ctx.normalize, needs), None
+    return *row_distance_gradients(x, y, distance, grad, ctx.normalize, needs), None
 
 
 def _setup_class_dot(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -79,7 +80,12 @@ def _stats(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=statistics_dtype(x))
 
 
-_RULES: dict[str, tuple[Callable, ...]] = {
+def _setup_nothing(_ctx: Any, _inputs: tuple, _output: Any) -> None:
+    pass
+
+
+# fake, backward, context
+_RULES: dict[str, tuple[Callable, Callable, Callable]] = {
     "row_distance": (
         lambda x, y, normalize: _stats(x, *y.shape[:-1]), _differentiate_distance, _setup_distance,
     ),
@@ -87,14 +93,14 @@ _RULES: dict[str, tuple[Callable, ...]] = {
         lambda x, y, distance, grad, normalize, needs: tuple(
             t.new_empty(t.shape if need else (0,)) for t, need in zip((x, y), needs, strict=True)
         ),
-        no_second_order,
+        no_second_order, _setup_nothing,
     ),
     "class_dot": (
         lambda x, place, normalize: _stats(x, x.shape[0]), _differentiate_class_dot,
         _setup_class_dot,
     ),
     "class_dot_backward": (
-        lambda x, place, grad, normalize: x.new_empty(x.shape), no_second_order,
+        lambda x, place, grad, normalize: x.new_empty(x.shape), no_second_order, _setup_nothing,
     ),
 }  # fmt: skip
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -107,7 +113,7 @@ def _register() -> None:
         _library.define(f"{name}_cpu{schema}")
         op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_cpu").default
         kernel = getattr(kernels, name, None)
-        _CALLS[name] = register_rules(_library, op, *_RULES[name], kernel=kernel)
+        _CALLS[name] = register_rules(_library, op, *_RULES[name], kernel)
 
 
 _register()
