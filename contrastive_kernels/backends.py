@@ -21,7 +21,7 @@ from .autograd import in_forward_mode, in_transform
 
 # Nothing but the dense reference, to tell whether a kernel is at fault.
 DISABLED: str | None = "CK_DISABLE=1 is set" if os.environ.get("CK_DISABLE", "0") == "1" else None
-_REBUILD = "install contrastive_kernels again, from a wheel or with GCC or Clang at hand"
+_BUILT_WITH = {"_cpu": "from a wheel or with GCC or Clang at hand", "_cuda": "with nvcc at hand"}
 _THREADS = ("parallel_for", "get_num_threads", "get_thread_idx")
 TRITON_AT_LEAST = (3, 6)
 _REPORT = Path(__file__).with_name("_build_report.json")
@@ -53,10 +53,11 @@ def _load(extension: str) -> str | None:
     if DISABLED is not None:
         return DISABLED
     report = _build_report(extension)
+    cure = f"install contrastive_kernels again, {_BUILT_WITH[extension]}"
     if report is None:
-        return f"the extension was never built: {_REBUILD}"
+        return f"the extension was never built: {cure}"
     if not report["built"]:
-        return f"the extension was not built: {_REBUILD}; what failed: {report['reason']}"
+        return f"the extension was not built: {cure}; what failed: {report['reason']}"
     try:
         loaded = importlib.import_module(f".{extension}", __package__)
     except ImportError as error:
