@@ -68,9 +68,11 @@ def lines() -> list[str]:
     return [f"Compiled by Triton {triton.__version__}.", "", *table(HEAD, rows)]
 
 
-def main(name: str, lines: Callable[[], list[str]], argv: list[str] | None = None) -> int:
-    """Writes lines into the document, or checks them."""
-    command = f"python -m benchmarks.gpu.{name}"
+def main(
+    name: str, lines: Callable[[], list[str]], argv: list[str] | None = None, command: str = ""
+) -> int:
+    """Writes lines into the document, or checks them; `command`: the module, if named otherwise."""
+    command = f"python -m benchmarks.gpu.{command or name}"
     parser = argparse.ArgumentParser(prog=command)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it differs")
     options = parser.parse_args(argv)

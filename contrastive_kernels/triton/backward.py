@@ -185,12 +185,14 @@ def launch_gradient(
     problem: Problem, upstream: Upstream, works: list[Work], parts: list[Parts], chosen: Tile
 ) -> None:
     first, other = parts[0], problem.side(1 - works[0].which)
-    programs = [cdiv(part.own.size, chosen.block_m) * part.number for part in parts]
+    blocks = [cdiv(part.own.size, chosen.block_m) for part in parts]
+    programs = [count * part.number for count, part in zip(blocks, parts, strict=True)]
+    grid = (sum(programs),) if len(parts) > 1 else (blocks[0], first.number)
     second: tuple[Any, ...] = (None, None, None, 0)
     if len(parts) > 1:
         second = (works[1].float16_scale, parts[1].sums, parts[1].bias_sums, parts[1].each)
     engine.launch(
-        gradient_kernel, (sum(programs),), first.own, other, problem.scale, works[0].float16_scale,
+        gradient_kernel, grid, first.own, other, problem.scale, works[0].float16_scale,
         first.sums, first.bias_sums, first.each, programs[0], *second, BOTH=len(parts) > 1,
         COEFFICIENT=upstream.coefficient, **problem.constants(chosen),
     )  # fmt: skip

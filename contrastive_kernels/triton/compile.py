@@ -21,9 +21,8 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
 from ..types import known
-from . import configs, engine, launching, machine_code
+from . import configs, engine, launching
 from .configs import Properties, Tile
-from .machine_code import Loops
 
 # Multiprocessors of a GPU that is compiled for: they decide into how many parts work is split.
 PROCESSORS = 132
@@ -37,7 +36,7 @@ class Compiled(NamedTuple):
     Registers and `spilled` bytes are of one thread; `shared` bytes and `tensor` columns (of tensor
     memory) of one program. `instruction` multiplies matrices, "" where none of the tensor cores'
     does; `calls` counts functions that were not inlined. `error`: why it did not compile. `grid`:
-    that of its first launch. `loops`: what its machine code issues, where that was asked for.
+    that of its first launch.
     """
 
     kernel: str
@@ -50,7 +49,6 @@ class Compiled(NamedTuple):
     calls: int = 0
     error: str = ""
     grid: tuple[int, ...] = ()
-    loops: Loops | None = None
 
     def programs(self, architecture: int) -> int:
         """How many programs one multiprocessor holds at once."""
@@ -118,10 +116,10 @@ def counting(architecture: int) -> Iterator[Counted]:
 
 @contextmanager
 def compiling(
-    architecture: int, only: str = "", *, loops: bool = False
+    architecture: int, only: str = "", look: Callable[[Compiled, Any], None] | None = None
 ) -> Iterator[list[Compiled]]:
     """Host code that is called within it compiles its kernels, or the one of a name; each is listed
-    once, on request with what its loops issue."""
+    once, and `look` sees it with what Triton has made."""
     made: list[Compiled] = []
     seen: set[Any] = set()
 
@@ -140,9 +138,9 @@ def compiling(
         if key not in seen:
             seen.add(key)
             result = (result or _report(name, tile, found))._replace(grid=grid)
-            if loops and not result.error:
-                result = result._replace(loops=machine_code.loops(found.asm["cubin"]))
             made.append(result)
+            if look is not None and not result.error:
+                look(result, found)
 
     with _in_place(architecture, launch):
         yield made

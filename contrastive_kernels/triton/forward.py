@@ -122,10 +122,12 @@ def sweep_and_merge(
 ) -> None:  # fmt: skip
     """Of one side, or of both."""
     own, other, out, partial, _, each = works[0]
-    programs = [cdiv(work.own.size, chosen.block_m) * work.parts for work in works]
+    blocks = [cdiv(work.own.size, chosen.block_m) for work in works]
+    programs = [count * work.parts for count, work in zip(blocks, works, strict=True)]
+    grid = (sum(programs),) if len(works) > 1 else (blocks[0], works[0].parts)
     second = (works[1].out, works[1].partial, works[1].each) if len(works) > 1 else (None, None, 0)
     engine.launch(
-        sweep.stats_kernel, (sum(programs),), own, other, problem.scale,
+        sweep.stats_kernel, grid, own, other, problem.scale,
         problem.largest_bias if fixed else None, float16_scale, threshold,
         out._replace(gradient=None, slope=None), partial, each, programs[0], *second,
         BOTH=len(works) > 1, FIXED=fixed, REPAIR=repair, **fold, **problem.constants(chosen),

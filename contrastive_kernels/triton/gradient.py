@@ -13,36 +13,38 @@ def gradient_kernel(
     DIM: tl.constexpr, COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dL/dz_ij y_j, (parts, N, D), and of dL/dz_ij, (parts, N), for own vectors, of which
-    there are `programs`; with BOTH for those of the other side too, by the programs after them."""
+    """Sums of dL/dz_ij y_j, (parts, N, D), and of dL/dz_ij, (parts, N), for own vectors, by a
+    program for each block and part. BOTH: these `programs` are in a row, and after them come those
+    for the vectors of the other side."""
     program = tl.program_id(0)
     if BOTH:
         if program < programs:
+            block, part = block_and_part(program, own, BLOCK_M)
             gradient_part(
-                program, own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part,
-                DIM, COEFFICIENT, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
+                block, part, own, other, scale_ptr, float16_scale, parts, bias_sums,
+                tiles_per_part, DIM, COEFFICIENT, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
             )  # fmt: skip
         else:
+            block, part = block_and_part(program - programs, other, BLOCK_M)
             gradient_part(
-                program - programs, other, own, scale_ptr, other_float16_scale, other_parts,
+                block, part, other, own, scale_ptr, other_float16_scale, other_parts,
                 other_bias_sums, other_tiles_per_part, DIM, COEFFICIENT, BLOCK_M, BLOCK_N, BLOCK_K,
                 DTYPE, PRECISION,
             )  # fmt: skip
     else:
         gradient_part(
-            program, own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part, DIM,
-            COEFFICIENT, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
+            program, tl.program_id(1), own, other, scale_ptr, float16_scale, parts, bias_sums,
+            tiles_per_part, DIM, COEFFICIENT, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def gradient_part(
-    program, own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part,
+    block, part, own, other, scale_ptr, float16_scale, parts, bias_sums, tiles_per_part,
     DIM: tl.constexpr, COEFFICIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """That of a block of own vectors, from a part of the other side."""
-    block, part = block_and_part(program, own, BLOCK_M)
     start = block * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
     inside = i < own.size

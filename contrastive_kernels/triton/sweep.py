@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .folds import LOG2, LOG2E, merge
 from .gradient import block_and_part, load_part, store_gradient, store_part, weigh
-from .tiles import dot, load_features, load_resident, logits
+from .tiles import dot, id_range, load_block, load_features, load_resident, logits
 
 # Marks a row whose sum came out too small for the fixed shift: it is swept again.
 REDO: tl.constexpr = tl.constexpr(float("inf"))
@@ -77,38 +77,40 @@ def stats_kernel(
 ):  # fmt: skip
     """Folds each row of logits, and on request sums the other side's vectors, weighted.
 
-    REPAIR: only for blocks with rows that a fixed shift did not suit. BOTH: after the `programs` of
-    the rows come those that fold the columns.
+    REPAIR: only for blocks with rows that a fixed shift did not suit. BOTH: the programs, one for
+    each block and part, are in a row, and after the `programs` of the rows come the columns'.
     """
     program = tl.program_id(0)
     if REPAIR:
-        i = program % tl.cdiv(own.size, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+        i = program * BLOCK_M + tl.arange(0, BLOCK_M)
         if not to_redo(out, i, i < own.size):
             return
     if BOTH:
         if program < programs:
+            block, part = block_and_part(program, own, BLOCK_M)
             stats_part(
-                program, own, other, scale_ptr, largest_bias, float16_scale, threshold, out,
+                block, part, own, other, scale_ptr, largest_bias, float16_scale, threshold, out,
                 partial, tiles_per_part, DIM, PUSH, DONE, FIXED, TOP, SUM_EXPONENT, BLOCK_M,
                 BLOCK_N, BLOCK_K, DTYPE, PRECISION,
             )  # fmt: skip
         else:
+            block, part = block_and_part(program - programs, other, BLOCK_M)
             stats_part(
-                program - programs, other, own, scale_ptr, largest_bias, float16_scale, None,
+                block, part, other, own, scale_ptr, largest_bias, float16_scale, None,
                 other_out, other_partial, other_tiles_per_part, DIM, PUSH, DONE, FIXED, TOP,
                 SUM_EXPONENT, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
             )  # fmt: skip
     else:
         stats_part(
-            program, own, other, scale_ptr, largest_bias, float16_scale, threshold, out, partial,
-            tiles_per_part, DIM, PUSH, DONE, FIXED, TOP, SUM_EXPONENT, BLOCK_M, BLOCK_N, BLOCK_K,
-            DTYPE, PRECISION,
+            program, tl.program_id(1), own, other, scale_ptr, largest_bias, float16_scale,
+            threshold, out, partial, tiles_per_part, DIM, PUSH, DONE, FIXED, TOP, SUM_EXPONENT,
+            BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def stats_part(
-    program, own, other, scale_ptr, largest_bias, float16_scale, threshold, out, partial,
+    block, part, own, other, scale_ptr, largest_bias, float16_scale, threshold, out, partial,
     tiles_per_part, DIM: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr,
     TOP: tl.constexpr, SUM_EXPONENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,7 +118,6 @@ def stats_part(
     """Those of a block of own vectors with a part of the other side."""
     MEAN: tl.constexpr = out.second is not None
     ATTEND: tl.constexpr = partial.weighted is not None
-    block, part = block_and_part(program, own, BLOCK_M)
     start = block * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
     inside = i < own.size
@@ -307,6 +308,12 @@ def two_way_kernel(
             sums = tl.zeros((BLOCK_M, BLOCK_N), scale.dtype)
         else:
             sums = tl.zeros((BLOCK_N,), scale.dtype)
+        # read here, since the stores below keep the compiler from moving them out of the loop
+        inverse, low, high = None, None, None
+        if own.inverse is not None:
+            inverse = load_block(own.inverse, own_start, BLOCK_N)
+        if own.exclude is not None:
+            low, high = id_range(own, own_start, BLOCK_N)
         begin = other_group * other_tiles
         end = tl.minimum(begin + other_tiles, tl.cdiv(other.size, BLOCK_M))
         if HALF:
@@ -316,7 +323,7 @@ def two_way_kernel(
             x = load_resident(other, start, DIM, BLOCK_M, BLOCK_K, DTYPE)
             z2 = logits(
                 other, own, start, own_start, x, y, scale, DIM, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE,
-                PRECISION, True,
+                PRECISION, True, inverse, low, high,
             )  # fmt: skip
             p = tl.exp2(z2 - shift)
             if BLOCK_K >= DIM:

@@ -108,13 +108,14 @@ def load_resident(
 def logits(
     rows, columns, row_start, column_start, x, y, scale, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
+    MASK_ROWS: tl.constexpr, column_inverse=None, column_low=None, column_high=None,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_N) logits in units of log 2, -inf for dropped pairs and beyond the columns.
 
     x and y are the tiles of features where BLOCK_K holds all of DIM; else both are read here, in
     slices. DIM = 0: the inner products are stored, as the rows' features. With MASK_ROWS the logits
-    beyond the rows are -inf too, else finite.
+    beyond the rows are -inf too, else finite. The last three arguments: what is known of the
+    columns already, their 1 / norm and the range of their ids.
     """
     # Of float32 the factor has the same bits with the sides exchanged: where logits are large, the
     # exp(z - lse) of the backward sweep are right only with those of the forward sweep.
@@ -124,7 +125,11 @@ def logits(
         row_factor = tl.zeros((BLOCK_M,), scale.dtype) + scale * LOG2E
         if rows.inverse is not None:
             row_factor *= load_block(rows.inverse, row_start, BLOCK_M)
+    if rows.inverse is not None:
+        if column_inverse is None:
             column_factor = load_block(columns.inverse, column_start, BLOCK_N)
+        else:
+            column_factor = column_inverse
 
     z2 = tl.zeros((BLOCK_M, BLOCK_N), scale.dtype)
     if DIM == 0:
@@ -143,12 +148,14 @@ def logits(
         z2 = -z2
     if not BIASED:
         # before the columns are scaled, so that the subtraction which follows costs nothing
-        z2 = drop(z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, MASK_ROWS)
+        z2 = drop(
+            z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, MASK_ROWS, column_low,
+            column_high,
+        )  # fmt: skip
     if EITHER_WAY:
         root = tl.sqrt(tl.maximum(tl.abs(scale) * LOG2E, 1e-30))
         row_factor = load_block(rows.inverse, row_start, BLOCK_M) * root
-        column_factor = load_block(columns.inverse, column_start, BLOCK_N) * root
-        z2 *= row_factor[:, None] * column_factor[None, :]
+        z2 *= row_factor[:, None] * (column_factor * root)[None, :]
     elif rows.inverse is not None:
         z2 *= column_factor[None, :]
     if rows.bias is not None:
@@ -156,14 +163,17 @@ def logits(
     if columns.bias is not None:
         z2 += load_block(columns.bias, column_start, BLOCK_N)[None, :]
     if BIASED:  # after it, which may be inf or NaN
-        z2 = drop(z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, MASK_ROWS)
+        z2 = drop(
+            z2, rows, columns, row_start, column_start, BLOCK_M, BLOCK_N, MASK_ROWS, column_low,
+            column_high,
+        )  # fmt: skip
     return z2
 
 
 @triton.jit
 def drop(
     z2, rows, columns, row_start, column_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
+    MASK_ROWS: tl.constexpr, column_low, column_high,
 ):  # fmt: skip
     """-inf for dropped pairs; tiles that can have none are left alone."""
     if column_start + BLOCK_N > columns.size:
@@ -175,7 +185,10 @@ def drop(
             z2 = tl.where(inside[:, None], z2, -float("inf"))
     if rows.exclude is not None:
         row_low, row_high = id_range(rows, row_start, BLOCK_M)
-        low, high = id_range(columns, column_start, BLOCK_N)
+        if column_low is None:
+            low, high = id_range(columns, column_start, BLOCK_N)
+        else:
+            low, high = column_low, column_high
         if (low <= row_high) & (row_low <= high):
             row_ids = load_block(rows.exclude, row_start, BLOCK_M)
             column_ids = load_block(columns.exclude, column_start, BLOCK_N)

@@ -6,6 +6,7 @@ JSON for each kernel; the tests judge what it printed.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import resources
+from benchmarks.gpu import gates, resources
 from contrastive_kernels import triton as operators
 from contrastive_kernels.__main__ import main
 from contrastive_kernels.triton import configs, tune
 from contrastive_kernels.triton.compile import Compiled, compiling
 from contrastive_kernels.triton.configs import SHARED_KIB, TILES, Tile, row
+from contrastive_kernels.triton.machine import Code, Loop, code
 from contrastive_kernels.triton.tune import Entry, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,9 @@ INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 # What is compiled here; the rest differs little: `python -m benchmarks.gpu.resources` has all.
 KINDS = {80: ("half",), 86: ("half",), 90: ("half", "single", "double"), 100: ("half",)}
 FEW = 1024  # rows and keys whose sweeps of rows and columns are one launch
+# For an sm_90 at D = 128: the most instructions of single lanes for a pair, and the least n of the
+# products. benchmarks/gpu/gates.py has them for more.
+GATES = {"stats": (9.0, 64), "attend": (12.0, 128), "two_way": (12.5, 64), "gradient": (12.0, 128)}
 # The most bytes that a thread may spill, where another tile is expected to be slower.
 SPILLS = {
     "sm_90 rows and columns with mean backward D=768": 200,
@@ -116,13 +121,29 @@ VARIANTS: dict[str, Callable[[int], None]] = {
 }
 
 
-def results() -> Iterator[tuple[str, int, Compiled]]:
-    """(what it was compiled for, architecture, kernel) of all that the tests judge."""
+def results() -> Iterator[tuple]:
+    """(what it was compiled for, architecture, kernel) of all that the tests judge; and of the
+    sweeps for an sm_90 at D = 128 what a pair costs, the machine code, and the IR of the GPU."""
     for architecture, entry in resources.configurations():
-        if entry.kind in KINDS[architecture]:
-            with compiling(architecture, only=resources.KERNELS[entry.schedule]) as made:
-                resources.workload(entry, resources.META, resources.N)()
-            yield from ((f"sm_{architecture} {entry}", architecture, one) for one in made)
+        if entry.kind not in KINDS[architecture]:
+            continue
+        seen: list[tuple] = []
+
+        def look(made: Compiled, found, entry=entry, seen=seen) -> None:
+            if not seen and entry.width == 128:  # what comes after it repairs
+                facts = code(found)
+                seen.append((gates.per_pair(made, facts), facts, found.asm["ttgir"]))
+
+        gated = architecture == 90 and entry.kind == "half" and entry.schedule in GATES
+        only = resources.KERNELS[entry.schedule]
+        with compiling(architecture, only, look if gated else None) as made:
+            resources.workload(entry, resources.META, resources.N)()
+        yield from ((f"sm_{architecture} {entry}", architecture, one) for one in made)
+        yield from ((entry.schedule, *facts) for facts in seen)
+    ragged: list[Code] = []
+    with compiling(90, "stats_kernel", lambda _, found: ragged.append(code(found))):
+        forward(100, drop=True, attend=True)
+    yield "ragged", 0.0, ragged[0], ""
     for name, run in VARIANTS.items():
         for dim in (128,) if name.startswith("attend") else (128, 768):
             with compiling(90) as made:
@@ -131,15 +152,28 @@ def results() -> Iterator[tuple[str, int, Compiled]]:
 
 
 @pytest.fixture(scope="session")
-def compiled() -> list[tuple[str, int, Compiled]]:
+def printed() -> list[list]:
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = map(json.loads, done.stdout.splitlines())
-    return [(label, architecture, Compiled(*made)) for label, architecture, made in rows]
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.fixture(scope="session")
+def compiled(printed) -> list[tuple[str, int, Compiled]]:
+    return [(row[0], row[1], Compiled(*row[2])) for row in printed if len(row) == 3]
+
+
+@pytest.fixture(scope="session")
+def machine(printed) -> dict[str, tuple[float, Code, str]]:
+    """By schedule."""
+    return {
+        name: (cost, Code(Loop(*facts[0]), *facts[1:]), ir)
+        for name, cost, facts, ir in (row for row in printed if len(row) == 4)
+    }
 
 
 def judged(wrong: Iterator[str]) -> None:
@@ -180,6 +214,35 @@ def test_tensor_cores_are_used(compiled):
         for label, architecture, one in swept
         if one.instruction != INSTRUCTION[architecture] and "double" not in label
     )
+
+
+def test_the_machine_code_of_the_sweeps_passes_the_gates(machine):
+    assert set(machine) == {*GATES, "ragged"}
+    for name, (most, columns) in GATES.items():
+        cost, facts, _ = machine[name]
+        assert cost <= most, f"{name}: {cost:.1f} instructions a pair"
+        assert facts.columns >= columns, (name, facts)
+        assert facts.wide >= 16, (name, facts)  # features
+        assert facts.buffers >= TILES[90]["half"][name][128].stages, (name, facts)
+
+
+def test_vectors_of_any_length_are_read_16_bytes_at_a_time(machine):
+    assert machine["ragged"][1][1:] == machine["attend"][1][1:]
+
+
+def test_the_sums_of_two_way_are_guarded(machine):
+    """A thread reads, adds to and writes sums of the other side that other threads read as well:
+    the sums go through shared memory before they are written, and all threads meet before the next
+    own tile comes to them."""
+    lines = machine["two_way"][2].splitlines()
+    (read,) = (k for k, line in enumerate(lines) if re.search(r"= tt\.load %pointers\w*, %", line))
+    write = next(k for k in range(read, len(lines)) if "tt.store" in lines[k])
+    between = "\n".join(lines[read:write])
+    assert re.search(r"tt\.reduce.*axis = 1", between)
+    moved = re.search(r"convert_layout.*ttg\.slice<.*-> tensor<64xf32, #blocked", between)
+    assert moved, between
+    ends = [k for k, line in enumerate(lines) if re.match(r"\s*(ttg|gpu)\.barrier", line)]
+    assert ends and min(ends) > write and "tt.store" in lines[min(ends) - 1]
 
 
 @pytest.mark.parametrize(

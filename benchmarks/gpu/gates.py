@@ -1,0 +1,77 @@
+"""What a pair costs in the machine code of the sweeps, as a table in docs/gpu.md for this version
+of Triton: instructions, those of the tensor cores, widths of loads, barriers, buffers.
+
+Needs no GPU: python -m benchmarks.gpu.gates. With --check it writes nothing and exits with 1 when
+the table is not what this version gives.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+
+from contrastive_kernels.triton.compile import Compiled, compiling
+from contrastive_kernels.triton.machine import Code, code
+from contrastive_kernels.triton.tune import Entry, workload
+
+from ..harness.markdown import table
+from .resources import KERNELS, META, N, first_columns, main
+
+VERSION = ".".join(triton.__version__.split(".")[:2])
+NAME = f"gates-{VERSION}"
+SCHEDULES = ("stats", "attend", "two_way", "gradient")
+DIMS = {80: (128,), 90: (64, 128, 256), 100: (128,)}
+HEAD = ("GPU", "operands", "schedule", "D", "tile", "warps", "stages", "registers",
+        "spilled bytes", "instructions per pair", "n", "16-byte loads", "narrower", "barriers",
+        "buffers")  # fmt: skip
+
+
+def entries() -> Iterator[tuple[int, Entry]]:
+    for architecture, dims in DIMS.items():
+        for dim in dims:
+            yield from ((architecture, Entry(name, dim, "half")) for name in SCHEDULES)
+
+
+def per_pair(made: Compiled, found: Code) -> float:
+    """Instructions of single lanes in the loop over tiles, for each pair of vectors."""
+    assert made.tile is not None and found.loop is not None
+    pairs = made.tile.block_m * made.tile.block_n
+    return found.loop.instructions * 32 * made.tile.warps / pairs
+
+
+def looked_at(architecture: int, entry: Entry) -> tuple[Compiled, Code]:
+    """The kernel of a schedule, as `resources.compiled` has it, and its machine code."""
+    seen: list[tuple[Compiled, Code]] = []
+
+    def look(made: Compiled, found: Any) -> None:
+        if not seen:  # what comes after it repairs
+            seen.append((made, code(found)))
+
+    with compiling(architecture, KERNELS[entry.schedule], look) as made:
+        workload(entry, META, N)()
+    if not seen:
+        raise RuntimeError(f"sm_{architecture} {entry}: {made[0].error}")
+    return seen[0]
+
+
+def row(architecture: int, entry: Entry, made: Compiled, found: Code) -> list[str]:
+    loop = found.loop
+    assert loop is not None
+    numbers = [found.columns or "-", found.wide, found.narrow, loop.barriers, found.buffers]
+    return [
+        *first_columns(architecture, entry), str(made.registers), str(made.spilled),
+        f"{per_pair(made, found):.1f}", *map(str, numbers),
+    ]  # fmt: skip
+
+
+def lines() -> list[str]:
+    rows = []
+    for architecture, entry in entries():
+        rows.append(row(architecture, entry, *looked_at(architecture, entry)))
+        print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+    return [f"Compiled by Triton {triton.__version__}.", "", *table(HEAD, rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(NAME, lines, command="gates"))
