@@ -27,8 +27,8 @@ SANITIZED_START = 15.0
 
 # What the tests of a GPU are, those that show most first. The rest does not depend on the device.
 TESTS = (
-    "tests/kernels/test_triton.py", "tests/kernels/test_few.py", "tests/whitening", "tests/ops",
-    "tests/losses",
+    "tests/kernels/test_triton.py", "tests/kernels/test_few.py", "tests/kernels/test_capture.py",
+    "tests/whitening", "tests/ops", "tests/losses",
     "tests/reference", "tests/bench/test_bench_gpu.py", "tests/integrations",
 )  # fmt: skip
 # Of the processor alone, or compiled ahead of time for every GPU, which takes minutes.

@@ -44,6 +44,29 @@ def test_package_works_without_triton():
     run_python(block("triton") + CALL)
 
 
+def test_package_works_with_a_cuda_build_of_torch_and_no_gpu():
+    """What such a torch says of itself; losses run on the CPU, and kernels for GPUs say why not."""
+    out = run_python(
+        "import os, torch\n"
+        "os.environ.pop('TRITON_INTERPRET', None)\n"
+        "torch.version.cuda = '13.0'\n"
+        "torch.backends.cuda.is_built = lambda: True\n"
+        "torch._C._cuda_getDeviceCount = lambda: 0\n"
+        + CALL
+        + "assert ck.backends()['cpu'].usable\n"
+        + "for name in ('triton', 'cuda'):\n"
+        + "    assert not ck.backends()[name].usable and ck.backends()[name].reason\n"
+        + "    try:\n"
+        + "        ck.whiten(torch.randn(4, 8, 3), backend=name)\n"
+        + "    except RuntimeError as error:\n"
+        + "        print('raised')\n"
+        + "import contrastive_kernels.triton\n"  # as its kernels are compiled without a GPU
+        + "from contrastive_kernels.__main__ import main\n"
+        + "assert main(['info']) == 0\n"
+    )
+    assert out.startswith("raised\nraised\n")
+
+
 def test_package_works_without_the_extension():
     out = run_python(
         block("contrastive_kernels._cpu")
