@@ -12,8 +12,9 @@ from typing import Any
 import triton
 
 from contrastive_kernels.triton.compile import Compiled, compiling
-from contrastive_kernels.triton.machine import Code, code
+from contrastive_kernels.triton.machine_code import Code, code
 from contrastive_kernels.triton.tune import Entry, workload
+from contrastive_kernels.types import known
 
 from ..harness.markdown import table
 from .resources import KERNELS, META, N, first_columns, main
@@ -35,9 +36,8 @@ def entries() -> Iterator[tuple[int, Entry]]:
 
 def per_pair(made: Compiled, found: Code) -> float:
     """Instructions of single lanes in the loop over tiles, for each pair of vectors."""
-    assert made.tile is not None and found.loop is not None
-    pairs = made.tile.block_m * made.tile.block_n
-    return found.loop.instructions * 32 * made.tile.warps / pairs
+    tile = known(made.tile)
+    return found.loop.all * 32 * tile.warps / (tile.block_m * tile.block_n)
 
 
 def looked_at(architecture: int, entry: Entry) -> tuple[Compiled, Code]:
@@ -56,9 +56,9 @@ def looked_at(architecture: int, entry: Entry) -> tuple[Compiled, Code]:
 
 
 def row(architecture: int, entry: Entry, made: Compiled, found: Code) -> list[str]:
-    loop = found.loop
-    assert loop is not None
-    numbers = [found.columns or "-", found.wide, found.narrow, loop.barriers, found.buffers]
+    numbers = [
+        found.columns or "-", found.wide, found.narrow, found.loop.barriers, found.buffers,
+    ]  # fmt: skip
     return [
         *first_columns(architecture, entry), str(made.registers), str(made.spilled),
         f"{per_pair(made, found):.1f}", *map(str, numbers),

@@ -7,14 +7,17 @@ machine code; model.py makes times of them, and published.py holds that against 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
 from contrastive_kernels import triton as operators
 from contrastive_kernels.triton.compile import Compiled, compiling
+from contrastive_kernels.triton.machine_code import Loops, loops
 
 from ..harness.markdown import table
 from . import published, resources
@@ -104,6 +107,8 @@ def nt_xent(at: Inputs) -> None:
     at.backward(None, "x", columns=True, ids=True)
 
 
+# The sweeps that the engine for Hopper has kernels of.
+HOPPER = {"attend": "attend_kernel"}
 ROWS = {"attend": 1.0, "gradient": 1.0}
 LONG = {"two_way": 1.0, "coefficient": 1.0}
 WORKLOADS = (
@@ -116,22 +121,37 @@ WORKLOADS = (
 )
 
 
-def compiled(case: Workload, schedule: str) -> Compiled:
-    """The first kernel of a schedule that a workload starts."""
-    with compiling(ARCHITECTURE, resources.KERNELS[schedule], loops=True) as made:
+def compiled(case: Workload, schedule: str, hopper: bool = False) -> tuple[Compiled, Loops] | None:
+    """The first kernel of a schedule that a workload starts, and its loops; None where the engine
+    for Hopper has none."""
+    if hopper and schedule not in HOPPER:
+        return None
+    kernel = (HOPPER if hopper else resources.KERNELS)[schedule]
+    seen: list[tuple[Compiled, Loops]] = []
+
+    def look(made: Compiled, found: Any) -> None:
+        if not seen:
+            seen.append((made, loops(found.asm["cubin"])))
+
+    with (
+        patch.dict(os.environ, CK_HOPPER=str(int(hopper))),
+        compiling(ARCHITECTURE, kernel, look) as made,
+    ):
         case.run(Inputs(case.n, case.m, case.dim))
-    if made[0].error:
+    if made and made[0].error:
         raise RuntimeError(f"{case.title} {schedule}: {made[0].error}")
-    return made[0]
+    return seen[0] if made else None
 
 
-def sweep(case: Workload, schedule: str, share: float, made: Compiled) -> Sweep:
-    """A chain is one warpgroup; those of a program meet at barriers."""
+def sweep(case: Workload, schedule: str, share: float, made: Compiled, issued: Loops) -> Sweep:
+    """A chain is one warpgroup; those of a program meet at barriers, but not those of the engine
+    for Hopper, which fill a multiprocessor."""
     block_m, block_n, block_k, warps, _ = made.tile
-    groups = warps // 4
+    alone = made.kernel in HOPPER.values()
+    groups = block_m // 64 if alone else warps // 4
     slices = math.ceil(case.dim / block_k)
-    count = made.loops.of_tile(slices)
-    lanes = 32 * warps / groups
+    count = issued.of_tile(slices)
+    lanes = 128 if alone else 32 * warps / groups
     plain, special = lanes * (count.all - count.special), lanes * count.special
     columns = block_m * block_n // groups // 64
     products = wgmma_cycles(H200, 64, columns, case.dim, True)
@@ -148,10 +168,9 @@ def sweep(case: Workload, schedule: str, share: float, made: Compiled) -> Sweep:
     if schedule == "coefficient":  # launched for each chunk
         programs = int(tiles)
     stored = case.n * case.m * ITEMSIZE if schedule == "coefficient" else 0
-    return Sweep(
-        tile, programs, groups * tiles / programs, made.programs(ARCHITECTURE),
-        1 + (groups - 1) / 2, stored,
-    )  # fmt: skip
+    resident = 1 if alone else made.programs(ARCHITECTURE)
+    chains = groups if alone else 1 + (groups - 1) / 2
+    return Sweep(tile, programs, groups * tiles / programs, resident, chains, stored)
 
 
 def beside(case: Workload) -> float:
@@ -163,24 +182,36 @@ def beside(case: Workload) -> float:
     return 1e3 * (packed + max(flops / rate, read / H200.memory))
 
 
-def predictions(case: Workload) -> dict[str, Prediction]:
-    """Of each sweep."""
+def predictions(case: Workload, hopper: bool) -> dict[str, Prediction]:
+    """Of each sweep that an engine runs."""
+    made = {schedule: compiled(case, schedule, hopper) for schedule in case.sweeps}
     return {
-        schedule: predicted(H200, sweep(case, schedule, share, compiled(case, schedule)))
-        for schedule, share in case.sweeps.items()
+        schedule: predicted(H200, sweep(case, schedule, case.sweeps[schedule], *one))
+        for schedule, one in made.items()
+        if one is not None
     }
 
 
-HEAD = ("case", "bound", "Triton engine", "what limits each sweep", "measured")
+HEAD = ("case", "bound", "Triton engine", "with the engine for Hopper", "what limits each sweep",
+        "measured")  # fmt: skip
 
 
 def row(case: Workload) -> list[str]:
-    found = predictions(case)
-    total = sum(one.milliseconds for one in found.values()) + beside(case)
-    limits = [f"`{name}` {one.milliseconds:.2f} ms: {one.limit}" for name, one in found.items()]
+    triton, hopper = (predictions(case, engine) for engine in (False, True))
+    totals = [
+        sum(one.milliseconds for one in found.values()) + beside(case)
+        for found in (triton, triton | hopper)
+    ]
+    limits = [limited(name, "", one) for name, one in triton.items()]
+    limits += [limited(name, " on Hopper's", one) for name, one in hopper.items()]
     if case.library:
         limits.append(f"library products {beside(case):.1f} ms")
-    return [case.title, f"{case.at_most_ms:g} ms", f"{total:.3g} ms", "; ".join(limits), "not yet"]
+    numbers = [f"{totals[0]:.3g} ms", f"{totals[1]:.3g} ms" if hopper else "the same"]
+    return [case.title, f"{case.at_most_ms:g} ms", *numbers, "; ".join(limits), "not yet"]
+
+
+def limited(name: str, engine: str, one: Prediction) -> str:
+    return f"`{name}`{engine} {one.milliseconds:.2f} ms: {one.limit}"
 
 
 def lines() -> list[str]:

