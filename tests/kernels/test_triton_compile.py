@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -146,10 +147,8 @@ def results() -> Iterator[tuple]:
             resources.workload(entry, resources.META, resources.N)()
         yield from ((f"sm_{architecture} {entry}", architecture, one) for one in made)
         yield from ((entry.schedule, *facts) for facts in seen)
-    ragged: list[Code] = []
-    with compiling(90, "stats_kernel", lambda _, found: ragged.append(code(found))):
-        forward(100, drop=True, attend=True)
-    yield "ragged", 0.0, ragged[0], ""
+    _, ragged = with_code("stats_kernel", lambda: forward(100, drop=True, attend=True))
+    yield "ragged", 0.0, ragged, ""
     for name, run in VARIANTS.items():
         for dim in (128,) if name.startswith("attend") else (128, 768):
             with compiling(90) as made:
@@ -157,11 +156,18 @@ def results() -> Iterator[tuple]:
             yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
     with patch.dict(os.environ, CK_HOPPER="1"):
         for name, dim, half in HOPPER:
-            seen = []
-            with compiling(90, "attend_kernel", lambda _, found: seen.append(code(found))) as made:
-                forward(dim, drop=True, attend=True, half=half)
+            attend = partial(forward, dim, drop=True, attend=True, half=half)
+            made, facts = with_code("attend_kernel", attend)
             yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
-            yield f"{name} D={dim}", 0.0, seen[0], ""
+            yield f"{name} D={dim}", 0.0, facts, ""
+
+
+def with_code(kernel: str, run: Callable[[], None]) -> tuple[list[Compiled], Code]:
+    """A kernel for an sm_90, and the machine code of the first of it."""
+    seen: list[Code] = []
+    with compiling(90, kernel, lambda _, found: seen.append(code(found))) as made:
+        run()
+    return made, seen[0]
 
 
 @pytest.fixture(scope="session")
