@@ -230,7 +230,7 @@ def check(drawn: Call, defined: Callable[..., Tensor]) -> None:
     case = drawn.row.cases[drawn.name]
 
     def run(function: Callable[..., Tensor], given: dict[str, Tensor], **options: Any) -> Any:
-        return outcome(lambda t: call(function, case, t, **drawn.options, **options), given)
+        return outcome(lambda t: call(function, case, t, **{**drawn.options, **options}), given)
 
     loss, dense = drawn.row.function, partial(run, defined, whole=True)
     wide = {
@@ -252,21 +252,66 @@ def check(drawn: Call, defined: Callable[..., Tensor]) -> None:
     if not options.get("normalize", True):
         logits *= max(1.0, max(lengths(t).max().item() for t in wide.values() if t.dim() > 1) ** 2)
     learned = [None, *(t for t in wide.values() if t.requires_grad)]
-    # of rows that are equal, or zeros, attraction and repulsion may be equal too, and the loss 0
-    cancels = drawn.row.takes("t_neg")
+    cancelled = terms_that_cancel(drawn, partial(dense, wide), exact)
     for which, (ours, theirs, right) in enumerate(zip(got, eager, exact, strict=True)):
         assert ours.isfinite().all(), f"output {which} is not finite"
         eps = (case.slack + 4 * logits) * torch.finfo(ours.dtype).eps
         for scale, rows in apart(learned[which]):
-            a, b, e = (scale * t.double()[rows] for t in (ours, theirs, right))
+            a, b, e, c = (scale * t.double()[rows] for t in (ours, theirs, right, cancelled[which]))
             if e.numel() == 0:
                 continue
             size = rms(e) + rms(exact[0]) * (terms(learned[which]) if scale == 1 else 1.0)
-            if cancels:
-                size = size + 0.05
-            budget = 2 * rms(b - e).nan_to_num(0.0) + 1e-13 + eps * size
+            size = size + rms(c)
+            lost = lost_digits(drawn, logits if which else 1.0) * terms(learned[which])
+            eps_of_logits = 4 * logits * torch.finfo(ours.dtype).eps
+            budget = 2 * rms(b - e).nan_to_num(0.0) + 1e-13 + eps * size + eps_of_logits * lost
             error = rms(a - e)
             assert error <= budget, f"output {which}: error {error:.2e}, budget {budget:.2e}"
+
+
+def terms_that_cancel(
+    drawn: Call, dense: Callable[..., list[Tensor]], exact: list[Tensor]
+) -> list[Tensor]:
+    """For each output, in its shape: the size of terms that it is the small rest of, each rounded
+    as it is alone.
+
+    A sum of rows may have rows of both signs. CACR's are attraction less repulsion: the same for
+    equal rows, and 0 where a row equals its keys, but made of 2 - 2 cos. RINCE's are a power of the
+    denominator less one of the positive.
+    """
+    cancelled = [torch.zeros_like(t) for t in exact]
+    reduction, rows = drawn.options.get("reduction", "mean"), 1
+    if drawn.row.takes("reduction") and not drawn.row.cases[drawn.name].coupled:
+        each = dense(reduction="none")[0]
+        rows = each.numel() if reduction == "sum" else 1
+        if reduction != "none":
+            cancelled[0] += rows * each.abs().mean()
+    parts, floor = exact, 0.0
+    if drawn.row.takes("t_neg"):
+        parts, floor = dense(beta=0.0), 0.05 * rows
+    elif drawn.row.takes("q"):
+        parts = dense(lam=1e-30)
+    if parts is exact:
+        return cancelled
+    return [t + part.abs() + floor for t, part in zip(cancelled, parts, strict=True)]
+
+
+def lost_digits(drawn: Call, scale: float) -> float:
+    """By how much the rounding of a logit is in the loss of a row, and of a gradient by `scale`.
+
+    User's ids that do not drop a row's positive leave it in the sweep, which has one pair of ids:
+    the loss is log(1 + r (exp(lse - positive) - 1)), r = alpha / K, of two rounded logits.
+    """
+    rows, columns = (drawn.inputs.get(f"exclude_{of}") for of in ("rows", "columns"))
+    if rows is None or columns is None or rows is columns or len(columns) < len(rows):
+        return 0.0
+    options = {**drawn.row.cases[drawn.name].options, **drawn.options}
+    if "negatives" in drawn.inputs and not options.get("in_batch", False):
+        return 0.0
+    if (rows == columns[: len(rows)]).all():
+        return 0.0
+    reduced = len(rows) if options.get("reduction") == "sum" else 1
+    return scale * reduced * max(1.0, options.get("alpha") or 1.0)
 
 
 def lengths(t: Tensor) -> Tensor:
