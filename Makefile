@@ -88,7 +88,7 @@ report: setup
 wheel: setup
 	@rm -rf build/lib.* build/wheel
 	@$(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	@PATH="$(abspath $(VENV))/bin:$$PATH" \
 	    $(RUN) -m auditwheel repair --strip -w dist build/wheel/*.whl
 
 # The engine's C++ and its tests for another processor, emulated: Debian's g++-aarch64-linux-gnu and
