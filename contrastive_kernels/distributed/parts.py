@@ -29,8 +29,9 @@ class Rows(nn.Module):
     pickles as buffers do; the counters stay on the CPU, where reading them waits for no device.
 
     A state_dict has the part as a DTensor of all rows, so that what saves each rank's part, or
-    gathers them, knows how; and `rows`, the number of each row, since what one rank saves alone
-    holds its own part only. Loading takes from a state, whole or a part, the rows that it needs.
+    gathers them, knows how; and always `rows`, the number of each row, since what one rank saves
+    alone holds its own part only. Loading takes from a state, whole or a part, the rows that it
+    needs.
     """
 
     features: Tensor
@@ -81,16 +82,18 @@ class Rows(nn.Module):
         """Also a part, if this module is asked alone: as by fully_shard, which moves buffers, and
         by torch.distributed.checkpoint, but not by DistributedDataParallel."""
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
-        if self.sharded and not recurse:
-            for name in (*self._kept, "rows"):
+        if not recurse:
+            for name in (*self._kept, "rows") if self.sharded else ("rows",):
                 yield f"{prefix}.{name}" if prefix else name, getattr(self, name)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with self._as_buffers(*self._kept):
             super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.sharded:
-            for name, part in (("features", self.features), ("rows", self.rows)):
-                destination[prefix + name] = self._whole(part)
+        if not self.sharded:  # with the entries of a part, each loads into the other
+            destination[prefix + "rows"] = self.rows
+            return
+        for name, part in (("features", self.features), ("rows", self.rows)):
+            destination[prefix + name] = self._whole(part)
 
     def _whole(self, part: Tensor) -> Tensor:
         """All rows as a DTensor, or the part alone when the group is gone, as at a run's end."""

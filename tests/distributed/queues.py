@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from oracles import generator, randn
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -233,14 +232,13 @@ def load(folder: Path) -> dict[str, bool]:
         fill(model)
         report[f"{how}, {make.__name__}"] = goes_on(inner(model).queue)
 
-    def from_dcp(model: nn.Module, name: str, lenient: bool = False) -> None:
+    def from_dcp(model: nn.Module, name: str) -> None:
         state = {"model": get_model_state_dict(model)}
-        planner = DefaultLoadPlanner(allow_partial_load=lenient)
-        dcp.load(state, checkpoint_id=folder / name, planner=planner)
+        dcp.load(state, checkpoint_id=folder / name)
         set_model_state_dict(model, state["model"])
 
-    def from_each(model: nn.Module) -> None:
-        set_model_state_dict(model, read(folder / "whole.pt"), options=WHOLE)
+    def from_each(model: nn.Module, name: str = "whole.pt") -> None:
+        set_model_state_dict(model, read(folder / name), options=WHOLE)
 
     def from_rank_0(model: nn.Module) -> None:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -264,8 +262,9 @@ def load(folder: Path) -> dict[str, bool]:
     for make in (sharded, unsharded, copies, in_ddp, in_fsdp):
         add("dcp", make, lambda model: from_dcp(model, "dcp"))
         add("dcp of fsdp", make, lambda model: from_dcp(model, "fsdp"))
-        add("dcp of one", make, lambda model: from_dcp(model, "one", lenient=True))
+        add("dcp of one", make, lambda model: from_dcp(model, "one"))
         add("whole, set", make, from_each)
+        add("one, set", make, lambda model: from_each(model, "one.pt"))
         add("whole, rank 0", make, from_rank_0)
     for make in (sharded, unsharded, copies):
         for name in ("whole.pt", "one.pt"):

@@ -69,7 +69,7 @@ def test_checkpoints_load_on_other_numbers_of_ranks(run):
     for report in reports:
         assert list(report["loaded"]) == list(ORDER[run][1])
         for of, loaded in report["loaded"].items():
-            assert len(loaded) == 3 * 5 + 2 * 5 + 2 * 3 + 1
+            assert len(loaded) == 3 * 5 + 3 * 5 + 2 * 3 + 1
             wrong = [how for how, right in loaded.items() if not right]
             assert not wrong, f"{of} -> {world}: {wrong}"
 
@@ -117,7 +117,7 @@ def test_files_of_ranks_are_read_without_a_group():
 @pytest.mark.parametrize("name", ["1/rank0.pt", "2/rank1.pt", "4/whole.pt", "4/one.pt"])
 @pytest.mark.parametrize("size", [6, 24])
 def test_a_state_of_another_size(name, size):
-    alone = size > queues.SIZE and name == "4/whole.pt"  # it may as well be a part
+    alone = size > queues.SIZE and name[:2] == "4/"  # it may as well be a part
     wrong = "not rows 12 to 23 of this queue" if alone else "size mismatch"
     with pytest.raises(RuntimeError, match=f"queue.features: .*{wrong}|{wrong} for queue.features"):
         unsharded(size).load_state_dict(saved(name))

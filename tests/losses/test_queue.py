@@ -51,8 +51,9 @@ def test_the_queue_starts_anew():
     again = ck.FeatureQueue(7, 5, generator=generator(3))
     assert torch.equal(queue.negatives, again.negatives)
     assert (queue.position, queue.filled) == (0, 0)
-    assert dict(queue.named_buffers(recurse=False)).keys() == {"features", "position", "seen"}
-    assert queue.state_dict().keys() == {"features", "position", "seen"}
+    names = {"features", "position", "seen", "rows"}
+    assert dict(queue.named_buffers(recurse=False)).keys() == names
+    assert queue.state_dict().keys() == names
 
 
 def test_the_queue_is_not_copied():
