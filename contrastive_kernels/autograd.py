@@ -153,19 +153,27 @@ def register_rules(
         return op
     library.impl(op, lambda *args: fill(args, kernel(*args)), "CPU")
     direct = _derivative(kernel, backward, setup_context)
-    return lambda *args: direct(*args) if _reaches_kernel(args) else op(*args)
+    return lambda *args: direct(*args) if _reaches_derivative(args) else op(*args)
 
 
-def _reaches_kernel(args: tuple) -> bool:
+def _reaches_derivative(args: tuple) -> bool:
     """Whether torch's dispatcher would do nothing but hand these arguments to the derivative, and
-    then to the kernel of CPU tensors: they lie in memory as they are, and no one looks on."""
+    then to the kernel of CPU tensors, and no one looks on."""
+    return reaches_kernel(args) and not (
+        torch._C._autograd._profiler_enabled()
+        or torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU)
+    )
+
+
+def reaches_kernel(args: tuple) -> bool:
+    """Whether a kernel of CPU tensors may take these arguments: they lie in memory as they are, and
+    nothing comes before."""
     if (
         torch.compiler.is_compiling()
         or in_transform()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
     ):
         return False
     for arg in args:

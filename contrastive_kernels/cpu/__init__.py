@@ -20,6 +20,7 @@ _NOWHERE = _NO_UPSTREAM = (0, 0, 0, 0, 0)
 
 Results = tuple[Tensor | None, ...]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+Into = tuple[Tensor | None, Tensor | None]
 
 
 def row_stats(
@@ -101,7 +102,9 @@ def row_stats_backward(
     normalize: bool,
     needs: list[bool],
     together: bool,
+    into: Into = (None, None),
 ) -> Gradients:
+    """`into`: contiguous gradients of x and y, where these are added to what is there."""
     given = operands(
         x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize, together
     )
@@ -110,7 +113,7 @@ def row_stats_backward(
         given.keys, given.like.dtype, col_lse, col_lse_low, col_mean, grad_col_lse, grad_col_mean
     )
     attended = None if attended is None else attended.contiguous()
-    return _backward(given, x, y, scale, bias, rows, columns, attended, grad_partner, needs)
+    return _backward(given, x, y, scale, bias, rows, columns, attended, grad_partner, needs, into)
 
 
 def row_softplus(
@@ -160,7 +163,7 @@ def row_softplus_backward(
 ) -> Gradients:
     given = operands(x, y, scale, bias, exclude_rows, exclude_cols, keep_rows, keep_cols, normalize)
     rows = _upstream(given.rows, given.like.dtype, None, low, None, grad, None)
-    return _backward(given, x, y, scale, bias, rows, None, None, grad_partner, needs)
+    return _backward(given, x, y, scale, bias, rows, None, None, grad_partner, needs, (None, None))
 
 
 def row_dot(x: Tensor, y: Tensor, ends: Tensor | None, normalize: bool) -> Tensor:
@@ -250,13 +253,18 @@ def _backward(
     attended: Tensor | None,
     grad_partner: Tensor | None,
     needs: list[bool],
+    into: Into,
 ) -> Gradients:
     grad_partner = optional(grad_partner, "grad_partner", given.rows, given.like.dtype)
     need_x, need_y, need_scale, need_bias = needs
     if given.together:  # dx is of the rows of both
         need_x, need_y = need_x or need_y, False
-    dx = x.new_empty(given.rows, x.shape[1]) if need_x else x.new()
-    dy = y.new_empty(y.shape) if need_y and y is not None else x.new()
+    into_x, into_y = into
+    dx, dy = into_x, into_y
+    if dx is None:
+        dx = x.new_empty(given.rows, x.shape[1]) if need_x else x.new()
+    if dy is None:
+        dy = y.new_empty(y.shape) if need_y and y is not None else x.new()
     dbias = given.like.new_empty(given.keys) if need_bias else given.like.new()
     slope = _cpu.backward(
         given.pairs,
@@ -265,7 +273,14 @@ def _backward(
         _NO_UPSTREAM if columns is None else tuple(map(address, columns)),
         address(attended),
         address(grad_partner),
-        (dx.data_ptr(), dy.data_ptr(), need_scale, dbias.data_ptr()),
+        (
+            dx.data_ptr(),
+            dy.data_ptr(),
+            need_scale,
+            dbias.data_ptr(),
+            into_x is not None,
+            into_y is not None,
+        ),
     )
     dscale = scale.new_full((), slope) if need_scale else scale.new()
     return dx, dy, dscale, dbias.to(bias.dtype) if need_bias and bias is not None else dbias

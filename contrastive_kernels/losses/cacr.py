@@ -6,9 +6,7 @@ with weights softmax(t_pos d), and pushes its near negatives more, with weights 
 
 from __future__ import annotations
 
-import math
 from itertools import combinations
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +21,15 @@ from ..checks import (
     check_range,
     check_reduction,
 )
-from ..distributed import Batch, Shards, join
-from ..ops import operands, row_dot, sweep
+from ..distributed import Batch, join
+from ..ops import Asked, row_dot, sweeps
 from ..sources import NegativeSource, as_source, is_source
-from ..types import Group, IdPair, Loss, LossStats, Sweep, known, statistics_dtype
-from .algebra import add_up, log_count, replicated, unit, weighted
+from ..types import Group, Loss, LossStats, Sweep, known
+from .algebra import add_up, replicated, weighted
 from .base import ContrastiveLoss, loss, loss_like
-from .distances import distances, from_products, shortfall, times, total_bias
-from .stats import is_first, tie_limit
+from .distances import distances, view_distances
+from .repulsion import Options, plain, repulsion, tie_limit_of
+from .stats import is_first
 
 
 @loss
@@ -121,10 +120,11 @@ def cacr(
     if return_stats:
         limit = distance.new_zeros(n)  # of several positives none has a rank
         if k == 1:
-            limit = _tie_limit(query, positives.flatten(1), distance[:, 0], options)
-    repulsion, out = _repulsion(query, candidates, ids, options, limit, batch, key_batch)
+            limit = tie_limit_of(query, positives.flatten(1), distance[:, 0], options)
+    asked, repel = repulsion(query, candidates, ids, options, limit, batch, key_batch)
+    repelled, out = repel(sweeps(asked))
     attraction = _attraction(distance, t_pos, detach_weights)
-    losses = weighted(alpha, attraction) + weighted(beta, repulsion)
+    losses = weighted(alpha, attraction) + weighted(beta, repelled)
     value = batch.reduce_rows(losses, reduction)
     if not return_stats:
         return value
@@ -177,11 +177,8 @@ def cacr_views(
             f"views must have shape (V, N, D) with V >= 2 and N >= 2, got {tuple(views.shape)}"
         )
     pairs = list(combinations(range(v), 2))
-    z = list(views.unbind())
-    distance = {}
-    for i, j in pairs:
-        each, z[i], z[j] = distances(z[i], z[j], normalize, backend)
-        distance[i, j] = each.squeeze(1)
+    found, z = view_distances(views, pairs, normalize, backend)
+    distance = dict(zip(pairs, found.unbind(1), strict=True))
     attraction = add_up(
         _attraction(
             torch.stack([distance[min(i, j), max(i, j)] for j in range(v) if j != i], 1),
@@ -192,23 +189,26 @@ def cacr_views(
     )
     own = batch.own_ids(views.device)
     options = Options(t_neg, cost, rbf_t, detach_weights, normalize, backend)
-    repulsions, sweeps = [], []
+    asked: list[Asked] = []
+    uses = []
     for i, j in pairs:
         limit = None
         if return_stats:
-            limit = _tie_limit(z[i], z[j], distance[i, j], options)
-        repulsion, out = _repulsion(z[i], z[j], (own, own), options, limit, batch, batch)
-        repulsions.append(repulsion)
-        sweeps.append(out)
+            limit = tie_limit_of(plain(z[i]), plain(z[j]), distance[i, j], options)
+        each, repel = repulsion(z[i], z[j], (own, own), options, limit, batch, batch)
+        uses.append((repel, slice(len(asked), len(asked) + len(each))))
+        asked += each
+    made = sweeps(asked)
+    repulsions, swept = zip(*(repel(made[part]) for repel, part in uses), strict=True)
     losses = (alpha / v) * attraction + (beta / len(pairs)) * add_up(repulsions)
     value = batch.reduce_rows(losses, reduction)
     if not return_stats:
         return value
     with torch.no_grad():
-        dots = [row_dot(z[i], z[j], normalize=normalize, backend=backend) for i, j in pairs]
+        dots = [row_dot(views[i], views[j], normalize=normalize, backend=backend) for i, j in pairs]
     similarity = batch.mean(torch.stack(dots))
-    stats = _stats(similarity, sweeps, options, batch)
-    ranks = [known(out.counts).rank for out in sweeps]
+    stats = _stats(similarity, list(swept), options, batch)
+    ranks = [known(out.counts).rank for out in swept]
     correct = torch.stack(
         [is_first(r, distance[pair].detach()) for r, pair in zip(ranks, pairs, strict=True)]
     )
@@ -256,24 +256,6 @@ class CCT(ContrastiveLoss):
     function = staticmethod(cct)
 
 
-# With L(t) = log sum_j exp(-t d_ij) the "rbf" cost of a row is L(t_neg + rbf_t) - L(t_neg), of two
-# numbers as large as t. From t_neg = SHARP rbf_t on float32 keeps more digits by the integral of
-# L', which is minus the weighted mean of d, and for Gauss's three nodes as good as a polynomial.
-SHARP = 12
-NODES = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 4 / 9), (0.5 + math.sqrt(0.15), 5 / 18))
-
-
-class Options(NamedTuple):
-    """How a repulsion is computed."""
-
-    t_neg: float
-    cost: str
-    rbf_t: float
-    detach: bool
-    normalize: bool
-    backend: str
-
-
 def _check_options(t_pos: float, t_neg: float, cost: str, rbf_t: float, reduction: str) -> None:
     check_range("t_pos", t_pos, 0.0)
     check_positive("t_neg", t_neg)
@@ -294,83 +276,6 @@ def _attraction(distance: Tensor, t_pos: float, detach: bool) -> Tensor:
     distance = distance.T  # over few columns torch's softmax takes several times as long
     weight = torch.softmax(weighted(t_pos, distance), 0)
     return ((weight.detach() if detach else weight) * distance).sum(0)
-
-
-def _repulsion(
-    query: Tensor,
-    keys: Tensor | NegativeSource,
-    ids: IdPair | None,
-    options: Options,
-    limit: Tensor | None,
-    batch: Batch,
-    key_batch: Batch | None,
-) -> tuple[Tensor, Sweep]:
-    """The repulsion, (N,) or 0-d for "rbf", and its sweep, counted above `limit` if given.
-
-    With logits z = t (2 <q, k> + bias), d = shift - z / t.
-    """
-    t_neg, normalize = options.t_neg, options.normalize
-    shift, bias, query, keys = from_products(
-        query, keys, normalize, options.backend, shared=isinstance(key_batch, Shards)
-    )
-
-    def at(t: float, **asked: Any) -> Sweep:
-        pairs = operands(
-            query, keys, scale=2 * t, bias=times(t, bias), exclude=ids, normalize=normalize,
-            backend=options.backend, batch=key_batch,
-        )  # fmt: skip
-        return sweep(pairs, **asked)
-
-    def counted(out: Sweep) -> Sweep:
-        """The counts of 2 t_neg <q, k> alone, where they are used for its mean."""
-        if out.counts is None or bias is None or not normalize:
-            return out
-        every, dropped = total_bias(bias, keys, ids)
-        every = every if key_batch is None else key_batch.total_of(every)
-        total = out.counts.total - t_neg * (every - dropped)
-        counts = out.counts._replace(total=total)
-        return out._replace(counts=counts)
-
-    if options.cost == "euclidean":
-        out = at(t_neg, mean=True, threshold=limit)
-        mean = known(out.mean)
-        mean = _with_gradient(mean, out.lse) if options.detach else mean
-        return mean / t_neg - shift, counted(out)
-    t, near = t_neg + options.rbf_t, None
-    sharp = t_neg >= SHARP * options.rbf_t and statistics_dtype(query) == torch.float32
-    if options.detach or not sharp:
-        near = at(t).lse - t * shift  # log sum_j exp(-(t_neg + rbf_t) d_ij)
-    if sharp:
-        log_cost = add_up(
-            (weight * options.rbf_t) * (known(at(s, mean=True).mean) / s - shift)
-            for s, weight in ((t_neg + node * options.rbf_t, weight) for node, weight in NODES)
-        )
-        with torch.no_grad():
-            out = at(t_neg, threshold=limit) if limit is not None else Sweep(log_cost)
-    else:
-        out = at(t_neg, threshold=limit)
-        log_cost = known(near) - (out.lse - t_neg * shift)
-    if options.detach:
-        log_cost = _with_gradient(log_cost, (options.rbf_t / t) * known(near))
-    return batch.logsumexp(log_cost) - log_count(batch.total, log_cost.dtype), counted(out)
-
-
-def _tie_limit(query: Tensor, positive: Tensor, distance: Tensor, options: Options) -> Tensor:
-    """`tie_limit` of the logits of `_repulsion`, for positives (N, D) at a distance (N,)."""
-    t, normalize, backend = options.t_neg, options.normalize, options.backend
-    if normalize:
-        short = shortfall(query)
-        shift = 2.0 if short is None else 2.0 - short
-        return tie_limit(t * (shift - distance), query, positive, 2 * t, normalize, backend)
-    of_query, of_positive = (unit(x, False).square().sum(-1) for x in (query, positive))
-    size = t * (of_query.sqrt() + of_positive.sqrt()).square()
-    logit = t * (of_query - distance)
-    return tie_limit(logit, query, positive, 2 * t, normalize, backend, size.detach())
-
-
-def _with_gradient(value: Tensor, source: Tensor) -> Tensor:
-    """`value` with the gradient of `source`: that of a weighted mean with constant weights."""
-    return value.detach() + (source - source.detach())
 
 
 def _stats(similarity: Tensor, sweeps: list[Sweep], options: Options, batch: Batch) -> LossStats:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..ops import (
     KeyBias,
+    Part,
     can_tie,
     has_row_kernels,
     row_distance,
@@ -39,9 +40,28 @@ def distances(
     return difference.square().sum(-1), query, positives
 
 
+def view_distances(
+    views: Tensor, pairs: list[tuple[int, int]], normalize: bool, backend: str
+) -> tuple[Tensor, list[Tensor | Part]]:
+    """(the squared distances (N, P) of pairs of the views (V, N, D), the views likewise)."""
+    if normalize and can_tie(backend, views, smallest=0):
+        every, tied_views, _ = tied(_ViewDistances(pairs), views.transpose(0, 1))
+        whole = tied_views.transpose(0, 1)
+        return every, [Part(whole, i) for i in range(len(whole))]
+    z, found = list(views.unbind()), []
+    for i, j in pairs:
+        each, z[i], z[j] = distances(z[i], z[j], normalize, backend)
+        found.append(each.squeeze(1))
+    return torch.stack(found, 1), [*z]
+
+
 def from_products(
-    query: Tensor, keys: Tensor | NegativeSource, normalize: bool, backend: str, shared: bool
-) -> tuple[float | Tensor, Tensor | KeyBias | None, Tensor, Tensor | NegativeSource]:
+    query: Tensor | Part,
+    keys: Tensor | Part | NegativeSource,
+    normalize: bool,
+    backend: str,
+    shared: bool,
+) -> tuple[float | Tensor, Tensor | KeyBias | None, Tensor | Part, Any]:
     """(shift (N,), bias (M,), query, keys), |q_i - k_j|^2 being shift_i - (2 <q_i, k_j> + bias_j);
     the features are for sweeps and nothing else.
 
@@ -52,10 +72,10 @@ def from_products(
         short, of_keys = shortfall(query), partial(shortfall, look=not shared)
         bias = of_keys if is_source(keys) else of_keys(keys)
         return 2.0 if short is None else 2.0 - short, bias, query, keys
-    shift, query = squares(query, backend=backend)
+    shift, query = squares(cast(Tensor, query), backend=backend)
     if is_source(keys):
         return shift, lambda part: -squares(part, backend=backend)[0], query, keys
-    bias, keys = squares(keys, backend=backend)
+    bias, keys = squares(cast(Tensor, keys), backend=backend)
     return shift, -bias, query, keys
 
 
@@ -86,10 +106,10 @@ def total_bias(
     return every, bias.view(rows, -1).sum(1) if rows else every.new_zeros(())
 
 
-def shortfall(x: Tensor, look: bool = True) -> Tensor | None:
+def shortfall(x: Tensor | Part, look: bool = True) -> Tensor | None:
     """1 - |u|^2 (M,) of normalised rows u, without gradient: 0, but 1 of a row of zeros, and more
     than 0 of one below 1e-12. None: 0 throughout, where a `look` may tell."""
-    x = x.detach()
+    x = (x.of.detach()[x.where] if isinstance(x, Part) else x).detach()
     look = look and may_look(x)
     if look and not (x[..., 0].abs() <= TINY).any():  # TINY is 0 in float16
         return None
@@ -141,6 +161,30 @@ class _Distances(NamedTuple):
                 value=-1,
             )  # fmt: skip
         return grad_x, grad_y
+
+
+class _ViewDistances(NamedTuple):
+    """Those of pairs of the normalised views (N, V, D) of each row."""
+
+    pairs: list[tuple[int, int]]
+
+    def values(self, x: Tensor, y: Tensor | None) -> Tensor:
+        local = _Distances(True)
+        return torch.cat([local.values(x[:, i], x[:, j : j + 1]) for i, j in self.pairs], 1)
+
+    def gradients(
+        self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        local, total = _Distances(True), None
+        for p, (i, j) in enumerate(self.pairs):
+            of_i, of_j = local.gradients(
+                x[:, i], x[:, j : j + 1], values[:, p : p + 1], grad[:, p : p + 1], (True, True)
+            )
+            if total is None:
+                total = torch.zeros_like(x, dtype=known(of_i).dtype)
+            total[:, i] += known(of_i)
+            total[:, j : j + 1] += known(of_j)
+        return total, None
 
 
 TINY = 1e-12  # norms are at least that, as in F.normalize

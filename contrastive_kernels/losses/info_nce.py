@@ -20,7 +20,7 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, join
-from ..ops import count_own, operands, positives, sweep, swept_positives
+from ..ops import Asked, count_own, operands, positives, sweeps, swept_positives
 from ..sources import NegativeSource
 from ..types import Group, IdPair, Loss, OwnKeys, known
 from .algebra import count_equal_ids, log_add, log_count, replicated, shared_number, softplus
@@ -237,7 +237,7 @@ def contrast(
             pos = pos + key_bias[:n].to(pos.dtype)
         if return_stats:
             threshold = tie_limit(pos, query, key, **options)
-    sweeps = []
+    asked = []
     if in_batch:
         if batch_ids is None:
             ids = batch.own_ids(query.device)
@@ -246,20 +246,22 @@ def contrast(
             query, key, exclude=batch_ids, bias=None if key_bias is None else key_bias[:n],
             batch=batch, aligned=aligned, **options,
         )  # fmt: skip
-        sweeps.append(sweep(pairs, columns=symmetric, threshold=threshold))
-        if aligned:
-            pos = known(sweeps[0].partner)
-    margin = _log_margin(alpha, count, pos)
-    if in_batch:
-        rows = _rows(sweeps[0].lse, pos, margin, unmasked)
+        asked.append(Asked(pairs, columns=symmetric, threshold=threshold))
     if negatives is not None:
         on_ranks: Batch | None = others
         if not sharded_negatives:
             negatives, on_ranks = replicated(negatives, n, others)
         bias = None if key_bias is None else key_bias[start:]
         pairs = operands(query, negatives, exclude=more_ids, bias=bias, batch=on_ranks, **options)
-        sweeps.append(sweep(pairs, threshold=threshold))
-        lse = sweeps[-1].lse
+        asked.append(Asked(pairs, threshold=threshold))
+    made = sweeps(asked)
+    if aligned:
+        pos = known(made[0].partner)
+    margin = _log_margin(alpha, count, pos)
+    if in_batch:
+        rows = _rows(made[0].lse, pos, margin, unmasked)
+    if negatives is not None:
+        lse = made[-1].lse
         logit = lse - pos if margin is None else lse - pos + margin
         # log(1 + a + b) from log(1 + a) and log b: finite also where both have no pair
         rows = log_add(rows, logit) if in_batch else softplus(logit)
@@ -269,14 +271,14 @@ def contrast(
             flipped = None if exclude is None else known(batch_ids)[::-1]
             column_count = _count_negatives([(flipped, batch)], True, unmasked)
             margin = _log_margin(alpha, column_count, pos)
-        columns = _rows(known(sweeps[0].col_lse), pos, margin, unmasked)
+        columns = _rows(known(made[0].col_lse), pos, margin, unmasked)
         losses = 0.5 * (rows + columns)
     value = batch.reduce_rows(losses, reduction)
     if not return_stats:
         return value
     extra = None if unmasked is None else (unmasked, pos)
     stats = pair_stats(
-        known(dot), [out.counts for out in sweeps], scale, batch, lse=rows + pos, extra=extra
+        known(dot), [out.counts for out in made], scale, batch, lse=rows + pos, extra=extra
     )
     if key_bias is not None:
         stats = stats._replace(negative_similarity=None)

@@ -23,7 +23,7 @@ from ..checks import (
     scalar,
 )
 from ..distributed import Batch, Shards, join
-from ..ops import operands, positives, sweep, swept_positives
+from ..ops import Asked, Part, operands, positives, sweeps, swept_positives
 from ..types import Counts, Group, IdPair, Loss, Sweep, known
 from .algebra import add_up, log_add, masked_logsumexp, softplus
 from .base import ContrastiveLoss, loss
@@ -129,41 +129,45 @@ def mnrl(
         same_query = dropped_ids = (document_ids[:n], document_ids)
     if aligned and not pairs:
         dropped_ids = (ids, torch.cat((ids, ids.new_full((m - n,), -1))))
-    positive = documents if pairs else documents[:n]
+    positive = documents if pairs else Part(documents, slice(n))
     if dots is not None:
         dots = dots.reshape(n, -1)
         dot, pos = dots[:, 0], scale * dots[:, 0]
     backward = "doc_to_query" in directions
     sharp, share = _harder(scale, in_batch)
-    limit = tie_limit(sharp * dot, query, positive, sharp, **options) if return_stats else None
-    out = _sweep_harder(
-        query, documents, sharp, share, exclude=dropped_ids, keep=keep,
-        columns=backward and not in_batch, threshold=limit, batch=of_documents, aligned=aligned,
-        **options,
-    )  # fmt: skip
+    limit = None
+    if return_stats:
+        limit = tie_limit(sharp * dot, query, documents[:n], sharp, **options)
+
+    def asked(
+        x: Tensor | Part, y: Tensor | None, exclude: IdPair, batch: Batch, **more: Any
+    ) -> Asked:
+        z = {"scale": scale, "exclude": exclude, "batch": batch} | options
+        return Asked(operands(x, y, **(z | more)))
+
+    # the columns of the first sweep are a direction too, unless its logits are not those of it
+    sweep = asked(
+        query, documents, dropped_ids, of_documents, scale=sharp, keep=keep, aligned=aligned
+    )
+    every = {"query_to_doc": sweep._replace(columns=backward and not in_batch, threshold=limit)}
+    if backward and in_batch:
+        every["doc_to_query"] = asked(positive, query, (ids, ids), batch)
+    if "query_to_query" in directions:
+        every["query_to_query"] = asked(query, None, (ids, ids), batch)
+    if "doc_to_doc" in directions:
+        others = None if pairs else documents
+        every["doc_to_doc"] = asked(positive, others, same_query, of_documents, keep=keep)
+    made = dict(zip(every, sweeps(list(every.values())), strict=True))
+    out = made["query_to_doc"] = _of_share(made["query_to_doc"], share)
     if aligned:
         pos = known(out.partner)
-    logits = {"query_to_doc": [out.lse]}
+    logits = {name: [found.lse] for name, found in made.items()}
     if apart:
         own = known(dots)[:, 1:]
         hard = scale * own + own_negatives * own.detach()
         logits["query_to_doc"].append(masked_logsumexp(hard, negatives_mask))
-
-    def lse(
-        x: Tensor, y: Tensor | None, exclude: IdPair, batch: Batch, keep: IdPair | None = None
-    ) -> Tensor:
-        pairs = operands(x, y, scale=scale, exclude=exclude, keep=keep, batch=batch, **options)
-        return sweep(pairs).lse
-
-    if backward:
-        # the columns of the same sweep, unless its logits are not those of this direction
-        columns = lse(positive, query, (ids, ids), batch) if in_batch else known(out.col_lse)[:n]
-        logits["doc_to_query"] = [columns]
-    if "query_to_query" in directions:
-        logits["query_to_query"] = [lse(query, None, (ids, ids), batch)]
-    if "doc_to_doc" in directions:
-        others = None if pairs else documents
-        logits["doc_to_doc"] = [lse(positive, others, same_query, of_documents, keep)]
+    if backward and not in_batch:
+        logits["doc_to_query"] = [known(out.col_lse)[:n]]
 
     if partition_mode == "joint":
         rows = _excess(chain(*logits.values()), pos, 2 if backward else 1)
@@ -265,22 +269,12 @@ def _harder(scale: float | Tensor, strength: float) -> tuple[float | Tensor, flo
     return scale / share, share
 
 
-def _sweep_harder(
-    x: Tensor,
-    y: Tensor,
-    sharp: float | Tensor,
-    share: float | Tensor | None,
-    *,
-    columns: bool,
-    threshold: Tensor | None,
-    **options: Any,
-) -> Sweep:
+def _of_share(out: Sweep, share: float | Tensor | None) -> Sweep:
     """A sweep over the logits of `_harder`."""
-    out = sweep(operands(x, y, scale=sharp, **options), columns=columns, threshold=threshold)
-    if share is not None:
-        # d sharp <x, y> = d(scale <x, y>) / share, in the features and in the scale
-        out = out._replace(lse=share * out.lse + (1 - share) * out.lse.detach())
-    return out
+    if share is None:
+        return out
+    # d sharp <x, y> = d(scale <x, y>) / share, in the features and in the scale
+    return out._replace(lse=share * out.lse + (1 - share) * out.lse.detach())
 
 
 def _excess(logits: Iterable[Tensor], pos: Tensor, positives: int = 1) -> Tensor:

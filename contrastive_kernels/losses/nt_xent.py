@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, GroupLike, join
-from ..ops import operands, sweep, swept_positives
+from ..ops import Asked, operands, sweeps, swept_positives
 from ..types import Group, Loss, Sweep, known
 from .algebra import log_count, softplus
 from .base import ContrastiveLoss, loss
@@ -175,12 +176,13 @@ def hcl(
     check_range("beta", beta, 0.0)
     views = Views.of(z1, z2, normalize, backend, group, exchange, dots=return_stats)
     sharp = (1 + beta) * scale
-    dot, pos, out = views.positives_and_negatives(sharp, return_stats)
+    flat = [beta * scale] if beta > 0 else []
+    dot, pos, out, *weights = views.positives_and_negatives(sharp, return_stats, *flat)
     pos = pos / (1 + beta)
     log_n = log_count(views.anchors.total - 2, pos.dtype)
     log_r = out.lse
-    if beta > 0:
-        log_r = out.lse - views.sweep_negatives(beta * scale).lse + log_n
+    for weight in weights:
+        log_r = out.lse - weight.lse + log_n
     log_g = _log_debiased(log_r, pos + log_n, tau_plus).clamp(min=log_n - scale)
     value = views.anchors.reduce_rows(softplus(log_g - pos), reduction)
     if not return_stats:
@@ -243,28 +245,33 @@ class Views(NamedTuple):
         return Views(z1, z2, dot, aligned, normalize, backend, batch, batch.times(2))
 
     def sweep_negatives(
-        self, scale: float | Tensor, threshold: Tensor | None = None, aligned: bool = False
-    ) -> Sweep:
-        """Statistics of each of the 2N features against all but itself and its positive."""
+        self, scales: Sequence[float | Tensor], threshold: Tensor | None
+    ) -> list[Sweep]:
+        """Statistics of each of the 2N features against all but itself and its positive, for each
+        scale; of the first one those of its positive and above a threshold too."""
         ids = self.anchors.own_ids(self.z1.device, repeat=2)
-        pairs = operands(
-            self.z1, None, more=self.z2, scale=scale, exclude=(ids, ids),
-            normalize=self.normalize, backend=self.backend, batch=self.anchors, aligned=aligned,
-        )  # fmt: skip
-        return sweep(pairs, threshold=threshold)
+        options: dict[str, Any] = {
+            "more": self.z2, "exclude": (ids, ids), "normalize": self.normalize,
+            "backend": self.backend, "batch": self.anchors,
+        }  # fmt: skip
+        first, *others = scales
+        pairs = operands(self.z1, None, scale=first, aligned=self.aligned, **options)
+        more = (operands(self.z1, None, scale=scale, **options) for scale in others)
+        return sweeps([Asked(pairs, threshold=threshold), *map(Asked, more)])
 
     def positives_and_negatives(
-        self, scale: float | Tensor, ranks: bool
-    ) -> tuple[Any, Tensor, Sweep]:
+        self, scale: float | Tensor, ranks: bool, *scales: float | Tensor
+    ) -> tuple[Any, ...]:
         """(similarity of the positives (N,) if it is there, their logits (2N,), the sweep over the
-        negatives)."""
+        negatives, those with other scales)."""
         pos = None if self.dot is None else scale * self.dot
         limit = None
         if ranks:
             both = self.z1, self.z2
             limit = tie_limit(known(pos), *both, scale, self.normalize, self.backend).repeat(2)
-        out = self.sweep_negatives(scale, limit, self.aligned)
-        return self.dot, known(out.partner) if self.aligned else known(pos).repeat(2), out
+        out, *more = self.sweep_negatives((scale, *scales), limit)
+        positive = known(out.partner) if self.aligned else known(pos).repeat(2)
+        return self.dot, positive, out, *more
 
 
 def _log_debiased(log_r: Tensor, log_nu: Tensor, tau_plus: float) -> Tensor:

@@ -1,7 +1,8 @@
 """The primitives of all losses, and the registered operators behind them."""
 
+from .joint import Asked, sweeps
 from .own import count_own
-from .pairs import KeyBias, full_precision, row_dot
+from .pairs import KeyBias, Part, full_precision, row_dot
 from .primitives import (
     checked_operands,
     keeps_frozen_keys,
@@ -22,7 +23,9 @@ from .rowwise import BLOCK_ELEMENTS, can_tie, own_gradient, tied
 __all__ = [
     "BLOCK_ELEMENTS",
     "NAMESPACE",
+    "Asked",
     "KeyBias",
+    "Part",
     "can_tie",
     "checked_operands",
     "class_dot",
@@ -42,6 +45,7 @@ __all__ = [
     "squares",
     "sum_rows",
     "sweep",
+    "sweeps",
     "swept_positives",
     "take_rows",
     "tied",

@@ -24,6 +24,17 @@ from . import registration
 KeyBias: TypeAlias = Callable[[Tensor], Tensor | None]
 
 
+class Part(NamedTuple):
+    """A part of features, along their first axis."""
+
+    of: Tensor
+    where: int | slice
+
+    @property
+    def features(self) -> Tensor:
+        return self.of[self.where]
+
+
 class Pairs(NamedTuple):
     """z_ij = scale <x_i, y_j> + bias_j over the pairs that are kept.
 
@@ -36,7 +47,7 @@ class Pairs(NamedTuple):
     backend: a resolved one. batch: whose rows y are, where ranks share them. together: the rows are
     those of x and then those of y (M, D), in a symmetric matrix as if y were None. aligned: the
     sweep also gives the logits of the rows of x and y that belong together. chunk_bias: with y in
-    chunks, what makes the bias.
+    chunks, what makes the bias. x_part, y_part: what x and y are a part of.
     """
 
     x: Tensor
@@ -51,6 +62,8 @@ class Pairs(NamedTuple):
     together: bool = False
     aligned: bool = False
     chunk_bias: KeyBias | None = None
+    x_part: Part | None = None
+    y_part: Part | None = None
 
     @property
     def keys(self) -> Tensor | NegativeSource | OwnKeys:
@@ -244,8 +257,15 @@ def row_dot(
     return registration.row_dot(backend, x, y.unsqueeze(1), normalize).squeeze(1)
 
 
-def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> Gradients:
-    """The gradients of the operands from those of (lse, mean, col_lse, col_mean)."""
+def softmax_backward(
+    pairs: Pairs,
+    stats: Sweep,
+    grads: Sweep,
+    needs: Needs,
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Gradients:
+    """The gradients of the operands from those of (lse, mean, col_lse, col_mean, partner); `into`
+    as `registration.row_stats_backward` takes it, by a registered operator alone."""
     if pairs.backend == "reference":
         return _dense_backward(pairs, stats, grads, needs)
     empty = pairs.x.new_empty(0, dtype=statistics_dtype(pairs.x))
@@ -258,8 +278,8 @@ def softmax_backward(pairs: Pairs, stats: Sweep, grads: Sweep, needs: Needs) -> 
     out = registration.row_stats_backward(
         pairs.backend, **_operands(pairs), **given, mean_low=stats.mean_low,
         col_mean_low=stats.col_mean_low, grad_lse=grads.lse, grad_mean=grads.mean,
-        grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean, grad_partner=None,
-        normalize=pairs.normalize, needs=list(needs), together=pairs.together,
+        grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean, grad_partner=grads.partner,
+        normalize=pairs.normalize, needs=list(needs), together=pairs.together, into=into,
     )  # fmt: skip
     return Gradients(*out)
 

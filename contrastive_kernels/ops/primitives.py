@@ -29,13 +29,13 @@ from ..types import (
     statistics_dtype,
 )
 from . import chunked, own, pairs, registration, sharded
-from .pairs import KeyBias, Needs, Pairs, row_dot
+from .pairs import KeyBias, Needs, Pairs, Part, row_dot
 from .rowwise import by_rows, can_tie, tied
 
 
 def operands(
-    x: Tensor,
-    y: Tensor | NegativeSource | OwnKeys | None,
+    x: Tensor | Part,
+    y: Tensor | Part | NegativeSource | OwnKeys | None,
     *,
     scale: float | Tensor = 1.0,
     bias: float | Tensor | KeyBias | None = None,
@@ -57,6 +57,9 @@ def operands(
     part of those of a group, of `batch.sizes` rows; statistics of rows are over the keys of all
     ranks, those of this rank's columns over all rows.
     """
+    x_part, y_part = (t if isinstance(t, Part) else None for t in (x, y))
+    x = x.features if isinstance(x, Part) else x
+    y = y.features if isinstance(y, Part) else y
     dtype = statistics_dtype(x)
     if isinstance(scale, Tensor):
         scale = scale.to(device=x.device, dtype=dtype)
@@ -84,8 +87,9 @@ def operands(
     if together:
         y = more
     return Pairs(
-        x, y, scale, bias, exclude, keep, normalize, backend, batch, together, aligned, chunk_bias
-    )
+        x, y, scale, bias, exclude, keep, normalize, backend, batch, together, aligned, chunk_bias,
+        x_part, y_part,
+    )  # fmt: skip
 
 
 def checked_operands(
@@ -143,16 +147,20 @@ def sweep(
         return own.softmax(given, threshold=threshold)
     if isinstance(given.batch, Shards):
         return sharded.softmax(given, mean=mean, columns=columns, threshold=threshold)
-    attend = False
-    y = given.y
-    if not (mean or columns or y is None or y.dim() == 3 or given.together):
-        # the weighted mean of the keys is the gradient of the queries: take it in the same sweep
-        frozen = not (y.requires_grad or _requires_grad(given.bias))
-        attend = not given.aligned and _may_attend(given.x, y, given.backend, frozen)
+    attend = attends(given, mean, columns)
     out = pairs.softmax(given, mean=mean, columns=columns, threshold=threshold, attend=attend)
     return out._replace(
         attended=None, slope=None, lse_low=None, col_lse_low=None, mean_low=None, col_mean_low=None
     )
+
+
+def attends(given: Pairs, mean: bool, columns: bool) -> bool:
+    """Whether the sweep takes the weighted mean of the keys, the queries' gradient, on its way."""
+    y = given.tensor
+    if mean or columns or y is None or y.dim() == 3 or given.together or given.aligned:
+        return False
+    frozen = not (y.requires_grad or _requires_grad(given.bias))
+    return _may_attend(given.x, y, given.backend, frozen)
 
 
 def softplus_sweep(

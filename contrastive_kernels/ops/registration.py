@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import no_second_order, register_rules
+from ..autograd import no_second_order, reaches_kernel, register_rules
 from ..backends import CPU_ERROR, INTERPRETED
 from ..types import statistics_dtype
 
@@ -94,13 +94,28 @@ def call(name: str, backend: str, **arguments: Any) -> Any:
 
 
 def row_stats_backward(
-    backend: str, *, mean_low: Tensor | None, col_mean_low: Tensor | None, **arguments: Any
+    backend: str,
+    *,
+    mean_low: Tensor | None,
+    col_mean_low: Tensor | None,
+    into: Any = (None, None),
+    **arguments: Any,
 ) -> Any:
-    """(dx, dy, dscale, dbias) by name; what is not needed is empty."""
+    """(dx, dy, dscale, dbias) by name; what is not needed is empty. `into`: gradients of x and y,
+    one of both with `together`, to which those are added in place."""
     for side, low in (("", mean_low), ("col_", col_mean_low)):
         grads = arguments[f"grad_{side}lse"], arguments[f"grad_{side}mean"]
         arguments[f"grad_{side}lse"] = exact_mean(*grads, low)
-    out = call("row_stats_backward", backend, **arguments)
+    given = ARGUMENTS["row_stats_backward"](**arguments)
+    kernel = _KERNELS.get(f"row_stats_backward_{backend}")
+    added = any(t is not None for t in into)
+    if not added or kernel is None or not reaches_kernel(given):
+        out = RESULTS["row_stats_backward"](*_CALLS["row_stats_backward", backend](*given))
+        for total, made in zip(into, (out.dx, out.dy), strict=True):
+            if total is not None:
+                total += made
+    else:
+        out = RESULTS["row_stats_backward"](*kernel(*given, into))
     if not arguments["together"]:
         return out
     parts = (

@@ -62,7 +62,7 @@ def _needs_grad(t: Tensor | None) -> bool:
 
 def _row_blocks(x: Tensor, y: Tensor | None) -> list[slice | None]:
     """Blocks of rows; None: all of them."""
-    each = x.shape[1] * (1 if y is None else max(1, y.shape[1]))
+    each = x[0].numel() * (1 if y is None else max(1, y.shape[1]))
     size = max(1, BLOCK_ELEMENTS // each)
     if size >= x.shape[0]:
         return [None]

@@ -69,10 +69,10 @@ class BackwardSweep {
 
   double run() {
     const bool need_u = to_.x != nullptr || to_.scale;
-    const auto shared = [&](bool needed, void* out, Dtype dtype, const Features<T>& f) {
-      return Gradient<T>(needed, out, dtype, f, p_.normalize, p_.scale);
+    const auto shared = [&](bool needed, void* out, Dtype dtype, bool add, const Features<T>& f) {
+      return Gradient<T>(needed, out, dtype, add, f, p_.normalize, p_.scale);
     };
-    Gradient<T> u = shared(need_u, to_.x, a_.x.dtype, p_.x);
+    Gradient<T> u = shared(need_u, to_.x, a_.x.dtype, to_.add_x, p_.x);
     Buffer<double> totals;
     if (to_.bias != nullptr) totals = Buffer<double>(p_.keys, 0.0);
     if (attended()) {
@@ -82,9 +82,20 @@ class BackwardSweep {
         u.finish();
       }
     } else if (p_.paired) {
-      u.start(u.slabs(false)[0]);
-      sweep_pairs(u.rows(), totals);
-      u.finish();
+      if (to_.y != nullptr)  // tiles may be left out
+        clear(static_cast<char*>(to_.y), p_.x.rows() * p_.keys * p_.x.d() * size_of(a_.y.dtype));
+      for (Range slab : u.slabs(true)) {
+        u.start(slab);
+        sweep_pairs(slab, u.rows(), totals);
+        u.finish();
+      }
+    } else if (p_.symmetric && fixed_shift(p_).promising && u.large()) {
+      p_.kept = {};  // of half the matrix
+      for (Range slab : u.slabs(true)) {
+        u.start(slab);
+        sweep_all(slab, {0, p_.keys}, u.rows(), nullptr, nullptr);
+        u.finish();
+      }
     } else if (p_.symmetric) {
       u.start(u.slabs(false)[0]);
       if (fixed_shift(p_).promising)
@@ -93,11 +104,22 @@ class BackwardSweep {
         sweep_half_by_factor(u.rows());
       u.finish();
     } else {
-      Gradient<T> v = shared(to_.y != nullptr, to_.y, a_.y.dtype, p_.y);
+      Gradient<T> v = shared(to_.y != nullptr, to_.y, a_.y.dtype, to_.add_y, p_.y);
       // each sum in full of one side at most, of the shorter one
-      const bool by_rows = u.half() && !(v.half() && p_.keys > p_.x.rows());
+      const bool by_rows = u.apart() && !(v.apart() && p_.keys > p_.x.rows());
       const auto rows = u.slabs(by_rows), keys = v.slabs(!by_rows);
-      if (to_.y == nullptr && to_.bias == nullptr && rows.size() == 1) {
+      if (u.large() && v.large()) {  // one side after the other
+        for (Range slab : u.slabs(true)) {
+          u.start(slab);
+          sweep_all(slab, {0, p_.keys}, u.rows(), nullptr, totals.data());
+          u.finish();
+        }
+        for (Range slab : v.slabs(true)) {
+          v.start(slab);
+          sweep_all({0, p_.x.rows()}, slab, nullptr, v.rows(), nullptr);
+          v.finish();
+        }
+      } else if (to_.y == nullptr && to_.bias == nullptr && rows.size() == 1) {
         u.start(rows[0]);
         sweep_rows(u.rows());
         u.finish();
@@ -186,41 +208,40 @@ class BackwardSweep {
   }
 
   // to_rows (N, D): the sums that add(worker, rows, keys, sums of all rows) makes of each block of
-  // rows; they are 0 before, or null
+  // `all_rows`; they are 0 before, or null
   template <class Add>
-  void sweep_blocks(T* to_rows, Add add) {
+  void sweep_blocks(Range all_rows, T* to_rows, Add add) {
     const auto parts = key_parts(p_);
-    const int64_t count = static_cast<int64_t>(parts.size()), size = p_.x.rows() * p_.x.d();
+    const int64_t count = static_cast<int64_t>(parts.size()), d = p_.x.d();
+    const int64_t size = all_rows.size() * d, before = all_rows.begin * d;
     const bool several = count > 1 && to_rows != nullptr;
     Buffer<T> memory(several ? count * size : 0);
     if (several) clear(memory.data(), count * size);
     Workers<T> workers(p_);
-    for_row_blocks(p_, workers, parts, [&](Worker<T>& w, Range rows, int64_t index) {
-      add(w, rows, parts[index], several ? memory.data() + index * size : to_rows);
+    for_row_blocks(p_, workers, all_rows, parts, [&](Worker<T>& w, Range rows, int64_t index) {
+      add(w, rows, parts[index], several ? memory.data() + index * size - before : to_rows);
     });
-    if (several) add_up(memory.data(), count, size, to_rows);
+    if (several) add_up(memory.data(), count, size, to_rows + before);
   }
 
   void sweep_rows(T* to_rows) {
-    sweep_blocks(to_rows, [&](Worker<T>& w, Range rows, Range keys, T* out) {
+    sweep_blocks({0, p_.x.rows()}, to_rows, [&](Worker<T>& w, Range rows, Range keys, T* out) {
       part(w, rows, keys, false, out, nullptr, nullptr);
     });
   }
 
   // Keys of their own: each block of rows owns all of its pairs, but shares the keys' biases.
-  void sweep_pairs(T* to_rows, Buffer<double>& totals) {
+  void sweep_pairs(Range all_rows, T* to_rows, Buffer<double>& totals) {
     const int64_t blocks = divide_up(p_.x.rows(), p_.block_rows), d = p_.x.d();
     Buffer<double> block_totals(totals.empty() ? 0 : blocks * p_.keys, 0.0);
-    if (to_.y != nullptr)  // tiles may be left out
-      clear(static_cast<char*>(to_.y), p_.x.rows() * p_.keys * d * size_of(a_.y.dtype));
-    sweep_blocks(to_rows, [&](Worker<T>& w, Range rows, Range keys, T* out) {
+    sweep_blocks(all_rows, to_rows, [&](Worker<T>& w, Range rows, Range keys, T* out) {
       double* key_totals = nullptr;
       if (!totals.empty()) key_totals = block_totals.data() + rows.begin / p_.block_rows * p_.keys;
       visit(w, rows, keys, false, key_totals, [&](bool) {
         w.add_to_pairs(out == nullptr ? out : out + w.rows().begin * d, to_.y, a_.y.dtype);
       });
     });
-    if (!totals.empty()) add_up(block_totals.data(), blocks, p_.keys, totals.data());
+    for (int64_t i = 0; i < block_totals.size(); ++i) totals[i % p_.keys] += block_totals[i];
   }
 
   enum Lanes { kLseLanes, kMeanLanes, kGradLseLanes, kGradMeanLanes, kScaleLanes, kValidLanes };
@@ -251,19 +272,20 @@ class BackwardSweep {
     const auto push = [&](bool mirrored) {
       const int64_t first_key = w.keys().begin;
       // a symmetric matrix has its rows' statistics on its columns
-      if (half || keys_.given()) b.key = (half ? rows_ : keys_).from(first_key);
+      const Side<T>& side = p_.symmetric ? rows_ : keys_;
+      if (side.given()) b.key = side.from(first_key);
       if (key_totals != nullptr) b.key_total = key_totals + first_key;
       p_.kernels.backward(w.tile(), fold_, b);
-      if (in_.grad_partner != nullptr) add_partners(w, half, b);
+      if (in_.grad_partner != nullptr) add_partners(w, b);
       use(mirrored);
     };
     for_tiles(p_, w, rows, keys, half, start, push, [](Range) {});
   }
 
-  void add_partners(Worker<T>& w, bool half, const BackwardTile<T>& b) {
+  void add_partners(Worker<T>& w, const BackwardTile<T>& b) {
     const Tile<T>& tile = w.tile();
     w.for_partners([&](int64_t row, int64_t key, int64_t i, int64_t j) {
-      const T grad = in_.grad_partner[row] + (half ? in_.grad_partner[key] : T{0});
+      const T grad = in_.grad_partner[row] + (p_.symmetric ? in_.grad_partner[key] : T{0});
       tile.data[j * tile.ld + i] += grad * b.row_scale[i] * tile.key_scale[j];
       if (b.key_total != nullptr) b.key_total[j] += grad;
     });

@@ -22,12 +22,13 @@ struct BackwardInputs {
 };
 
 // Where gradients go, those of features in their dtypes; null: not needed. With y not given, that
-// of x is whole.
+// of x is whole. add_x, add_y: to what is there, which both may share.
 template <class T>
 struct Gradients {
   void *x = nullptr, *y = nullptr;
   bool scale = false;
   T* bias = nullptr;
+  bool add_x = false, add_y = false;
 };
 
 // Returns the gradient of the scale.

@@ -224,14 +224,17 @@ class ForwardSweep {
   void sweep_rows(Sums& rows, const std::vector<Range>& parts, T* attended,
                   std::optional<double> shift) {
     Workers<T> workers(p_);
-    for_row_blocks(p_, workers, parts, [&](Worker<T>& w, Range row_range, int64_t part) {
-      RowBlock<T> block(p_, w, options_.fold, shift, options_.threshold, options_.partner);
-      T* out = nullptr;
-      if (attended != nullptr) out = attended + (part * p_.x.rows() + row_range.begin) * p_.x.d();
-      for_tiles(
-          p_, w, row_range, parts[part], false, [&](Range) { block.start(); },
-          [&](bool) { block.push(nullptr, false, out); }, [&](Range) { block.finish(rows, part); });
-    });
+    for_row_blocks(
+        p_, workers, {0, p_.x.rows()}, parts, [&](Worker<T>& w, Range row_range, int64_t part) {
+          RowBlock<T> block(p_, w, options_.fold, shift, options_.threshold, options_.partner);
+          T* out = nullptr;
+          if (attended != nullptr)
+            out = attended + (part * p_.x.rows() + row_range.begin) * p_.x.d();
+          for_tiles(
+              p_, w, row_range, parts[part], false, [&](Range) { block.start(); },
+              [&](bool) { block.push(nullptr, false, out); },
+              [&](Range) { block.finish(rows, part); });
+        });
   }
 
   // a + b, and what rounding took from it, which of large logits is more than exp can bear

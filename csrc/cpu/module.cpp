@@ -93,8 +93,8 @@ std::unique_ptr<Keeper> forward(const PairTuple& pairs, int fold, bool keep,
 
 // lse, low, mean, grad_lse, grad_mean
 using UpstreamTuple = std::tuple<Address, Address, Address, Address, Address>;
-// x, y, whether scale, bias
-using GradientTuple = std::tuple<Address, Address, bool, Address>;
+// the fields of Gradients
+using GradientTuple = std::tuple<Address, Address, bool, Address, bool, bool>;
 
 double backward(const PairTuple& pairs, bool softplus, const UpstreamTuple& rows,
                 const UpstreamTuple& columns, Address attended, Address partner,
@@ -105,11 +105,11 @@ double backward(const PairTuple& pairs, bool softplus, const UpstreamTuple& rows
       const auto [lse, low, mean, grad_lse, grad_mean] = from;
       return Upstream<T>{at<T>(lse), at<T>(low), at<T>(mean), at<T>(grad_lse), at<T>(grad_mean)};
     };
-    const auto [x, y, scale, bias] = to;
+    const auto [x, y, scale, bias, add_x, add_y] = to;
     return backward_sweep<T>(
         pair_arguments<T>(pairs),
         {softplus, upstream(rows), upstream(columns), at<T>(attended), at<T>(partner)},
-        {at<void>(x), at<void>(y), scale, at<T>(bias)});
+        {at<void>(x), at<void>(y), scale, at<T>(bias), add_x, add_y});
   });
 }
 

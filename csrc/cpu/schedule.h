@@ -41,13 +41,13 @@ class Workers {
   std::vector<std::unique_ptr<Worker<T>>> workers_;
 };
 
-// visit(worker, rows, part) for every block of rows and every part of the keys; blocks are
+// visit(worker, rows, part) for every block of `all_rows` and every part of the keys; blocks are
 // independent. The keys are cut only where there are fewer blocks than threads.
 template <class T, class Visit>
-void for_row_blocks(const Problem<T>& problem, Workers<T>& workers,
+void for_row_blocks(const Problem<T>& problem, Workers<T>& workers, Range all_rows,
                     const std::vector<Range>& key_parts, Visit visit) {
   const auto blocks =
-      cut(problem.x.rows(), divide_up(problem.x.rows(), problem.block_rows), problem.block_rows);
+      cut(all_rows, divide_up(all_rows.size(), problem.block_rows), problem.block_rows);
   const int64_t parts = static_cast<int64_t>(key_parts.size());
   parallel_for(0, static_cast<int64_t>(blocks.size()) * parts, 1, [&](int64_t b, int64_t e) {
     for (int64_t task = b; task < e; ++task)

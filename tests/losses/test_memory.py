@@ -18,10 +18,19 @@ from contrastive_kernels.ops import rowwise
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built here")
 
 FEATURES = {"D": 16384, "G": 16384, "K": 1}
-COPY = torch.float32.itemsize * FEATURES["D"]  # a vector in the type of the statistics
 # Losses that hold more: docs/design.md says what.
-MORE = ("w_mse", "intl", "gist", "clip_distill", "cpc", "hcl", "mnrl", "cacr_views")
-BATCH = [row.name for row in LOSSES if row.name not in MORE]
+MORE = ("w_mse", "intl", "gist", "clip_distill", "cpc")
+SEVERAL = (
+    "info_nce both symmetric margin", "mnrl harder", "mnrl one document, harder", "mnrl defaults",
+    "hcl hard", "cacr rbf", "cacr rbf detached", "cacr_views rbf",
+)  # fmt: skip
+ONE_SWEEP = [row.name for row in LOSSES if row.name not in (*MORE, "mnrl", "hcl", "cacr_views")]
+LONG = 2**16  # features of 130 rows: more than there are sums of one side apart from gradients
+ADDED = ("info_nce both symmetric margin", "mnrl harder", "hcl", "cacr rbf", "cacr_views two")
+HALF = {
+    "info_nce": torch.bfloat16, "clip_loss": torch.float16, "nt_xent": torch.bfloat16,
+    "sup_con": torch.float16, "mnrl": torch.bfloat16,
+}  # fmt: skip
 KEYS = [
     name
     for name in ("info_nce shared", "info_nce frozen", "info_nce shared bias", "rince shared",
@@ -38,12 +47,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def copies(name: str, letter: str, sizes: tuple[int, int], dtype: torch.dtype) -> float:
+def copies(
+    name: str, letter: str, sizes: tuple[int, int], dtype: torch.dtype, dim: int = FEATURES["D"]
+) -> float:
     """Of a vector, for each one more of the rows that a letter stands for."""
     row, case = CASES[name]
 
     def peak(size: int) -> int:
-        given = tensors(case, dtype=dtype, **{**FEATURES, letter: size})
+        given = tensors(case, dtype=dtype, **{**FEATURES, "D": dim, letter: size})
         leaves = [t for t in given.values() if t.requires_grad]
 
         def step():
@@ -52,13 +63,37 @@ def copies(name: str, letter: str, sizes: tuple[int, int], dtype: torch.dtype) -
         return peak_of(step)
 
     few, many = sizes
-    return (peak(many) - peak(few)) / (many - few) / COPY
+    return (peak(many) - peak(few)) / (many - few) / (torch.float32.itemsize * dim)
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", BATCH)
+@pytest.mark.parametrize("name", ONE_SWEEP)
 def test_no_copy_of_the_batch(name):
     assert copies(name, "N", (130, 180), torch.float32) < 0.02
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in ADDED), *HALF.items()]
+)
+def test_no_copy_of_a_batch_whose_gradients_are_added_or_rounded(name, dtype):
+    assert copies(name, "N", (130, 150), dtype, LONG) < 0.02
+
+
+@pytest.mark.parametrize("name", ["clip_loss", "hcl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_in_slabs_are_those_of_the_reference(name, dtype):
+    given = loss_calls.inputs(name, dtype, N=130, D=LONG)
+    wide = [t.detach().float().requires_grad_(t.requires_grad) for t in given]
+
+    def made(backend, tensors):
+        loss = loss_calls.ours(name, backend=backend)(*tensors)
+        return torch.autograd.grad(loss, [t for t in tensors if t.requires_grad])
+
+    for a, b in zip(made("cpu", given), made("reference", wide), strict=True):
+        rounded = 0 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
+        error = (a.float() - b).abs().max()
+        assert error <= (2e-5 + rounded) * b.abs().max()
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -69,7 +104,7 @@ def test_no_copy_of_the_keys(name, dtype):
     assert copies(name, "M", (300, 600), dtype) < 0.02
 
 
-@pytest.mark.parametrize("name", [*loss_calls.FIRST.values(), "cacr on the plane", "mnrl defaults"])
+@pytest.mark.parametrize("name", [*loss_calls.FIRST.values(), "cacr on the plane", *SEVERAL])
 def test_blocks_change_nothing(name, monkeypatch):
     if "cpu" not in loss_calls.backends(name):
         pytest.skip("not of this backend")
