@@ -45,7 +45,7 @@ def view_distances(
 ) -> tuple[Tensor, list[Tensor | Part]]:
     """(the squared distances (N, P) of pairs of the views (V, N, D), the views likewise)."""
     if normalize and can_tie(backend, views, smallest=0):
-        every, tied_views, _ = tied(_ViewDistances(pairs), views.transpose(0, 1))
+        every, tied_views, _ = tied(_ViewDistances(pairs, backend), views.transpose(0, 1))
         whole = tied_views.transpose(0, 1)
         return every, [Part(whole, i) for i in range(len(whole))]
     z, found = list(views.unbind()), []
@@ -167,15 +167,16 @@ class _ViewDistances(NamedTuple):
     """Those of pairs of the normalised views (N, V, D) of each row."""
 
     pairs: list[tuple[int, int]]
+    backend: str
 
     def values(self, x: Tensor, y: Tensor | None) -> Tensor:
-        local = _Distances(True)
+        local = _Distances(True, self.backend)
         return torch.cat([local.values(x[:, i], x[:, j : j + 1]) for i, j in self.pairs], 1)
 
     def gradients(
         self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        local, total = _Distances(True), None
+        local, total = _Distances(True, self.backend), None
         for p, (i, j) in enumerate(self.pairs):
             of_i, of_j = local.gradients(
                 x[:, i], x[:, j : j + 1], values[:, p : p + 1], grad[:, p : p + 1], (True, True)
