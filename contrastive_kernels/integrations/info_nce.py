@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -14,21 +15,27 @@ PEER = Peer("info_nce", "info-nce-pytorch", ("0.1", "0.2"))
 peer: Any = PEER.load("info_nce")
 
 
-@PEER.fused(peer, "info_nce", own=Own(peer, "normalize", "transpose"))
-def info_nce(
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor | None = None,
-    temperature: float = 0.1,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
-) -> Tensor | Unfused:
+SIGNATURE = inspect.signature(peer.info_nce)
+# of the class too: temperature (tau in 0.1.0), reduction since 0.1.3, negative_mode since 0.1.4
+OPTIONS = list(SIGNATURE.parameters)[3:]
+_HELPERS = [name for name in ("normalize", "transpose") if hasattr(peer, name)]  # since 0.1.1
+
+
+@PEER.fused(peer, "info_nce", own=Own(peer, *_HELPERS))
+def info_nce(*args: Any, **kwargs: Any) -> Tensor | Unfused:
     """The peer's `info_nce`, fused; negatives (M, D) "unpaired" or (N, M, D) "paired"."""
+    given = SIGNATURE.bind(*args, **kwargs)
+    given.apply_defaults()
+    query, positive_key, negative_keys, temperature, *more = given.args
+    reduction = more[0] if "reduction" in OPTIONS else "mean"
+    negative_mode = more[1] if "negative_mode" in OPTIONS else "unpaired"
     reason = one_entry(temperature=temperature)
     if reason is not None:
         return Unfused(reason)
     dims = {"unpaired": 2, "paired": 3}.get(negative_mode)
     if negative_keys is None:
+        if "tau" in OPTIONS:
+            return Unfused("no negatives are given")
         if len(query) == 1:
             return Unfused("a batch of one has no negatives")
     elif negative_keys.dim() != dims:
@@ -44,7 +51,5 @@ class InfoNCE(peer.InfoNCE):
     def forward(
         self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None
     ) -> Tensor:
-        return info_nce(
-            query, positive_key, negative_keys, temperature=self.temperature,
-            reduction=self.reduction, negative_mode=self.negative_mode,
-        )  # fmt: skip
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return info_nce(query, positive_key, negative_keys, **options)

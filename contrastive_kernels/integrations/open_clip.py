@@ -5,7 +5,7 @@ Over several processes each loss has the value and gradients of open_clip's swit
 `grad_scale="exact"`, an option of ours, those of one process with the whole batch, whatever the
 switches say (gradients after DDP's mean). docs/integrations.md has the table.
 
-The version range is that of the sources compared; their losses are the same line by line.
+Since 2.32 ClipLoss takes a logit_bias; else the losses of all versions are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ._own import Own, one_entry
 from ._ranks import group_if, own_clip_loss, own_mean, whole_loss_inputs
 from .swap import Peer, Unfused, check_option
 
-PEER = Peer("open_clip", "open_clip_torch", ("3.0", "3.4"))
+PEER = Peer("open_clip", "open_clip_torch", ("2.30", "3.4"))
+HAS_BIAS = PEER.since("2.32")
 peer: Any = PEER.load("open_clip.loss")
 
 C = TypeVar("C", bound=type)
@@ -56,6 +57,11 @@ def _clip(
     logit_bias: float | Tensor | None = None,
     output_dict: bool = False,
 ) -> LossOrDict:
+    if not HAS_BIAS and logit_bias is not None:
+        if not isinstance(logit_bias, bool):
+            return Unfused("ClipLoss has no logit_bias before 2.32")
+        output_dict = logit_bias  # the fourth argument
+        logit_bias = None
     reason = _reason(self, logit_scale=logit_scale, logit_bias=logit_bias)
     reason = reason or _no_negatives(self, image_features)
     if reason is not None:

@@ -26,7 +26,7 @@ from ._own import Own, one_entry
 from ._pml_pairs import Candidates, LabelPairs
 from .swap import Peer, Unfused
 
-PEER = Peer("pytorch_metric_learning", "pytorch-metric-learning", ("2.9", "2.10"))
+PEER = Peer("pytorch_metric_learning", "pytorch-metric-learning", ("2.6", "2.10"))
 peer: Any = PEER.load("pytorch_metric_learning.losses")
 distances: Any = PEER.load("pytorch_metric_learning.distances")
 reducers: Any = PEER.load("pytorch_metric_learning.reducers")
@@ -60,10 +60,10 @@ def _loss(owner: type, method: str, *names: str, beside: Own) -> Own:
 
 
 NT_XENT = _loss(peer.NTXentLoss, "pair_based_loss", beside=Own(pairs_of, *_PAIRS))
+_CHECKS = ("_assert_either_pos_or_neg",) if PEER.since("2.9") else ()
 SUP_CON = _loss(
-    peer.SupConLoss, "mat_based_loss", "_assert_either_pos_or_neg",
-    beside=Own(pairs_of, *_PAIRS, "logsumexp"),
-)  # fmt: skip
+    peer.SupConLoss, "mat_based_loss", *_CHECKS, beside=Own(pairs_of, *_PAIRS, "logsumexp")
+)
 
 
 def _reduces(name: str, *names: str, **options: tuple) -> Own:

@@ -195,9 +195,15 @@ class Peer:
             found = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError as error:
             raise ImportError(f"{needs}, which is not installed") from error
-        if not _release(versions[0]) <= _release(found) < _release(versions[1]):
+        self._release = release(found)
+        if not release(versions[0]) <= self._release < release(versions[1]):
             raise ImportError(f"{needs}, found {found}")
         _imported[module] = self.swaps
+
+    def since(self, version: str) -> bool:
+        """Whether the installed one is `version` or newer: what older ones have is written beside
+        what newer ones have."""
+        return self._release >= release(version)
 
     def load(self, module: str) -> Any:
         """A module of the peer, whose classes are bases of ours."""
@@ -227,7 +233,8 @@ class Peer:
         return decorate
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """(1, 5, 20) of "1.5.20", also of "1.5.20rc1"."""
     numbers = known(re.match(r"\d+(\.\d+)*", version))[0]
     return tuple(int(part) for part in numbers.split("."))
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Sequence
 
 import torch
 from oracles import DOUBLE, randn, rms
 from torch import Tensor, nn
 
+from contrastive_kernels.integrations.swap import release
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def since(distribution: str, version: str) -> bool:
+    """Whether a package is installed in `version` or a newer one, or is not there."""
+    try:
+        found = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return release(found) >= release(version)
 
 
 def clustered(*shape: int, seed: int = 0, spread: float = 0.5) -> Tensor:

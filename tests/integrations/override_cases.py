@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from conformance import since
 from oracles import DOUBLE, randn
 from torch import nn
 
@@ -20,6 +21,8 @@ HOME = {
     "pytorch_metric_learning": "pytorch_metric_learning.losses",
     "sentence_transformers": "sentence_transformers.sentence_transformer.losses",
 }
+if not since("sentence-transformers", "5.4"):
+    HOME["sentence_transformers"] = "sentence_transformers.losses"
 
 
 class Case(NamedTuple):
@@ -233,10 +236,12 @@ CASES = [
     Case(S, "MultipleNegativesRankingLoss", "scale has more than one entry",
          put(scale=randn(N, 1).exp())),
     Case(S, "GISTEmbedLoss", None),
-    Case(S, "GISTEmbedLoss", None, guide_entropy(reduction="sum")),
-    Case(S, "GISTEmbedLoss", None, guide_entropy(reduction="none")),
-    Case(S, "GISTEmbedLoss", "cross_entropy_loss.label_smoothing is 0.2",
-         guide_entropy(label_smoothing=0.2)),
+    *[
+        Case(S, "GISTEmbedLoss", None, guide_entropy(reduction="sum")),
+        Case(S, "GISTEmbedLoss", None, guide_entropy(reduction="none")),
+        Case(S, "GISTEmbedLoss", "cross_entropy_loss.label_smoothing is 0.2",
+             guide_entropy(label_smoothing=0.2)),
+    ] * since("sentence-transformers", "5.1"),
     Case(S, "GISTEmbedLoss", "the similarity_fct is DotProduct",
          put(similarity_fct=DotProduct)),
     Case(S, "GISTEmbedLoss", "similarity_fct.eps is 9.0", put(similarity_fct__eps=9.0)),

@@ -9,6 +9,7 @@ from oracles import randn
 pytest.importorskip("lightly")
 from conformance import assert_conforms, clustered  # noqa: E402
 from lightly import loss as peer  # noqa: E402
+from lightly.loss import wmse_loss as whitened  # noqa: E402
 
 from contrastive_kernels.integrations import lightly as fused  # noqa: E402
 
@@ -91,3 +92,85 @@ def test_dcl(shape, temperature, name, options):
         assert torch.equal(value, getattr(peer, name)(**options)(*views(*shape)))
         return
     assert_conforms(getattr(fused, name)(**options), getattr(peer, name)(**options), views(*shape))
+
+
+needs_w_mse = pytest.mark.skipif(
+    not fused.PEER.since("1.6"), reason="before 1.6 the package's own constructor raises"
+)
+
+
+def running(loss: torch.nn.Module) -> list[torch.Tensor]:
+    return [buffer.clone() for buffer in loss.buffers()]
+
+
+@needs_w_mse
+@pytest.mark.parametrize(
+    ("shape", "count", "iterations", "options"),
+    [
+        ((12, 3), 2, 1, {}),
+        ((24, 5), 3, 2, {"eps": 0.1, "momentum": 0.3}),
+        ((36, 6), 2, 4, {"track_running_stats": False}),
+    ],
+)
+def test_w_mse(shape, count, iterations, options):
+    """With the package's permutations, and its running statistics afterwards."""
+    n, dim = shape
+    options = options | {"embedding_dim": dim, "w_size": 12, "w_iter": iterations}
+    losses = [m.WMSELoss(num_samples=count, **options).double() for m in (fused, whitened)]
+
+    def drawn(loss):
+        def call(x):
+            torch.manual_seed(3)
+            return loss(x)
+
+        return call
+
+    inputs = [torch.cat([clustered(n, dim, seed=seed) for seed in range(count)])]
+    calls = fused_calls("WMSELoss")
+    assert_conforms(*map(drawn, losses), inputs, bfloat16=False)
+    assert fused_calls("WMSELoss") == calls + 2
+    ours, theirs = map(running, losses)
+    assert len(ours) == (2 if options.get("track_running_stats", True) else 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@needs_w_mse
+@pytest.mark.parametrize("options", [{}, {"eps": 0.1, "momentum": 0.5}])
+@pytest.mark.filterwarnings("error:.*runs unfused")
+def test_whitening(options):
+    layers = [m.Whitening2d(6, **options).double() for m in (fused, whitened)]
+    assert_conforms(*layers, [clustered(19, 6)], bfloat16=False)
+    torch.testing.assert_close(*map(running, layers), rtol=1e-5, atol=1e-6)
+    x = clustered(4, 6, seed=2)  # of running statistics, which need no groups
+    torch.testing.assert_close(*(layer.eval()(x) for layer in layers), rtol=1e-5, atol=1e-6)
+
+
+@needs_w_mse
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+def test_w_mse_runs_unfused():
+    def values(n: int, evaluate: bool = False, **options) -> list[torch.Tensor]:
+        out = []
+        for module in (fused, whitened):
+            loss = module.WMSELoss(embedding_dim=3, w_size=6, **options).double()
+            loss.train(not evaluate)
+            torch.manual_seed(0)
+            out.append(loss(clustered(n, 3)))
+        return out
+
+    calls = fused_calls("WMSELoss")
+    torch.testing.assert_close(*values(24, evaluate=True), rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(
+        *values(24, loss_fn=torch.nn.functional.mse_loss), rtol=1e-9, atol=0.0
+    )
+    for n, error, message in [
+        (25, RuntimeError, "divisible by num_samples"),
+        (8, ValueError, "greater than or equal to w_size"),
+        (26, RuntimeError, "invalid for input of size"),
+    ]:
+        with pytest.raises(error, match=message):
+            values(n)
+    assert fused_calls("WMSELoss") == calls
+
+
+def fused_calls(title: str) -> int:
+    return next(swap for swap in fused.PEER.swaps if swap.title == title).fused_calls

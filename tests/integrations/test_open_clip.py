@@ -17,6 +17,9 @@ SHAPES = [(1, 8), (2, 1), (5, 3), (37, 16)]
 TEMPERATURES = [1.0, 0.07, 0.01]
 parametrize = pytest.mark.parametrize("shape", SHAPES, ids=str)
 parametrize_temperature = pytest.mark.parametrize("temperature", TEMPERATURES)
+# scalars after the scale
+BIAS = {"ClipLoss": (-1.0,) if fused.HAS_BIAS else (), "SigLipLoss": (-1.0,)}
+with_bias = pytest.mark.skipif(not fused.HAS_BIAS, reason="ClipLoss has a logit_bias since 2.32")
 may_run_unfused = pytest.mark.filterwarnings("ignore:.*runs unfused")
 
 
@@ -100,14 +103,15 @@ def test_coca(shape):
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
 def test_numbers_and_tensors_of_one_entry(name, scale, bias):
     """The bias cancels in CLIP's softmax, and has a gradient of 0."""
-    inputs = [*features(11, 5), *(t for t in (scale, bias) if isinstance(t, torch.Tensor))]
+    scalars = (scale, bias) if BIAS[name] else (scale,)
+    inputs = [*features(11, 5), *(t for t in scalars if isinstance(t, torch.Tensor))]
 
     def call(cls):
         loss = cls()
 
         def with_numbers(images, texts, *tensors):
             tensors = iter(tensors)
-            picked = [next(tensors) if isinstance(t, torch.Tensor) else t for t in (scale, bias)]
+            picked = [next(tensors) if isinstance(t, torch.Tensor) else t for t in scalars]
             return loss(images, texts, *picked)
 
         return with_numbers
@@ -117,6 +121,7 @@ def test_numbers_and_tensors_of_one_entry(name, scale, bias):
     assert_conforms(call(getattr(fused, name)), call(getattr(peer, name)), inputs, bfloat16=half)
 
 
+@with_bias
 def test_a_bias_keeps_its_gradient():
     bias = torch.zeros(1, requires_grad=True)
     fused.ClipLoss()(*(t.float() for t in features(5, 3)), 14.3, bias).backward()
@@ -128,7 +133,7 @@ def test_output_dict():
     teacher = features(7, 6, seed=2)
     logits, labels = randn(7, 4, 9, seed=3), torch.ones(7, 4, dtype=torch.long)
     calls = [
-        ("ClipLoss", {}, (images, texts, 14.3, None)),
+        ("ClipLoss", {}, (images, texts, 14.3)),
         ("SigLipLoss", {}, (images, texts, 14.3, -10.0)),
         ("DistillClipLoss", {}, (images, texts, 14.3, *teacher, 20.0)),
         (
@@ -137,6 +142,11 @@ def test_output_dict():
             (images, texts, logits, labels, 14.3),
         ),
     ]
+    if not fused.HAS_BIAS:  # output_dict comes fourth
+        ours, theirs = (module.ClipLoss()(images, texts, 14.3, True) for module in (fused, peer))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0.0)
+        with pytest.raises(TypeError, match="logit_bias"):
+            fused.ClipLoss()(images, texts, 14.3, logit_bias=-1.0)
     for name, options, inputs in calls:
         got, wanted = (
             getattr(module, name)(**options)(*inputs, output_dict=True) for module in (fused, peer)
@@ -188,7 +198,7 @@ def test_bfloat16_near_convergence():
 def test_half_features_with_a_float32_scale_of_one_entry(name):
     """The peer raises."""
     images, texts = (t.bfloat16() for t in features(7, 5))
-    inputs = images, texts, torch.full((1,), 14.3), torch.zeros(1)
+    inputs = images, texts, torch.full((1,), 14.3), *(torch.zeros(1) for _ in BIAS[name])
     with pytest.raises(RuntimeError):
         getattr(peer, name)()(*inputs)
     wanted = getattr(peer, name)()(*(t.double() for t in inputs))
@@ -210,7 +220,7 @@ def test_one_pair():
 def test_features_that_are_no_pairs(name):
     """The peer broadcasts one text to all images in SigLipLoss."""
     with pytest.raises(ValueError, match="must have the same number of rows, got 5 and 1"):
-        getattr(fused, name)()(randn(5, 3), randn(1, 3), 14.3, -10.0)
+        getattr(fused, name)()(randn(5, 3), randn(1, 3), 14.3, *BIAS[name])
 
 
 class OtherLogits(fused.ClipLoss):
@@ -242,10 +252,10 @@ TEACHER = (*features(5, 4, seed=2), 20.0)
             fused.ClipLoss(), "ClipLoss.forward", (randn(5, 1),),
             "logit_scale has more than one entry",
         ),
-        (
+        *[(
             fused.ClipLoss(), "ClipLoss.forward", (14.3, randn(5)),
             "logit_bias has more than one entry",
-        ),
+        )] * fused.HAS_BIAS,
         (
             fused.SigLipLoss(), "SigLipLoss.forward", (14.3, randn(5, 1)),
             "logit_bias has more than one entry",
@@ -270,7 +280,7 @@ def test_falls_back(loss, label, inputs, reason):
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss", "DistillClipLoss"])
 @pytest.mark.filterwarnings("ignore:.*runs unfused")
 def test_without_a_process_group_the_peers_code_and_its_error(name):
-    inputs = TEACHER if name == "DistillClipLoss" else (-10.0,)
+    inputs = BIAS.get(name, TEACHER)
     reason = "rank and world_size are not those of the default process group"
     before = swap(f"{name}.forward").fallbacks[reason]
     with pytest.raises(ValueError, match="Default process group has not been initialized"):
@@ -328,6 +338,7 @@ def test_patch_serves_coca():
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
 def test_compiles_in_one_graph(name):
     loss = getattr(fused, name)()
-    inputs = [*(t.float() for t in features(7, 5)), torch.tensor(14.3), torch.tensor(-1.0)]
+    inputs = [*(t.float() for t in features(7, 5)), torch.tensor(14.3)]
+    inputs += [torch.tensor(bias) for bias in BIAS[name]]
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), loss(*inputs))

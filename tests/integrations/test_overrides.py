@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import clustered, run
+from conformance import clustered, run, since
 from oracles import DOUBLE, randn
 from override_cases import CASES, DIM, HOME, C, Case, L, N, P, S
 from torch import nn
@@ -143,19 +144,19 @@ def test_an_override_changes_something(case):
 
 
 MONKEYS = [
-    (L, "DCLLoss", "lightly.loss.DCLLoss._loss", "_loss is overridden"),
-    (L, "NTXentLoss", "torch.nn.CrossEntropyLoss.forward", "cross_entropy.forward is overridden"),
-    (L, "DCLLoss", "lightly.utils.dist.world_size", "world_size is overridden"),
-    (C, "ClipLoss", "open_clip.loss.ClipLoss.get_logits", "get_logits is overridden"),
-    (C, "ClipLoss", "open_clip.loss.gather_features", "gather_features is overridden"),
-    (P, "SupConLoss", "pytorch_metric_learning.distances.DotProductSimilarity.compute_mat",
+    (L, "DCLLoss", "lightly.loss:DCLLoss._loss", "_loss is overridden"),
+    (L, "NTXentLoss", "torch.nn:CrossEntropyLoss.forward", "cross_entropy.forward is overridden"),
+    (L, "DCLLoss", "lightly.utils.dist:world_size", "world_size is overridden"),
+    (C, "ClipLoss", "open_clip.loss:ClipLoss.get_logits", "get_logits is overridden"),
+    (C, "ClipLoss", "open_clip.loss:gather_features", "gather_features is overridden"),
+    (P, "SupConLoss", "pytorch_metric_learning.distances:DotProductSimilarity.compute_mat",
      "distance.compute_mat is overridden"),
-    (P, "SupConLoss", "pytorch_metric_learning.utils.loss_and_miner_utils.logsumexp",
+    (P, "SupConLoss", "pytorch_metric_learning.utils.loss_and_miner_utils:logsumexp",
      "logsumexp is overridden"),
-    (S, "GISTEmbedLoss", HOME[S] + ".GISTEmbedLoss.sim_matrix", "sim_matrix is overridden"),
-    (S, "MultipleNegativesRankingLoss",
-     "sentence_transformers.sentence_transformer.losses.multiple_negatives_ranking.get_rank",
-     "get_rank is overridden"),
+    (S, "GISTEmbedLoss", HOME[S] + ":GISTEmbedLoss.sim_matrix", "sim_matrix is overridden"),
+    *[(S, "MultipleNegativesRankingLoss",
+       "sentence_transformers.sentence_transformer.losses.multiple_negatives_ranking:get_rank",
+       "get_rank is overridden")] * since("sentence-transformers", "6.0"),
 ]  # fmt: skip
 
 
@@ -165,7 +166,12 @@ def test_what_is_replaced_in_the_package_counts(peer, name, path, reason, monkey
     home = importlib.import_module(HOME[peer])
     ours = importlib.import_module(f"contrastive_kernels.integrations.{peer}")
     original = pkgutil.resolve_name(path)
-    monkeypatch.setattr(path, lambda *args, **options: doubled_or_same(original(*args, **options)))
+    of, name_of = re.fullmatch(r"(.+)[.:](\w+)", path).groups()
+
+    def changed(*args, **options):
+        return doubled_or_same(original(*args, **options))
+
+    monkeypatch.setattr(pkgutil.resolve_name(of), name_of, changed)
     case = Case(peer, name, reason)
     wanted = outcome(case, home)[0]
     with patched(peer):

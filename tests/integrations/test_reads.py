@@ -4,9 +4,12 @@ reads too, or has to be the package's own (`Own`); or it is named here, with the
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
+from matrix import PACKAGES
 from reading import Reads, attributes_of, named
 from torch import nn
 
@@ -25,12 +28,15 @@ STATS = "statistics, without which alone it runs fused"
 EXACT = "of rounding, which the integration's module describes"
 MOVES = "moves tensors between devices or types"
 MINI = "mini-batches, which the fused form does not need"
+OLDER = "only in versions before the pinned one"
 UTILS = "pytorch_metric_learning.utils."  # left out below
 HARMLESS = {
     "lightly": {
         "memory_bank._dequeue_and_enqueue": KEPT,
         "memory_bank.bank_ptr": KEPT,
         "lightly.models.utils:concat_all_gather": KEPT,
+        "memory_bank._init_memory_bank": OLDER,
+        "num_pairs": "that of num_samples",
     },
     "open_clip": {
         "labels": CACHE,
@@ -75,6 +81,10 @@ def sample(owner: Any) -> Any:
         return owner(loss, 4) if name == "CrossBatchMemory" else owner(loss)
     if "Ranking" in name:
         return owner(nn.Sequential(nn.Identity()))
+    if name in ("Whitening2d", "WMSELoss"):
+        # before 1.6 it is looked for as a module, and not found
+        importlib.import_module("lightly.loss.wmse_loss")._SOLVE_TRIANGULAR_AVAILABLE = True
+        return owner(3)
     if "GISTEmbed" not in name and not name.endswith("Model"):
         return owner()
     thing = owner.__new__(owner)  # no model is at hand: what the constructor makes of parts
@@ -92,6 +102,13 @@ def uncovered(swap: Any, own: Any) -> set[str]:
     }  # fmt: skip
 
 
+def is_pinned(peer: str) -> bool:
+    """Whether the package is installed in the version of requirements-peers.txt."""
+    name = PACKAGES[peer].distribution
+    pins = (Path(__file__).parents[2] / "requirements-peers.txt").read_text().split()
+    return f"{name}=={importlib.metadata.version(name)}" in pins
+
+
 def swaps_of(peer: str) -> list[Any]:
     pytest.importorskip(peer)
     return importlib.import_module(f"contrastive_kernels.integrations.{peer}").PEER.swaps
@@ -104,7 +121,8 @@ def test_all_that_a_package_reads_is_covered(peer):
         names = {name.removeprefix(UTILS) for name in uncovered(swap, swap.own)}
         assert names <= set(harmless), swap.label
         met |= names
-    assert met == set(harmless)
+    if is_pinned(peer):
+        assert met == {name for name, reason in harmless.items() if reason != OLDER}
 
 
 @pytest.mark.parametrize("peer", PEERS)
