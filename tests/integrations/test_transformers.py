@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections import Counter
 
@@ -27,6 +28,7 @@ from contrastive_kernels.integrations import transformers as fused  # noqa: E402
 
 PEERS = {"CLIPModel": CLIPModel, "SiglipModel": SiglipModel, "Siglip2Model": Siglip2Model}
 CONFIGS = {"CLIPModel": CLIPConfig, "SiglipModel": SiglipConfig, "Siglip2Model": Siglip2Config}
+pytestmark = pytest.mark.usefixtures("default_dtype_double")
 LENGTH, PATCHES, VOCABULARY = 6, 4, 30
 LOGITS = ("logits_per_image", "logits_per_text")
 parametrize_model = pytest.mark.parametrize("name", PEERS)
@@ -82,7 +84,7 @@ class Given(nn.Module):
 
     def forward(self, input_ids=None, pixel_values=None, **kwargs):
         features = pixel_values if input_ids is None else input_ids
-        return BaseModelOutputWithPooling(pooler_output=features)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
 
 
 def loss_of_features(cls: type, name: str, learned: bool = True):
@@ -145,6 +147,9 @@ def test_whole_model(name):
 def test_options_reach_the_towers(name):
     _, output, _ = step(getattr(fused, name), name, output_hidden_states=True)
     _, wanted, _ = step(PEERS[name], name, output_hidden_states=True)
+    if wanted.text_model_output.hidden_states is None:
+        assert output.text_model_output.hidden_states is None
+        pytest.skip("the package's own SigLIP keeps none in this version")
     states = output.text_model_output.hidden_states, output.vision_model_output.hidden_states
     assert all(len(s) == 2 for s in states)
     torch.testing.assert_close(states[0], wanted.text_model_output.hidden_states)
@@ -161,6 +166,10 @@ def test_tuples(name, where):
             return net(**batch(name, 5), return_loss=True)
         return net(**batch(name, 5), return_loss=True, return_dict=False)
 
+    try:
+        output(PEERS[name])
+    except AttributeError:  # of a tuple that the model's own forward gets from its towers
+        pytest.skip("the package's own model raises")
     ours = output(getattr(fused, name))
     wanted = model(PEERS[name], name)(**batch(name, 5), return_loss=True).to_tuple()
     assert isinstance(ours, tuple) and len(ours) == len(wanted) - len(LOGITS)
@@ -223,14 +232,12 @@ def test_what_is_no_batch_of_pairs_runs_unfused(name):
 
 @parametrize_model
 def test_features_of_zero(name):
-    """The peer divides by their norm."""
-    texts, images = randn(5, 3), randn(5, 3, seed=1)
-    texts[2] = 0.0
+    """The peer divides by their norm, and so does its forward here."""
+    texts, images = randn(5, 3).requires_grad_(), randn(5, 3, seed=1)
+    texts.data[2] = 0.0
     scalars = [torch.ones(1, dtype=DOUBLE)] * 2
-    assert loss_of_features(PEERS[name], name)(texts, images, *scalars).isnan()
-    texts.requires_grad_()
-    loss = loss_of_features(getattr(fused, name), name)(texts, images, *scalars)
-    assert loss.isfinite() and torch.autograd.grad(loss, texts)[0].isfinite().all()
+    for cls in (PEERS[name], getattr(fused, name)):
+        assert loss_of_features(cls, name)(texts, images, *scalars).isnan()
 
 
 def assert_as_the_peer(name, change):
@@ -255,6 +262,8 @@ def assert_as_the_peer(name, change):
 @parametrize_model
 def test_features_of_a_users_own(name):
     """CLIP's forward calls them, without arguments that nobody gave; that of SigLIP does not."""
+    if name == "CLIPModel" and not fused.PEER.since("5.6"):
+        pytest.skip("the features are not called before 5.6")
 
     def change(net):
         def features(input_ids, attention_mask=None, position_ids=None):
@@ -292,7 +301,8 @@ def test_a_parameter_called_logit_bias_makes_no_siglip():
 
 @may_run_unfused
 def test_a_replaced_loss_function_counts(monkeypatch):
-    monkeypatch.setattr(fused.clip, "contrastive_loss", lambda logits: logits.square().mean())
+    module = importlib.import_module("transformers.models.clip.modeling_clip")
+    monkeypatch.setattr(module, "contrastive_loss", lambda logits: logits.square().mean())
     counted = assert_as_the_peer("CLIPModel", lambda net: net)
     assert counted == (0, {"contrastive_loss is overridden": 1})
 
