@@ -75,8 +75,15 @@ def _matmul(x: Any, y: Any) -> Any:
     return Product(x, y.t()) if both and x.dim() == y.dim() == 2 else torch.matmul(x, y)
 
 
-_torch = ModuleType(torch.__name__)
-_torch.__dict__.update(vars(torch), matmul=_matmul)
+def _module(name: str, contents: dict[str, Any], **others: Any) -> ModuleType:
+    """A module that torch.compile finds again by its name."""
+    module = ModuleType(name)
+    vars(module).update(contents, **others, __name__=name)
+    sys.modules[name] = module
+    return module
+
+
+_torch = _module(f"{__name__}.torch", vars(torch), matmul=_matmul)
 
 
 def with_products(function: FunctionType, name: str) -> FunctionType:
@@ -84,8 +91,6 @@ def with_products(function: FunctionType, name: str) -> FunctionType:
 
     It has globals of its own, copied now: those of a module, as torch.compile wants them.
     """
-    home = ModuleType(name)
-    home.__dict__.update(function.__globals__, torch=_torch, __name__=name)
-    sys.modules[name] = home
+    home = _module(name, function.__globals__, torch=_torch)
     copied = (vars(home), function.__name__, function.__defaults__, function.__closure__)
     return FunctionType(function.__code__, *copied)

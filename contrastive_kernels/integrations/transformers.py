@@ -91,6 +91,10 @@ def _forward(owner: type, loss: Callable[[Product, Product], Tensor]) -> Callabl
         place = names.index(name)
         return args[place] if place < len(args) else kwargs.get(name)
 
+    # torch.compile knows no Product: it has the towers, and leaves out what is around them
+    inner = torch.compiler.disable(inner, recursive=False)
+
+    @functools.partial(torch.compiler.disable, recursive=False)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _with_loss(inner(self, *args, **kwargs), loss, getattr(self, "keep_logits", False))
 
@@ -113,6 +117,7 @@ def _forward(owner: type, loss: Callable[[Product, Product], Tensor]) -> Callabl
     return forward
 
 
+@functools.partial(torch.compiler.disable, recursive=False)
 def _with_loss(output: Any, loss: Callable[[Product, Product], Tensor], keep: bool) -> Any:
     """An output, or a tuple of its values, whose logits are two `Product`, those of texts last."""
     is_tuple = isinstance(output, tuple)

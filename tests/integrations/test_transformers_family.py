@@ -157,3 +157,12 @@ def test_segmentation_of_group_vit():
     ours, wanted = (o["segmentation_logits"] for o in outputs)
     torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-9, atol=0.0)
+
+
+def test_compiled():
+    """The towers are; what is around them runs fused all the same."""
+    net = build("CLIPSegModel", fused)
+    output = torch.compile(net, backend="eager")(**batch("CLIPSegModel"), return_loss=True)
+    wanted = build("CLIPSegModel", transformers)(**batch("CLIPSegModel"), return_loss=True)
+    assert output.logits_per_text is None
+    torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-9, atol=0.0)
