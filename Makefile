@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test proof fuzz lint bench report wheel hub aarch64 clean
+.PHONY: setup demo test compat proof fuzz lint bench report wheel hub aarch64 clean
 
 setup: $(VENV)/build.stamp
 
@@ -35,6 +35,12 @@ $(VENV)/peers.stamp: $(VENV)/requirements.stamp requirements-peers.txt
 	@$(PIP) install -r requirements.txt -r requirements-peers.txt
 	@touch $@
 
+# Their oldest versions, in an environment beside it that shares torch.
+$(VENV)/oldest.stamp: $(VENV)/peers.stamp requirements-oldest.txt
+	@rm -rf $(VENV)/oldest
+	@$(RUN) tests/integrations/matrix.py --environment $(VENV)/oldest requirements-oldest.txt
+	@touch $@
+
 $(VENV)/docs.stamp: $(VENV)/requirements.stamp requirements-docs.txt
 	@echo "installing what builds the documentation"
 	@$(PIP) install -r requirements.txt -r requirements-docs.txt
@@ -45,7 +51,7 @@ demo: setup
 
 # The build and lint, which take one core each, beside the packages that come over the network.
 test:
-	@$(MAKE) --no-print-directory -j2 lint $(VENV)/peers.stamp
+	@$(MAKE) --no-print-directory -j2 lint $(VENV)/oldest.stamp
 	@$(MAKE) --no-print-directory $(VENV)/docs.stamp
 	@$(RUN) -m pytest -q -n logical --maxprocesses=8 --dist=loadfile \
 	    --no-loadscope-reorder --durations=10 $(ARGS)
@@ -54,6 +60,11 @@ test:
 fuzz: setup
 	@$(RUN) -m pytest -q -n logical --maxprocesses=8 tests/losses/test_fuzz.py \
 	    --hypothesis-profile=fuzz $(ARGS)
+
+# The drop-ins in every version of their packages, each installed on its own; some at a time:
+# `make compat ARGS="lightly transformers==5.0.0"`. Writes the table of docs/integrations.md.
+compat: setup $(VENV)/peers.stamp
+	@$(RUN) tests/integrations/matrix.py $(ARGS)
 
 # One case of every loss compiled and launched as on an H200, by a driver that executes nothing.
 proof: setup

@@ -17,7 +17,14 @@ CPU_ONLY = {
     "test_gpu_plan", "test_infomin", "test_launches", "test_negatives_study", "test_whiten_block",
 }  # fmt: skip
 # Files that a worker is busy with for long: started first, none is left alone with one at the end.
-SLOWEST = ("test_triton_compile", "test_distributed", "test_losses", "test_ops", "test_triton")
+SLOWEST = (
+    "test_triton_compile",
+    "test_distributed",
+    "test_oldest",
+    "test_losses",
+    "test_ops",
+    "test_triton",
+)
 # Each of their tests starts processes or compiles with torch for long: on a GPU they come last.
 LAST_ON_A_GPU = ("test_compile", "test_memory", "test_distributed_switches", "test_trainings")
 # results of an operator that share memory: torch raises where CI is set, elsewhere it warns
