@@ -24,6 +24,7 @@ pytestmark = [
 
 WORLDS = (2, 3)
 LOCAL_DISTILLATION = "distillation with local_loss over several processes"
+WITHOUT_SWITCHES = {"lightly.Whitening2d.forward", "lightly.WMSELoss.forward"}
 CASES = switch_cases.cases()
 TOLERANCE = 1e-10
 
@@ -64,7 +65,7 @@ def test_all_but_distillation_with_local_loss_ran_fused(world):
     for report in reports(world):
         unfused = {label: s.fallback for label, s in report["status"].items() if s.fallback}
         assert unfused == {"open_clip.DistillClipLoss.forward": {LOCAL_DISTILLATION: 2}}
-        assert all(s.fused for label, s in report["status"].items())
+        assert {label for label, s in report["status"].items() if not s.fused} == WITHOUT_SWITCHES
 
 
 @pytest.mark.parametrize("world", WORLDS)
