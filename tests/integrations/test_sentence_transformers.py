@@ -318,7 +318,11 @@ def test_training_step(name, wrapper, build):
         return step(wrapped(model, wrapper, loss), model)
 
     for guide in guides:
-        wanted = run(peer, guide)
+        try:
+            wanted = run(peer, guide)
+        except AttributeError:  # the package's own, of what its guide's tokenizer gives
+            assert name == "CachedGISTEmbedLoss" and not fused.PEER.since("6.2")
+            continue
         with patched("sentence_transformers"):
             before = fused_calls()
             ours = run(peer, guide)
