@@ -131,7 +131,7 @@ def mnrl(
         dropped_ids = (ids, torch.cat((ids, ids.new_full((m - n,), -1))))
     positive = documents if pairs else Part(documents, slice(n))
     if dots is not None:
-        dots = dots.reshape(n, -1)
+        dots = dots.reshape(n, 1 if aligned else blocks)
         dot, pos = dots[:, 0], scale * dots[:, 0]
     backward = "doc_to_query" in directions
     sharp, share = _harder(scale, in_batch)

@@ -94,6 +94,7 @@ def run_tests(peer: str, python: str, few: bool = False) -> tuple[dict, str]:
 def environment(folder: Path, *arguments: str) -> str:
     """The interpreter of a new environment in `folder`, with what pip installs of the arguments
     beside torch and the test's own needs, which are those of this interpreter."""
+    folder = folder.resolve()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = str(folder / "bin" / "python")
     base = folder / "base"
