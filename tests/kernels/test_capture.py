@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 import contrastive_kernels as ck
 from contrastive_kernels.losses.cases import call, tensors
 from contrastive_kernels.losses.table import CASES
+from contrastive_kernels.ops import pairs
 
 NAMES = [
     name
@@ -52,6 +53,7 @@ def device(monkeypatch):
     monkeypatch.setattr(
         sys.modules["contrastive_kernels.checks"], "check_numbers", lambda name, t, *_: t.long()
     )
+    monkeypatch.setattr(pairs, "operand_dtype", lambda _backend, dtype, _device: dtype)  # autocast
     return torch.device("meta")
 
 
