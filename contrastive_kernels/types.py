@@ -80,7 +80,7 @@ class Sweep(NamedTuple):
     lse, mean and counts have one entry per row, col_lse and col_mean one per column; partner, of
     `aligned` operands, the logit of each row and its partner. attended (N, D), slope (N,), and
     lse_low, col_lse_low, mean_low and col_mean_low, what rounding took, are what a forward sweep
-    leaves to its backward: see `ops/registration.py`.
+    leaves to its backward: see `ops/schemas.py`.
     """
 
     lse: Tensor

@@ -1,4 +1,4 @@
-"""The registered operators on the CPU engine; their schemas are in ops/registration.py.
+"""The registered operators on the CPU engine; their schemas are in ops/schemas.py.
 
 Import it only where `backends.CPU_ERROR` is None. `_cpu` knows no torch: it takes addresses, sizes
 and strides. What it reads is checked and brought into its types here, and what it writes is

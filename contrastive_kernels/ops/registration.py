@@ -1,30 +1,9 @@
-"""Registered operators: one schema, one fake and one derivative for each primitive,
+"""Registered operators: one schema and one fake (schemas.py) and one derivative for each primitive,
 bound to every backend that has kernels. Those of "triton" are imported when they are first called.
-
-Arguments and results have the names of the schema on both sides: `call` takes and gives them by
-name. A result that was not asked for is an empty tensor, since operators return a fixed number; or
-None of "cpu", where torch's dispatcher has no part in the call.
-
-`attend` asks the forward sweep for what the backward needs of the keys, so that it need not see
-them again: attended (N, D), of "cpu" the weighted keys sum_j p_ij y_j, of "triton" the gradient
-d lse_i / d x_i itself, and there slope (N,), d lse_i / d scale.
-
-`together` makes the rows of x and then those of y one matrix with itself, of N + M rows with their
-ids, as if they were concatenated. The backward's dx is then of all these rows, since results of an
-operator may not share memory.
-
-`aligned`: row i of x and of y belong together; the result `partner` is their logits, one for each
-row, whether the pair is dropped or not.
-
-lse_low, col_lse_low: what rounding took from lse and col_lse. It may be more than 1 where logits
-are 1e7, and the backward, whose exp(z - lse) have to add up to 1, gets it back. mean_low,
-col_mean_low: the same of the means, for the z - mean of the backward. That of `row_softplus`, low,
-may stand for logits that are kept, and nothing is made of it.
 """
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -35,54 +14,21 @@ from torch import Tensor
 
 from ..autograd import no_second_order, reaches_kernel, register_rules
 from ..backends import CPU_ERROR, INTERPRETED
-from ..types import statistics_dtype
+from .schemas import (
+    ARGUMENTS,
+    RESULTS,
+    SCHEMAS,
+    empty_gradients,
+    empty_stats,
+    fake_pairs_backward,
+    fake_row_softplus,
+    fake_row_stats,
+    fill,
+)
 
 NAMESPACE = "contrastive_kernels"
 BACKENDS = ("cpu", "triton")
 
-_PAIRS = (
-    "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? exclude_rows, Tensor? exclude_cols, "
-    "Tensor? keep_rows, Tensor? keep_cols"
-)
-_GRADIENTS = "(Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
-_SCHEMAS = {
-    "row_stats": (
-        f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend, "
-        "bool together, bool aligned) -> (Tensor lse, Tensor mean, Tensor col_lse, "
-        "Tensor col_mean, Tensor rank, Tensor total, Tensor count, Tensor attended, Tensor slope, "
-        "Tensor lse_low, Tensor col_lse_low, Tensor mean_low, Tensor col_mean_low, Tensor partner)"
-    ),
-    "row_stats_backward": (
-        f"({_PAIRS}, Tensor lse, Tensor? mean, Tensor? col_lse, Tensor? col_mean, "
-        "Tensor? attended, Tensor? slope, Tensor lse_low, Tensor? col_lse_low, "
-        "Tensor? grad_lse, Tensor? grad_mean, "
-        "Tensor? grad_col_lse, Tensor? grad_col_mean, Tensor? grad_partner, bool normalize, "
-        f"bool[4] needs, bool together) -> {_GRADIENTS}"
-    ),
-    "row_softplus": (
-        f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend, bool aligned) -> "
-        "(Tensor value, Tensor rank, Tensor total, Tensor count, "
-        "Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, Tensor partner, Tensor low)"
-    ),
-    "row_softplus_backward": (
-        f"({_PAIRS}, Tensor? low, Tensor grad, Tensor? grad_partner, bool normalize, "
-        f"bool[4] needs) -> {_GRADIENTS}"
-    ),
-    "row_dot": "(Tensor x, Tensor y, Tensor? ends, bool normalize) -> (Tensor dot)",
-    "row_dot_backward": (
-        "(Tensor x, Tensor y, Tensor? ends, Tensor grad, bool normalize, bool[2] needs) -> "
-        "(Tensor dx, Tensor dy)"
-    ),
-}
-
-
-def _record(name: str, items: list) -> Any:
-    return namedtuple(name, [item.name for item in items])
-
-
-_parsed = {name: torch._C.parse_schema(name + schema) for name, schema in _SCHEMAS.items()}
-ARGUMENTS = {name: _record(name, schema.arguments) for name, schema in _parsed.items()}
-RESULTS = {name: _record(name, schema.returns) for name, schema in _parsed.items()}
 # the gradients of an operator's arguments, to be replaced by name
 _NO_GRADIENTS = {name: cls(*(None for _ in cls._fields)) for name, cls in ARGUMENTS.items()}
 _PAIR_NAMES = ARGUMENTS["row_stats"]._fields[:8]
@@ -143,88 +89,6 @@ def row_dot(
     """<x_i, y_ik> of x (N, D) and y (N, K, D): (N, K); or (T,), of y (T, D) where row i has the
     keys up to ends_i (N,), int64, which those of row i - 1 end before."""
     return _CALLS["row_dot", backend](x, y, ends, normalize)
-
-
-def _stats(x: Tensor, *shape: int) -> Tensor:
-    return x.new_empty(shape, dtype=statistics_dtype(x))
-
-
-def _gradients(needs: list[bool], x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-    inputs = (x, *(x if t is None else t for t in others))
-    return tuple(
-        t.new_empty(t.shape if need else (0,)) for need, t in zip(needs, inputs, strict=True)
-    )
-
-
-def _fake_row_stats(backend: str, *inputs: Any) -> Any:
-    given = ARGUMENTS["row_stats"](*inputs)
-    x = given.x
-    rows, keys = x.shape[0], (x if given.y is None else given.y).shape[-2]
-    if given.together:
-        rows = keys = rows + keys
-    counts = _stats(x, rows * (given.threshold is not None))
-    attended, slope = _stats(x, 0), _stats(x, 0)
-    if given.attend and backend == "triton":
-        attended = torch.empty_like(x, memory_format=torch.contiguous_format)
-        slope = _stats(x, rows)
-    elif given.attend:
-        attended = _stats(x, rows, x.shape[1])
-    return RESULTS["row_stats"](
-        lse=_stats(x, rows),
-        mean=_stats(x, rows * given.mean),
-        col_lse=_stats(x, keys * given.columns),
-        col_mean=_stats(x, keys * (given.columns and given.mean)),
-        rank=counts,
-        total=torch.empty_like(counts),
-        count=torch.empty_like(counts),
-        attended=attended,
-        slope=slope,
-        lse_low=_stats(x, rows),
-        col_lse_low=_stats(x, keys * given.columns),
-        mean_low=_stats(x, rows * given.mean),
-        col_mean_low=_stats(x, keys * (given.columns and given.mean)),
-        partner=_stats(x, min(rows, keys) * given.aligned),
-    )
-
-
-def _fake_row_softplus(backend: str, *inputs: Any) -> Any:
-    given = ARGUMENTS["row_softplus"](*inputs)
-    x = given.x
-    counts = (_stats(x, x.shape[0] * (given.threshold is not None)) for _ in range(3))
-    value = _stats(x, 1 if any(given.attend) else x.shape[0])
-    gradients = _gradients(given.attend, x, given.y, given.scale, given.bias)
-    partner = _stats(x, min(x.shape[0], given.y.shape[0]) * given.aligned)
-    low = _stats(x, x.shape[0] * (backend == "cpu"))
-    return RESULTS["row_softplus"](value, *counts, *gradients, partner, low)
-
-
-def _fake_pairs_backward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
-    given = ARGUMENTS[name](*inputs)
-    gradients = _gradients(given.needs, given.x, given.y, given.scale, given.bias)
-    if not getattr(given, "together", False):
-        return gradients
-    rows = (given.x.shape[0] + given.y.shape[0]) * any(given.needs[:2])
-    return (
-        given.x.new_empty(rows, *given.x.shape[1:]) if rows else given.x.new_empty(0),
-        given.x.new_empty(0),
-        *gradients[2:],
-    )
-
-
-def _fill(name: str, inputs: tuple, output: Any) -> Any:
-    """Empty tensors for results that were not asked for."""
-    if not isinstance(output, tuple) or all(t is not None for t in output):
-        return output
-    given = ARGUMENTS[name](*inputs)
-    like = {"dx": given.x, "dy": given.y, "dscale": given.scale, "dbias": given.bias}
-
-    def empty(field: str) -> Tensor:
-        if field not in like:
-            return _stats(given.x, 0)
-        return (given.x if like[field] is None else like[field]).new_empty(0)
-
-    fields = RESULTS[name]._fields
-    return tuple(empty(f) if t is None else t for f, t in zip(fields, output, strict=True))
 
 
 def _save(ctx: Any, **tensors: Tensor | None) -> None:
@@ -330,27 +194,27 @@ def _register(backend: str) -> None:
         )
 
     rules: dict[str, tuple[Callable, Callable, Callable]] = {
-        "row_stats": (partial(_fake_row_stats, backend), differentiate_row_stats, _setup_row_stats),
+        "row_stats": (partial(fake_row_stats, backend), differentiate_row_stats, _setup_row_stats),
         "row_softplus": (
-            partial(_fake_row_softplus, backend), differentiate_row_softplus, _setup_row_softplus,
+            partial(fake_row_softplus, backend), differentiate_row_softplus, _setup_row_softplus,
         ),
         "row_dot": (
-            lambda x, y, ends, normalize: _stats(x, *y.shape[:-1]), differentiate_row_dot,
+            lambda x, y, ends, normalize: empty_stats(x, *y.shape[:-1]), differentiate_row_dot,
             _setup_row_dot,
         ),
         "row_dot_backward": (
-            lambda x, y, ends, grad, normalize, needs: _gradients(needs, x, y), no_second_order,
-            _setup_nothing,
+            lambda x, y, ends, grad, normalize, needs: empty_gradients(needs, x, y),
+            no_second_order, _setup_nothing,
         ),
     }  # fmt: skip
     for name in ("row_stats_backward", "row_softplus_backward"):
-        rules[name] = (partial(_fake_pairs_backward, name), no_second_order, _setup_nothing)
+        rules[name] = (partial(fake_pairs_backward, name), no_second_order, _setup_nothing)
     for name, (fake, backward, setup_context) in rules.items():
         op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_{backend}").default
         kernel = _KERNELS.get(f"{name}_{backend}")
         OPERATORS[name, backend] = op
         _CALLS[name, backend] = register_rules(
-            _library, op, fake, backward, setup_context, kernel, partial(_fill, name)
+            _library, op, fake, backward, setup_context, kernel, partial(fill, name)
         )
 
 
@@ -368,12 +232,12 @@ def _cpu_kernels() -> dict[str, Callable]:
     if CPU_ERROR is not None:
         return {}
     cpu = import_module("..cpu", __package__)
-    return {f"{name}_cpu": getattr(cpu, name) for name in _SCHEMAS}
+    return {f"{name}_cpu": getattr(cpu, name) for name in SCHEMAS}
 
 
 def _register_triton() -> None:
     """The Triton kernels, for CUDA tensors, and in Triton's interpreter for CPU tensors."""
-    for name in _SCHEMAS:
+    for name in SCHEMAS:
 
         def implementation(*args: Any, name: str = name) -> Any:
             return getattr(import_module("..triton", __package__), name)(*args)
@@ -405,7 +269,7 @@ _KERNELS = _cpu_kernels()  # of CPU tensors, by the names of operators
 OPERATORS: dict[tuple[str, str], Callable] = {}
 _CALLS: dict[tuple[str, str], Callable] = {}  # of them
 for _backend in BACKENDS:
-    for _name, _schema in _SCHEMAS.items():
+    for _name, _schema in SCHEMAS.items():
         _library.define(f"{_name}_{_backend}{_schema}")
     _register(_backend)
 _register_triton()

@@ -1,4 +1,4 @@
-"""The registered operators on Triton kernels; their schemas are in registration.py.
+"""The registered operators on Triton kernels; their schemas are in ops/schemas.py.
 
 Features x and y, scale and bias of the logits, ids that exclude pairs or keep them: as in
 `ops.sweep`. A result that was not asked for is an empty tensor.

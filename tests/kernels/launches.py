@@ -23,7 +23,7 @@ from contrastive_kernels import checks
 from contrastive_kernels import triton as operators
 from contrastive_kernels.losses.cases import call, tensors
 from contrastive_kernels.losses.table import CASES
-from contrastive_kernels.ops.registration import ARGUMENTS
+from contrastive_kernels.ops.schemas import ARGUMENTS
 from contrastive_kernels.triton import engine
 from contrastive_kernels.triton.compile import Counted, counting
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive_kernels as ck
 from contrastive_kernels import ops
-from contrastive_kernels.ops import registration
+from contrastive_kernels.ops import registration, schemas
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built here")
 FLOAT = torch.float32
@@ -18,10 +18,10 @@ FLOAT = torch.float32
 
 def row_stats(x, y, **options):
     """The operator as torch.ops reaches it: nothing has checked its arguments."""
-    names = registration.ARGUMENTS["row_stats"]._fields
+    names = schemas.ARGUMENTS["row_stats"]._fields
     given = {**dict.fromkeys(names[:9]), **dict.fromkeys(names[9:], False)}
     given |= {"x": x, "y": y, "scale": torch.tensor(2.0)} | options
-    return registration.RESULTS["row_stats"](*torch.ops.contrastive_kernels.row_stats_cpu(**given))
+    return schemas.RESULTS["row_stats"](*torch.ops.contrastive_kernels.row_stats_cpu(**given))
 
 
 X, Y, IDS = torch.ones(3, 2), torch.ones(5, 2), torch.arange(9)
@@ -147,7 +147,7 @@ def test_what_stands_for_logits_is_no_larger_than_it_looks():
     x, y = (randn(601, 5, seed=s, dtype=FLOAT).requires_grad_() for s in (1, 2))
     out = registration.call(
         "row_stats", "cpu",
-        **registration.ARGUMENTS["row_stats"](
+        **schemas.ARGUMENTS["row_stats"](
             x, y, torch.tensor(1.0), *6 * (None,), False, True, True, False, False, False
         )._asdict(),
     )  # fmt: skip
