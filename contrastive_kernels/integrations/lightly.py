@@ -1,7 +1,7 @@
 """lightly's losses: NTXentLoss with its memory bank, DCLLoss, DCLWLoss, and WMSELoss with its
 Whitening2d.
 
-Before 1.5.24 DCLLoss adds the log-sum-exps of the two views, where later there is one of both.
+Before 1.5.21 DCLLoss adds the log-sum-exps of the two views, where later there is one of both.
 Before 1.6 WMSELoss and Whitening2d cannot be made: they ask torch for solve_triangular in vain.
 
 With `gather_distributed` negatives come from all processes of the default group; the value is the
@@ -49,7 +49,7 @@ NT_XENT = Own(
     beside=[_RANKS],
 )
 DCL = Own(peer.DCLLoss, "_loss", beside=[_RANKS])
-JOINT = PEER.since("1.5.24")
+JOINT = PEER.since("1.5.21")
 
 
 @PEER.fused(peer.NTXentLoss, own=NT_XENT)
@@ -95,7 +95,7 @@ def _dcl(self: Any, out0: Tensor, out1: Tensor) -> Tensor | Unfused:
     if len(out0) == 1 and group is None:
         return ALONE
     if group is not None and not JOINT:
-        return Unfused("DCLLoss over several processes, before 1.5.24")
+        return Unfused("DCLLoss over several processes, before 1.5.21")
     weight = None
     if self.weight_fn:
         views = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
