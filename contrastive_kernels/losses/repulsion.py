@@ -113,7 +113,7 @@ def repulsion(
 
 
 def tie_limit_of(query: Tensor, positive: Tensor, distance: Tensor, options: Options) -> Tensor:
-    """`tie_limit` of the logits of `_repulsion`, for positives (N, D) at a distance (N,)."""
+    """`tie_limit` of the logits of `repulsion`, for positives (N, D) at a distance (N,)."""
     t, normalize, backend = options.t_neg, options.normalize, options.backend
     if normalize:
         short = shortfall(query)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..autograd import no_second_order, register_rules
 from ..backends import CPU_ERROR
-from ..types import statistics_dtype
 from .registration import NAMESPACE
+from .schemas import empty_gradients, empty_stats
 
 _SCHEMAS = {
     "row_distance": "(Tensor x, Tensor y, bool normalize) -> Tensor",
@@ -76,10 +76,6 @@ def _differentiate_class_dot(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None
     return _CALLS["class_dot_backward"](x, place, grad, ctx.normalize), None, None
 
 
-def _stats(x: Tensor, *shape: int) -> Tensor:
-    return x.new_empty(shape, dtype=statistics_dtype(x))
-
-
 def _setup_nothing(_ctx: Any, _inputs: tuple, _output: Any) -> None:
     pass
 
@@ -87,17 +83,16 @@ def _setup_nothing(_ctx: Any, _inputs: tuple, _output: Any) -> None:
 # fake, backward, context
 _RULES: dict[str, tuple[Callable, Callable, Callable]] = {
     "row_distance": (
-        lambda x, y, normalize: _stats(x, *y.shape[:-1]), _differentiate_distance, _setup_distance,
+        lambda x, y, normalize: empty_stats(x, *y.shape[:-1]),
+        _differentiate_distance, _setup_distance,
     ),
     "row_distance_backward": (
-        lambda x, y, distance, grad, normalize, needs: tuple(
-            t.new_empty(t.shape if need else (0,)) for t, need in zip((x, y), needs, strict=True)
-        ),
+        lambda x, y, distance, grad, normalize, needs: empty_gradients(needs, x, y),
         no_second_order, _setup_nothing,
     ),
     "class_dot": (
-        lambda x, place, normalize: _stats(x, x.shape[0]), _differentiate_class_dot,
-        _setup_class_dot,
+        lambda x, place, normalize: empty_stats(x, x.shape[0]),
+        _differentiate_class_dot, _setup_class_dot,
     ),
     "class_dot_backward": (
         lambda x, place, grad, normalize: x.new_empty(x.shape), no_second_order, _setup_nothing,
@@ -108,7 +103,7 @@ _CALLS: dict[str, Callable] = {}
 
 
 def _register() -> None:
-    kernels = None if CPU_ERROR is not None else import_module("contrastive_kernels.cpu.rows")
+    kernels = None if CPU_ERROR is not None else import_module("..cpu.rows", __package__)
     for name, schema in _SCHEMAS.items():
         _library.define(f"{name}_cpu{schema}")
         op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_cpu").default
