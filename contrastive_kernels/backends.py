@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import json
 import os
+import sys
 import warnings
 from functools import lru_cache
 from importlib import metadata
@@ -93,6 +94,8 @@ def _find_triton() -> str | None:
 
 # Constants, so that torch.compile can trace the dispatch that reads them.
 CPU_ERROR: str | None = _load("_cpu")
+# whether products of bfloat16 features are taken by instructions of their own
+CPU_BFLOAT16: bool = CPU_ERROR is None and sys.modules[f"{__package__}._cpu"].bfloat16() is not None
 CUDA_ERROR: str | None = _load("_cuda")
 TRITON_ERROR: str | None = _find_triton()
 # Triton's interpreter runs kernels on CPU tensors; it reads this variable when it is imported.
@@ -188,6 +191,11 @@ def can_attend(backend: str, x: Tensor, keys_dtype: torch.dtype, frozen: bool) -
     if backend == "reference" or in_transform():
         return False
     return frozen if backend == "cpu" else x.shape[1] <= resident_dim(x.dtype, keys_dtype)
+
+
+def rounds_weights(backend: str, x_dtype: torch.dtype, keys_dtype: torch.dtype) -> bool:
+    """Whether "cpu" rounds what it multiplies features with, since products are of bfloat16."""
+    return backend == "cpu" and CPU_BFLOAT16 and x_dtype == keys_dtype == torch.bfloat16
 
 
 def are_few(rows: int, keys: int, dim: int) -> bool:

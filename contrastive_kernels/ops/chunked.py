@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import in_transform, no_forward_mode, no_transform, once_differentiable
-from ..backends import can_attend
+from ..backends import can_attend, rounds_weights
 from ..sources import NegativeSource
 from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
 from . import pairs
@@ -96,6 +96,8 @@ def softmax(given: Pairs, *, mean: bool, threshold: Tensor | None) -> Sweep:
     x, chunks = _operands(given)
     if not mean and not _needs_grad(given.bias) and len(x) > 0 and _needs_grad(x, given.scale):
         attend = can_attend(given.backend, x, chunks.dtype, frozen=True)
+        if _needs_grad(given.scale) and rounds_weights(given.backend, x.dtype, chunks.dtype):
+            attend = False  # its gradient would be that of rounded weights
         chunks = chunks._replace(attend=attend)
     lse, row_mean, rank, total, count = _apply(
         _Softmax, x, given, threshold, chunks._replace(mean=mean)

@@ -14,7 +14,15 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from ..backends import are_few, can_align, can_attend, can_join, can_sum, resolve_backend
+from ..backends import (
+    are_few,
+    can_align,
+    can_attend,
+    can_join,
+    can_sum,
+    resolve_backend,
+    rounds_weights,
+)
 from ..checks import check_features, check_id_pair, check_keys, check_pair, finite, scalar
 from ..distributed.shards import Batch, Shards
 from ..sources import NegativeSource, as_source, is_source
@@ -159,6 +167,8 @@ def attends(given: Pairs, mean: bool, columns: bool) -> bool:
     y = given.tensor
     if mean or columns or y is None or y.dim() == 3 or given.together or given.aligned:
         return False
+    if _requires_grad(given.scale) and rounds_weights(given.backend, given.x.dtype, y.dtype):
+        return False  # its gradient would be that of rounded weights
     frozen = not (y.requires_grad or _requires_grad(given.bias))
     return _may_attend(given.x, y, given.backend, frozen)
 

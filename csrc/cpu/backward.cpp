@@ -2,6 +2,7 @@
 #include "backward.h"
 
 #include <cmath>
+#include <optional>
 
 #include "gradient.h"
 #include "schedule.h"
@@ -62,6 +63,9 @@ class BackwardSweep {
     if (in.columns.grad_lse != nullptr || in.columns.grad_mean != nullptr)
       keys_ = Side<T>(p_.keys, in.columns);
     if (p_.paired) return;
+    // what products of bfloat16 round is then not in the gradient of the scale
+    if (p_.bits && to.scale && !attended() && p_.scale != 0)
+      slopes_ = Buffer<double>(num_threads() * kApart, 0.0);
     const KeptLogits kept = find_logits(in.rows.low);
     // half of a matrix is walked by as many threads as it was
     if (!kept.half || (p_.symmetric && kept.threads == num_threads())) p_.kept = kept;
@@ -114,6 +118,7 @@ class BackwardSweep {
           sweep_all(slab, {0, p_.keys}, u.rows(), nullptr, totals.data());
           u.finish();
         }
+        take_slopes();  // of each pair once
         for (Range slab : v.slabs(true)) {
           v.start(slab);
           sweep_all({0, p_.x.rows()}, slab, nullptr, v.rows(), nullptr);
@@ -137,6 +142,8 @@ class BackwardSweep {
       }
     }
     std::copy_n(totals.data(), totals.size(), to_.bias);
+    take_slopes();
+    if (slope_) return *slope_ / p_.scale;
     // both orders of a pair are in u when the matrix is symmetric
     return p_.symmetric && !attended() ? u.along() / 2 : u.along();
   }
@@ -172,6 +179,7 @@ class BackwardSweep {
 
   // for large logits: those of the forward sweep, bit by bit
   void sweep_half_by_factor(T* out) {
+    slopes_ = {};  // of float products
     const Buffer<T> factor = symmetric_factor(p_);
     BackwardSweep(with_factor(p_, a_, factor), in_, to_).sweep_half(out);
     const T root = std::sqrt(std::abs(p_.scale));
@@ -275,7 +283,14 @@ class BackwardSweep {
       const Side<T>& side = p_.symmetric ? rows_ : keys_;
       if (side.given()) b.key = side.from(first_key);
       if (key_totals != nullptr) b.key_total = key_totals + first_key;
+      double slope = 0;
+      if (!slopes_.empty()) {
+        b.slope = &slope;
+        slope = slope_of_partners(w);
+      }
       p_.kernels.backward(w.tile(), fold_, b);
+      if (!slopes_.empty())  // both orders of a pair may be there
+        slopes_[thread_num() * kApart] += p_.symmetric && !mirrored ? slope / 2 : slope;
       if (in_.grad_partner != nullptr) add_partners(w, b);
       use(mirrored);
     };
@@ -285,11 +300,36 @@ class BackwardSweep {
   void add_partners(Worker<T>& w, const BackwardTile<T>& b) {
     const Tile<T>& tile = w.tile();
     w.for_partners([&](int64_t row, int64_t key, int64_t i, int64_t j) {
-      const T grad = in_.grad_partner[row] + (p_.symmetric ? in_.grad_partner[key] : T{0});
+      const T grad = grad_of_partner(row, key);
       tile.data[j * tile.ld + i] += grad * b.row_scale[i] * tile.key_scale[j];
       if (b.key_total != nullptr) b.key_total[j] += grad;
     });
   }
+
+  T grad_of_partner(int64_t row, int64_t key) const {
+    return in_.grad_partner[row] + (p_.symmetric ? in_.grad_partner[key] : T{0});
+  }
+
+  // of the logits, which the tile still holds
+  double slope_of_partners(Worker<T>& w) {
+    double slope = 0;
+    if (in_.grad_partner == nullptr) return slope;
+    const Tile<T>& tile = w.tile();
+    w.for_partners([&](int64_t row, int64_t key, int64_t i, int64_t j) {
+      slope += grad_of_partner(row, key) * tile.product(i, j);
+    });
+    return slope;
+  }
+
+  // the sum of dL/dz (z - bias), if it was gathered
+  void take_slopes() {
+    if (slopes_.empty()) return;
+    slope_ = 0;
+    for (int64_t i = 0; i < slopes_.size(); ++i) *slope_ += slopes_[i];
+    slopes_ = {};
+  }
+
+  static constexpr int64_t kApart = 8;  // a cache line between threads
 
   const PairArguments<T> a_;
   const BackwardInputs<T> in_;
@@ -297,6 +337,8 @@ class BackwardSweep {
   Problem<T> p_;
   Side<T> rows_, keys_;
   Fold fold_;
+  Buffer<double> slopes_;  // of each thread
+  std::optional<double> slope_;
 };
 
 }  // namespace

@@ -114,9 +114,7 @@ class RowBlock {
   void set_partners(bool mirrored) {
     const Tile<T>& tile = w_.tile();
     w_.for_partners([&](int64_t row, int64_t key, int64_t i, int64_t j) {
-      const T entry =
-          tile.logits.data[i / kPanel * tile.logits.panel + j * tile.logits.row + i % kPanel];
-      partner_[row] = entry * tile.key_scale[j] + tile.bias[j];
+      partner_[row] = tile.product(i, j) + tile.bias[j];
       if (mirrored) partner_[key] = partner_[row];
     });
   }

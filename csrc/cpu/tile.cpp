@@ -174,7 +174,7 @@ template <class T, Fold F, bool Masked, bool Keys, bool Total>
 void fold_backward(const Tile<T>& tile, const BackwardTile<T>& b) {
   using L = Lane<T>;
   using V = Vec<T>;
-  V key_total[Total ? kMaxKeys : 1];
+  V key_total[Total ? kMaxKeys : 1], slope{};
   if constexpr (Total)
     for (int j = 0; j < tile.keys; ++j) key_total[j] = V{};
   for (int i0 = 0; i0 < tile.rows; i0 += L::kBlock) {
@@ -189,20 +189,27 @@ void fold_backward(const Tile<T>& tile, const BackwardTile<T>& b) {
         else
           g = softmax_gradient<T, F == Fold::kLseMean, Keys>(b, i, j, z);
         if constexpr (Masked) g = kept(tile, i, j) ? g : V{};
-        // the key's part of a padded row may have overflowed
-        if constexpr (Total) key_total[j] += load<V>(b.row_valid + i) > 0 ? g : V{};
+        if constexpr (Total) {
+          // the key's part of a padded row may have overflowed
+          const V real = load<V>(b.row_valid + i) > 0 ? g : V{};
+          key_total[j] += real;
+          slope += real == V{} ? V{} : real * (z - tile.bias[j]);
+        }
         store(tile.data + j * tile.ld + i, g * load<V>(b.row_scale + i) * tile.key_scale[j]);
       }
     }
   }
-  if constexpr (Total)
+  if constexpr (Total) {
+    if (b.slope != nullptr) *b.slope += sum_lanes<T>(slope);
+    if (b.key_total == nullptr) return;
     for (int j = 0; j < tile.keys; ++j) b.key_total[j] += sum_lanes<T>(key_total[j]);
+  }
 }
 
 template <class T>
 void backward(const Tile<T>& tile, Fold fold, const BackwardTile<T>& b) {
   with_flag(tile.masked, [&](auto masked) {
-    with_flag(b.key_total != nullptr, [&](auto total) {
+    with_flag(b.key_total != nullptr || b.slope != nullptr, [&](auto total) {
       if (fold == Fold::kSoftplus)
         return fold_backward<T, Fold::kSoftplus, masked(), false, total()>(tile, b);
       with_flag(b.key.lse != nullptr, [&](auto keys) {

@@ -55,6 +55,10 @@ struct Tile {
   PanelMatrix<const T> logits;
   const T* key_scale;
   const T* bias;
+  // logit of row i and key j less the bias
+  T product(int64_t i, int64_t j) const {
+    return logits.data[i / kPanel * logits.panel + j * logits.row + i % kPanel] * key_scale[j];
+  }
   // a pair is dropped where exclude ids are equal or keep ids differ; only looked at when masked
   bool masked;
   const Id* exclude_row;
@@ -90,7 +94,9 @@ struct BackwardTile {
   Coefficients<T> key;  // lse null: no column statistics
   const T* row_scale;   // (rows); 0 for padded rows
   const T* row_valid;   // (rows); 1, or 0 for padded rows
-  double* key_total;    // sum of dL/dz over the rows of each key, added; null: not wanted
+  // added: sum of dL/dz over the rows of each key, and of dL/dz (z - bias) over all pairs; null,
+  // key_total or both: not wanted
+  double *key_total, *slope;
 };
 
 // how many logits are above a threshold (rank; NaN is, and all are above NaN), the sum of all and

@@ -78,8 +78,8 @@ SIZES = [(1, 1, 2), (1, 300, 64), (300, 1, 64), (63, 65, 130), (129, 257, 62)]
 SWEEPS = ["rows", "columns", "mean", "softplus", "masked", "frozen", "same"]
 
 
-def run_sweep(kind: str, x: Tensor, y: Tensor, backend: str) -> Tensor:
-    options = {"scale": 3.0, "normalize": True, "backend": backend}
+def run_sweep(kind: str, x: Tensor, y: Tensor, backend: str, scale: float | Tensor = 3.0) -> Tensor:
+    options = {"scale": scale, "normalize": True, "backend": backend}
     if kind == "softplus":
         return sweeps.softplus_sweep(x, y, bias=-1.0, **options).value
     if kind == "same":
@@ -93,6 +93,12 @@ def run_sweep(kind: str, x: Tensor, y: Tensor, backend: str) -> Tensor:
     values = [out.lse, out.col_lse if both else None, out.mean if kind == "mean" else None]
     joined = torch.cat([v for v in values if v is not None])
     return joined[joined > -torch.inf]
+
+
+def run_aligned(x: Tensor, y: Tensor, backend: str, scale: float | Tensor) -> Tensor:
+    """Losses that take their positives from the sweep; the second is of x with itself."""
+    y, options = y[: len(x)], {"scale": scale, "backend": backend, "reduction": "none"}
+    return torch.cat([ck.info_nce(x, y, **options), ck.nt_xent(x, y, **options).flatten()])
 
 
 @pytest.mark.parametrize("kind", SWEEPS)
@@ -111,18 +117,20 @@ def test_sizes(kind, rows, keys, d):
         assert ((a.double() - right).abs() <= 2**-6 * largest + 1e-6).all()
 
 
-def test_rounded_coefficients():
-    """Those of the sums, seen in the gradient of `scale`, which nothing else rounds."""
-    x, y = randn(45, 64, seed=1, dtype=HALF), randn(77, 64, seed=2, dtype=HALF)
-    scale = torch.tensor(0.1, requires_grad=True)
-    run = partial(sweeps.sweep, x, y.requires_grad_(), backend="cpu")
-    upstream = randn(45, seed=3, dtype=torch.float32)
-    got = torch.autograd.grad(run(scale=scale).lse, scale, upstream)[0]
-    products = x.double() @ y.detach().double().T
-    coefficients = upstream[:, None] * (scale.detach().double() * products).softmax(1)
-    exact = (coefficients * products).sum()
-    rounded = (coefficients.to(HALF).double() * products).sum()
-    assert abs(got - rounded) < 0.05 * abs(rounded - exact)
+@pytest.mark.parametrize("kind", [*SWEEPS, "aligned"])
+def test_gradient_of_scale_is_not_rounded(kind):
+    """Products of features take rounded coefficients; it takes those of before."""
+    x, y = randn(131, 64, seed=1, dtype=HALF), randn(133, 64, seed=2, dtype=HALF)
+    scale = torch.tensor(3.0, requires_grad=True)
+    sides = x.requires_grad_(), y.requires_grad_(kind != "frozen")
+    run = {"aligned": run_aligned}.get(kind, partial(run_sweep, kind))
+    value = run(*sides, backend="cpu", scale=scale)
+    upstream = randn(*value.shape, seed=3, dtype=torch.float32)
+    got = torch.autograd.grad(value, scale, upstream)[0]
+    exact = run(*(t.detach().double() for t in sides), backend="reference", scale=scale.double())
+    right = torch.autograd.grad(exact, scale, upstream.double())[0]
+    most = 4 if kind == "mean" else 1  # d mean / d scale has a square of logits
+    assert abs(got - right) <= most * torch.finfo(torch.float32).eps * upstream.abs().sum()
 
 
 def column_lse(x: Tensor, y: Tensor, backend: str) -> Tensor:
