@@ -5,13 +5,15 @@ those of the dense formulas; the N x M similarity matrix is never stored.
 """
 
 from .backends import backends
+from .cached import cached_step
+from .files import FileNegatives, write_negatives
 from .integrations import patch, patch_status, patched, unpatch
 from .losses import table as _table
 from .losses.stats import mi_lower_bound
 from .losses.table import *  # noqa: F403
 from .ops import row_softplus, row_stats
 from .queue import FeatureQueue, MemoryBank
-from .sources import FileNegatives, NegativeSource
+from .sources import NegativeSource
 from .types import LossStats, RowColumnStats, RowStats
 from .whitening import Whitening, check_whitening, whiten
 from .workspace import workspace_limit
@@ -28,6 +30,7 @@ __all__ = [
     "RowStats",
     "Whitening",
     "backends",
+    "cached_step",
     "check_whitening",
     "mi_lower_bound",
     "patch",
@@ -38,5 +41,6 @@ __all__ = [
     "unpatch",
     "whiten",
     "workspace_limit",
+    "write_negatives",
 ]
 __all__ += _table.__all__

@@ -47,7 +47,7 @@ def check_keys(name: str, keys: Any, dims: tuple[int, ...], *, whole: bool = Tru
     shape = tuple(keys.shape)
     if len(shape) != 2:
         raise ValueError(f"{name} in chunks must have shape (M, D), got {shape}")
-    if 0 in shape:
+    if (whole and shape[0] == 0) or shape[1] == 0:
         raise ValueError(f"{name} must not be empty, got shape {shape}")
 
 

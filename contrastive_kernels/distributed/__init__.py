@@ -4,6 +4,7 @@ from .call import GroupCall, GroupLike, collective, join
 from .collectives import all_gather
 from .groups import KeptGroup, resolve_group, world_size
 from .parts import Rows
+from .rank_source import RankSource
 from .shards import Batch, Shards
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "GroupCall",
     "GroupLike",
     "KeptGroup",
+    "RankSource",
     "Rows",
     "Shards",
     "all_gather",

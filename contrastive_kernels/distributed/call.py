@@ -18,7 +18,7 @@ from torch import Tensor
 from ..autograd import no_transform
 from ..sources import is_source
 from ..types import Group
-from .collectives import all_gather, all_gather_objects
+from .collectives import all_gather, all_gather_objects, tell
 from .groups import KeptGroup, resolve_group
 from .shards import Batch, Shards
 
@@ -53,7 +53,7 @@ class GroupCall:
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
         if isinstance(error, Exception) and not self.joined:
             self.gather_numbers(0, 0, FAILED)
-            all_gather_objects(f"{type(error).__name__}: {error}", self.ranks)
+            tell(error, self.ranks)
 
     def gather_numbers(self, *numbers: int) -> list[list[int]]:
         """The numbers of each rank, read on the host."""
@@ -101,6 +101,7 @@ def join(
     *,
     exchange: str = "auto",
     replicated: bool = False,
+    total: int | None = None,
     **differing: Any,
 ) -> tuple[Batch, Batch]:
     """The batches of this call: of its `rows`, and of its `more_rows`.
@@ -108,7 +109,8 @@ def join(
     With a group one all-gather of three numbers, which are read on the host. Of the arguments of
     the call tensors may differ between ranks in their first size alone, and all else must not;
     `differing` replaces arguments where that is not the way to see them. `replicated`: `more_rows`
-    are negatives that every rank has all of.
+    are negatives that every rank has all of; else `total`, if given, is their number over all
+    ranks, as each knows it.
 
     Raises:
         ValueError, on every rank: another loss, dtype, number of features or option somewhere; no
@@ -129,17 +131,14 @@ def join(
         "loss": group.name, "exchange": exchange, "autocast": str(autocast),
         **{name: _describe(value) for name, value in arguments.items()},
     }  # fmt: skip
-    if replicated:
-        described["number of negatives"] = str(more_rows)
+    if replicated or total is not None:
+        described["number of negatives"] = str(more_rows if replicated else total)
     digest = hashlib.blake2b(repr(described).encode(), digest_size=7).digest()
     numbers = group.gather_numbers(rows, more_rows, int.from_bytes(digest))
     sizes, more, digests = (list(each) for each in zip(*numbers, strict=True))
     ranks = group.ranks
     if FAILED in digests:
-        errors = enumerate(all_gather_objects(None, ranks))
-        raise ValueError(
-            "; ".join(f"rank {rank} of group raised {e}" for rank, e in errors if e is not None)
-        )
+        tell(None, ranks)
     if len(set(digests)) > 1:
         raise ValueError(_difference(all_gather_objects(described, ranks)))
     if not any(sizes):

@@ -29,6 +29,20 @@ def all_gather_objects(mine: Any, group: ProcessGroup) -> list[Any]:
     return everywhere
 
 
+def tell(error: Exception | None, group: ProcessGroup) -> None:
+    """Every rank says what it raised, one at least has.
+
+    Raises:
+        ValueError: of the others' errors, on a rank that has none.
+    """
+    mine = None if error is None else f"{type(error).__name__}: {error}"
+    errors = enumerate(all_gather_objects(mine, group))
+    if error is None:
+        raise ValueError(
+            "; ".join(f"rank {rank} of group raised {e}" for rank, e in errors if e is not None)
+        )
+
+
 def all_to_all(rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
     """Rows for every rank, `sent` of them to each, against theirs, `received` from each."""
     import torch.distributed._functional_collectives as collectives

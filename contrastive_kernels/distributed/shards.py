@@ -124,6 +124,14 @@ class Shards(Batch):
         parts = everything.view(self.world, largest, *rows.shape[1:])
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
+    def home(self, rows: Tensor) -> Tensor:
+        """(W, n_r, ...): what each rank has for this rank's rows, of what (N, ...) each has for the
+        rows of all; no gradient."""
+        own = self.sizes[self.rank]
+        if self.world > 1:
+            rows = all_to_all(rows, [own] * self.world, self.sizes, self.group)
+        return rows.view(self.world, own, *rows.shape[1:])
+
     def own_ids(self, device: torch.device, repeat: int = 1) -> Tensor:
         ids = self._numbered(self.rank, repeat).to(device)
         self._repeats[id(ids)] = (ids, repeat)
@@ -208,10 +216,7 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        shards = ctx.shards
-        own = shards.sizes[shards.rank]
-        parts = all_to_all(grad, [own] * shards.world, shards.sizes, shards.group)
-        return parts.view(shards.world, own, *grad.shape[1:]).sum(0), None
+        return ctx.shards.home(grad).sum(0), None
 
 
 class _Sum(torch.autograd.Function):

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import in_transform
-from ..distributed import Batch, Shards
+from ..distributed import Batch, GroupCall, GroupLike, RankSource, Shards
 from ..ops import count_own
 from ..reference import masked_softmax_stats
-from ..sources import NegativeSource
+from ..sources import NegativeSource, is_source
 from ..types import OwnKeys, statistics_dtype
 
 Keys = TypeVar("Keys", bound=Tensor | NegativeSource | OwnKeys)
@@ -109,10 +109,40 @@ def shared_number(negatives: Tensor | NegativeSource | OwnKeys) -> int:
 def replicated(negatives: Keys, n: int, others: Batch) -> tuple[Keys, Batch | None]:
     """Negatives that every rank has for its n rows, and what a sweep takes as their batch: only
     without rows it needs to be told."""
+    if isinstance(others, Shards) and is_source(negatives):
+        return cast(Keys, RankSource(negatives, others, shared=False)), None
     if n > 0 or isinstance(negatives, OwnKeys) or not isinstance(others, Shards):
         return negatives, None
     flat = negatives.sum(0) if isinstance(negatives, Tensor) and negatives.dim() == 3 else negatives
     return cast(Keys, flat), others.alone()
+
+
+def own_part(
+    negatives: Tensor | NegativeSource, group: GroupLike
+) -> tuple[Tensor | NegativeSource, slice | None]:
+    """(This rank's part of sharded negatives, which of those that were passed it is). A source with
+    `part(start, stop)`, a file, is passed whole by every rank; all else is a part already, None."""
+    part = getattr(negatives, "part", None)
+    if isinstance(negatives, Tensor) or part is None:
+        return negatives, None
+    m, ranks = negatives.shape[0], cast(GroupCall, group).ranks
+    rank, world = ranks.rank(), ranks.size()
+    own = slice(rank * m // world, (rank + 1) * m // world)
+    return part(own.start, own.stop), own
+
+
+def cut(candidates: Tensor, start: int, own: slice | None) -> Tensor:
+    """What belongs to candidates, of the first `start` and of the `own` of the negatives behind."""
+    return candidates if own is None else torch.cat((candidates[:start], candidates[start:][own]))
+
+
+def sharded(
+    negatives: Tensor | NegativeSource, batch: Batch, others: Batch
+) -> Tensor | NegativeSource:
+    """This rank's part of the negatives, as a sweep of the rows of `batch` takes it."""
+    if isinstance(negatives, Tensor) or not isinstance(others, Shards):
+        return negatives
+    return RankSource(negatives, cast(Shards, batch), shared=True)
 
 
 def gather_only(loss: str, exchange: str) -> None:

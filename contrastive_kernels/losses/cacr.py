@@ -23,9 +23,9 @@ from ..checks import (
 )
 from ..distributed import Batch, join
 from ..ops import Asked, row_dot, sweeps
-from ..sources import NegativeSource, as_source, is_source
+from ..sources import NegativeSource, as_source
 from ..types import Group, Loss, LossStats, Sweep, known
-from .algebra import add_up, replicated, weighted
+from .algebra import add_up, own_part, replicated, sharded, weighted
 from .base import ContrastiveLoss, loss, loss_like
 from .distances import distances, view_distances
 from .repulsion import Options, plain, repulsion, tie_limit_of
@@ -71,7 +71,8 @@ def cacr(
         rbf_t: width of the "rbf" cost, > 0.
         detach_weights: treat w+ and w- as constants; else the gradient flows through them too.
         sharded_negatives: with a `group`, whether `negatives` are this rank's part of them; else
-            every rank has all of them.
+            every rank has all of them. A `FileNegatives` is passed whole by every rank, which reads
+            its part.
 
     Returns:
         0-d, or (N,) with reduction="none". LossStats has rank and accuracy for one positive only,
@@ -89,16 +90,20 @@ def cacr(
         )
     _check_options(t_pos, t_neg, cost, rbf_t, reduction)
     k = positives.shape[1] if positives.dim() == 3 else 1
-    m = 0
+    m, total = 0, None
     if negatives is not None:
         negatives = as_source("negatives", negatives)
         m = check_negatives(query, negatives, (2,), whole=whole)
-    if sharded_negatives and (whole or negatives is None or is_source(negatives)):
-        raise ValueError("sharded_negatives needs a group, and negatives in one tensor")
+    if sharded_negatives:
+        if whole or negatives is None:
+            raise ValueError("sharded_negatives needs a group and negatives")
+        negatives, own = own_part(negatives, group)
+        total = None if own is None else m
+        m = negatives.shape[0]
     backend = resolve_backend(backend, query.device)
     batch, others = join(
         group, n, m, exchange=exchange, negatives=negatives,
-        replicated=not sharded_negatives,
+        replicated=not sharded_negatives, total=total,
     )  # fmt: skip
     distance, query, positives = distances(query, positives, normalize, backend)
     ids = None
@@ -111,7 +116,7 @@ def cacr(
         ids = (rows, rows if k == 1 else rows.repeat_interleave(k))
         candidates = positives.flatten(0, 1) if positives.dim() == 3 else positives
     elif sharded_negatives:
-        candidates = negatives
+        candidates = sharded(negatives, batch, others)
     else:
         candidates, key_batch = replicated(negatives, n, others)
 

@@ -98,8 +98,11 @@ def total_bias(
     """Sums of the bias: over all keys (0-d), and over those that each row drops, which with `ids`
     are as many of the keys in turn."""
     if not isinstance(bias, Tensor):
-        found = [bias(part) for part in cast(NegativeSource, keys)]
-        every = torch.stack([torch.zeros(()) if b is None else b.sum().cpu() for b in found]).sum()
+        every = torch.zeros((), dtype=torch.float64)
+        for part in cast(NegativeSource, keys):
+            of_part = bias(part)
+            if of_part is not None:
+                every += of_part.sum().cpu()
         return every, every.new_zeros(())
     every = bias.sum()
     rows = 0 if ids is None else len(ids[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,17 @@ from ..distributed import Batch, join
 from ..ops import Asked, count_own, operands, positives, sweeps, swept_positives
 from ..sources import NegativeSource
 from ..types import Group, IdPair, Loss, OwnKeys, known
-from .algebra import count_equal_ids, log_add, log_count, replicated, shared_number, softplus
+from .algebra import (
+    count_equal_ids,
+    cut,
+    log_add,
+    log_count,
+    own_part,
+    replicated,
+    sharded,
+    shared_number,
+    softplus,
+)
 from .base import ContrastiveLoss, loss, loss_like
 from .stats import mi_lower_bound, pair_stats, tie_limit
 
@@ -81,7 +91,9 @@ def info_nce(
         key_bias: added to the logits of a key, one entry for each candidate as in `exclude`; the
             entries of the batch's keys hold for the positives too. Example: -log q(key).
         sharded_negatives: with a `group`, whether `negatives` (M, D) are this rank's part of them;
-            else every rank has all of them, as those of a queue that is equal everywhere.
+            else every rank has all of them, as those of a queue that is equal everywhere. A
+            `FileNegatives` (what has `part`) is passed whole, with its ids and biases, by every
+            rank, which reads its part.
 
     Returns:
         0-d, or (N,) with reduction="none"; with return_stats=True also LossStats: rank, accuracy
@@ -99,16 +111,15 @@ def info_nce(
     scale = resolve_scale(temperature, scale)
     if alpha is not None:
         check_positive("alpha", alpha)
-    m = 0
+    m, own = 0, None  # own: this rank's part of a file
     keys: Tensor | NegativeSource | OwnKeys | None = None
     if not (negatives is None and negatives_mask is None and negatives_per_query is None):
         keys = check_own(query, negatives, negatives_mask, negatives_per_query, whole=group is None)
         m = (keys.keys if isinstance(keys, OwnKeys) else keys).shape[-2]
-        shared = isinstance(keys, Tensor) and keys.dim() == 2
-        if sharded_negatives and (group is None or not shared):
-            raise ValueError(
-                "sharded_negatives needs a group, and negatives of shape (M, D) in one tensor"
-            )
+        if sharded_negatives:
+            if group is None or isinstance(keys, OwnKeys) or len(keys.shape) != 2:
+                raise ValueError("sharded_negatives needs a group, and negatives of shape (M, D)")
+            keys, own = own_part(keys, group)
     in_batch = negatives is None if in_batch is None else bool(in_batch)
     if negatives is None and not in_batch:
         raise ValueError("negatives must be given with in_batch=False, got None")
@@ -119,11 +130,15 @@ def info_nce(
         check_vector("key_bias", key_bias, candidates)
     if exclude is not None:
         exclude = check_id_pair("exclude", exclude, n, candidates, query.device)
+    if own is not None:
+        start = n * in_batch
+        key_bias = None if key_bias is None else cut(key_bias, start, own)
+        exclude = None if exclude is None else (exclude[0], cut(exclude[1], start, own))
     backend = resolve_backend(backend, query.device)
     batch, others = join(
         group, n, 0 if keys is None else shared_number(keys), exchange=exchange,
         negatives=negatives if isinstance(keys, OwnKeys) else keys, in_batch=in_batch,
-        replicated=not sharded_negatives,
+        replicated=not sharded_negatives, total=None if own is None else m,
     )  # fmt: skip
     if negatives is None:
         check_other_rows("query", batch.total)
@@ -249,7 +264,9 @@ def contrast(
         asked.append(Asked(pairs, columns=symmetric, threshold=threshold))
     if negatives is not None:
         on_ranks: Batch | None = others
-        if not sharded_negatives:
+        if sharded_negatives:
+            negatives = sharded(cast("Tensor | NegativeSource", negatives), batch, others)
+        else:
             negatives, on_ranks = replicated(negatives, n, others)
         bias = None if key_bias is None else key_bias[start:]
         pairs = operands(query, negatives, exclude=more_ids, bias=bias, batch=on_ranks, **options)

@@ -71,6 +71,7 @@ def repulsion(
         if out.counts is None or bias is None or not normalize:
             return out
         every, dropped = total_bias(bias, cast(Tensor, keys), ids)
+        every, dropped = (t.to(out.counts.total.device) for t in (every, dropped))
         every = every if key_batch is None else key_batch.total_of(every)
         total = out.counts.total - t_neg * (every - dropped)
         counts = out.counts._replace(total=total)

@@ -5,19 +5,26 @@ logits, and the weighted keys that are the gradient of the queries, so that valu
 one pass over the source. Where an operator does not bring the gradient (of the mean, of a bias, of
 `reference`), the backward takes a second pass with the statistics of whole rows. Sums over chunks
 are float64.
+
+Where each rank has a part of the keys (`RankSource.shared`) its chunks meet the rows of all ranks,
+and what they give for a row goes home to the row's rank, where it merges as that of chunks does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import in_transform, no_forward_mode, no_transform, once_differentiable
 from ..backends import can_attend, rounds_weights
-from ..sources import NegativeSource
+from ..distributed.rank_source import RankSource
+from ..distributed.shards import Shards
+from ..sources import NegativeSource, checked
 from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
 from . import pairs
 from .pairs import Gradients, KeyBias, Needs, Pairs, exact, merge, operand_dtype, rounded
@@ -45,22 +52,15 @@ class Chunks(NamedTuple):
         self, x: Tensor, scale: Tensor, bias: Tensor | None, ids: Ids
     ) -> Iterator[tuple[Columns, Pairs]]:
         """The rows against each chunk."""
+        source = self.source
         if len(x) == 0:  # a rank without rows
+            if isinstance(source, RankSource):
+                source.end()
             return
-        total, dim = self.source.shape
         stop = 0
-        for chunk in self.source:
-            if chunk.dim() != 2 or chunk.shape[1] != dim or chunk.dtype != self.source.dtype:
-                raise ValueError(
-                    f"a chunk of negatives must have shape (m, {dim}) and be {self.source.dtype}, "
-                    f"got {tuple(chunk.shape)} and {chunk.dtype}"
-                )
-            if chunk.requires_grad:
-                raise ValueError("a chunk of negatives must not need a gradient: detach it")
+        for chunk in source if isinstance(source, RankSource) else checked(source):
             columns = slice(stop, stop + len(chunk))
             stop = columns.stop
-            if stop > total:
-                break
             if len(chunk) == 0:
                 continue
             keys = chunk.to(x.device, self.dtype)
@@ -73,11 +73,20 @@ class Chunks(NamedTuple):
                 x, keys, scale, of_keys, _part(ids.exclude, columns), _part(ids.keep, columns),
                 self.normalize, self.backend,
             )  # fmt: skip
-        if stop != total:
-            more = "at least " if stop > total else ""
-            raise ValueError(
-                f"negatives must have the {total} rows of their shape, got {more}{stop}"
-            )
+
+    @property
+    def ranks(self) -> Shards | None:
+        """Whose rows meet the chunks, if not only this rank's."""
+        source = self.source
+        return source.batch if isinstance(source, RankSource) and source.shared else None
+
+    def gathered(self, t: Tensor) -> Tensor:
+        """What belongs to the rows, of all rows that meet the chunks."""
+        return t if self.ranks is None else self.ranks.gather(t)
+
+    def gathered_ids(self, ids: Ids) -> Ids:
+        """`ids` with those of all rows that meet the chunks."""
+        return Ids(*(None if pair is None else (self.gathered(pair[0]), pair[1]) for pair in ids))
 
 
 class Ids(NamedTuple):
@@ -94,7 +103,7 @@ def _part(ids: IdPair | None, columns: slice) -> IdPair | None:
 def softmax(given: Pairs, *, mean: bool, threshold: Tensor | None) -> Sweep:
     """`primitives.sweep` with the keys of a source; x may have no rows."""
     x, chunks = _operands(given)
-    if not mean and not _needs_grad(given.bias) and len(x) > 0 and _needs_grad(x, given.scale):
+    if not mean and not _needs_grad(given.bias) and _needs_grad(x, given.scale):
         attend = can_attend(given.backend, x, chunks.dtype, frozen=True)
         if _needs_grad(given.scale) and rounds_weights(given.backend, x.dtype, chunks.dtype):
             attend = False  # its gradient would be that of rounded weights
@@ -148,19 +157,29 @@ class _Softmax(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None,
         ids: Ids, chunks: Chunks,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        counts = [] if threshold is None else [_zeros(x, len(x)) for _ in range(3)]
+        rows, row_ids = chunks.gathered(x), chunks.gathered_ids(ids)
+        level = None if threshold is None else chunks.gathered(threshold)
+        counts = [] if threshold is None else [_zeros(x, len(rows)) for _ in range(3)]
         stats = None  # lse and what merges with its weights: the mean, or attended and slope
-        for _, block in chunks.blocks(x, scale, bias, ids):
-            out = pairs.softmax(block, mean=chunks.mean, threshold=threshold, attend=chunks.attend)
+        for _, block in chunks.blocks(rows, scale, bias, row_ids):
+            out = pairs.softmax(block, mean=chunks.mean, threshold=level, attend=chunks.attend)
             for sums, t in zip(counts, out.counts or (), strict=True):
                 sums += t
             mean = None if out.mean is None else exact(out.mean, out.mean_low)
             found = (exact(out.lse, out.lse_low), mean, out.attended, out.slope)
-            made = [t.double().view(len(x), -1) for t in found if t is not None and len(t)]
+            made = [t.double().view(len(rows), -1) for t in found if t is not None and len(t)]
             part = torch.cat(made, 1)
             stats = part if stats is None else merge(stats, part)
-        if stats is None:  # there are no rows
-            stats = _zeros(x, 0, 1 + chunks.mean)
+        width = 1 + chunks.mean + chunks.attend * (x.shape[1] + 1)
+        if stats is None:  # there are no rows, or no keys
+            stats = _zeros(x, len(rows), width)
+            stats[:, 0] = -torch.inf
+        # not every backend brings, or reads, the slope
+        stats = F.pad(stats, (0, width - stats.shape[1]))
+        if chunks.ranks is not None:
+            both = chunks.ranks.home(torch.cat((stats, *(t.unsqueeze(1) for t in counts)), 1))
+            stats = reduce(merge, both[..., : stats.shape[1]].unbind())
+            counts = list(both[..., stats.shape[1] :].sum(0).unbind(1))
         lse, low = rounded(stats[:, 0], statistics_dtype(x))
         mean = mean_low = attended = slope = None
         if chunks.mean:
@@ -185,21 +204,28 @@ class _Softmax(torch.autograd.Function):
         x, scale, bias, ids, (lse, low, mean, mean_low, attended, slope) = _saved(ctx)
         if grad_lse is None and grad_mean is None:
             return 6 * (None,)
+        chunks: Chunks = ctx.chunks
+        grad_lse = torch.zeros_like(known(lse)) if grad_lse is None else grad_lse
+        if mean is not None and grad_mean is None:
+            grad_mean = torch.zeros_like(mean)
+        if attended is None:
+            of_rows = (lse, low, mean, mean_low, grad_lse, grad_mean)
+            lse, low, mean, mean_low, grad_lse, grad_mean = (
+                None if t is None else chunks.gathered(t) for t in of_rows
+            )
         stats = Sweep(
             known(lse), mean, attended=attended, slope=slope, lse_low=low, mean_low=mean_low
         )
-        grad_lse = torch.zeros_like(stats.lse) if grad_lse is None else grad_lse
-        if mean is not None and grad_mean is None:
-            grad_mean = torch.zeros_like(mean)
-        grads = Sweep(grad_lse, grad_mean)
+        grads = Sweep(known(grad_lse), grad_mean)
 
         def gradients(block: Pairs, needs: Needs) -> Gradients:
             return pairs.softmax_backward(block, stats, grads, needs)
 
         if attended is None:
             return _second_pass(ctx, x, scale, bias, ids, gradients)
+        if len(x) == 0:
+            return _results(ctx, x, torch.zeros_like(x), torch.zeros_like(scale), None)
         # all that the operator still needs of the keys is in `attended`
-        chunks = ctx.chunks
         no_keys = Pairs(x, None, scale, normalize=chunks.normalize, backend=chunks.backend)
         made = gradients(no_keys, _needs(ctx))
         return _results(ctx, x, made.x, made.scale, None)
@@ -268,10 +294,11 @@ def _second_pass(
     gradients: Callable[[Pairs, Needs], Gradients],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a Function's inputs, from those of all blocks."""
-    needs = _needs(ctx)
-    grad_x, grad_scale = _zeros(x, *x.shape), _zeros(x)
+    chunks, needs = ctx.chunks, _needs(ctx)
+    rows = chunks.gathered(x)
+    grad_x, grad_scale = _zeros(x, *rows.shape), _zeros(x)
     grad_bias = None if bias is None or not needs.bias else _zeros(x, *bias.shape)
-    for columns, block in ctx.chunks.blocks(x, scale, bias, ids):
+    for columns, block in chunks.blocks(rows, scale, bias, chunks.gathered_ids(ids)):
         made = gradients(block, needs)
         if needs.x:
             grad_x += known(made.x)
@@ -281,6 +308,8 @@ def _second_pass(
             grad_bias[columns] = known(made.bias)
         elif grad_bias is not None:
             grad_bias += known(made.bias).sum()
+    if chunks.ranks is not None and needs.x:
+        grad_x = chunks.ranks.home(grad_x).sum(0)
     return _results(ctx, x, grad_x, grad_scale, grad_bias)
 
 

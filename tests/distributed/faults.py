@@ -15,7 +15,7 @@ import contrastive_kernels as ck
 def message(function, *args, **options) -> str:
     try:
         function(*args, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 

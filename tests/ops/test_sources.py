@@ -297,12 +297,10 @@ def test_bad_sources(negatives, error, message):
             loss()
 
 
-def test_sharded_negatives_come_in_one_tensor():
+def test_sharded_negatives_need_a_group():
     query, key, _ = leaves()
     for loss in (ck.info_nce, ck.cacr):
-        with pytest.raises(
-            ValueError, match="sharded_negatives needs a group, and negatives .*one"
-        ):
+        with pytest.raises(ValueError, match="sharded_negatives needs a group"):
             loss(query, key, negatives=[keys()], sharded_negatives=True)
 
 
@@ -322,7 +320,9 @@ def test_bad_files(tmp_path):
             ck.FileNegatives(path, **options)
     source = ck.FileNegatives(path, D, DOUBLE, chunk_rows=10)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="negatives is shorter than it was: it lacks 40 bytes"):
+    with pytest.raises(
+        ValueError, match="negatives is shorter than it was, of 1840 bytes and not 1880"
+    ):
         list(source)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="at least one, got .* 0 bytes"):

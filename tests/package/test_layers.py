@@ -16,13 +16,14 @@ COMPILED = ("contrastive_kernels._cpu", "contrastive_kernels._cuda")
 LAYERS = {
     "contrastive_kernels": (
         ("types", "autograd"),
+        ("files",),
         ("sources", "backends"),
         ("checks", "reference", "cpu", "triton", "workspace"),
         ("distributed",),
         ("ops",),
         ("whitening",),
         ("losses",),
-        ("queue", "integrations", "selfcheck"),
+        ("queue", "cached", "integrations", "selfcheck"),
         ("__init__",),
         ("demo",),
         ("__main__",),
