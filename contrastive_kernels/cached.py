@@ -75,7 +75,7 @@ def cached_step(
         steps = _most(steps, group)
     for tower, count in zip(towers, steps, strict=True):
         tower.embed(count)
-    torch.clear_autocast_cache()  # weights that were cast without gradient
+    torch.clear_autocast_cache()  # older torch keeps weights that were cast without gradient
     result = loss(
         *_features(towers), **_named(towers), **({} if group is None else {"group": group})
     )
@@ -163,7 +163,9 @@ class _Tower:
                 _refuse(module)
             for part in self.parts:
                 self.random.append(_Random(self.devices))
-                found.append(self._run(part))
+                made = self._run(part)
+                # a parameter that FSDP gathered is gone after the call
+                found.append({key: t.detach().clone() for key, t in made.items()})
         for key, first in found[0].items():
             every = [each[key] for each in found]
             if first.dim() == 0 and not all(torch.equal(first, t) for t in every):
@@ -171,7 +173,7 @@ class _Tower:
                     "model must return features (n, ...) of its n rows, and what is 0-d must be "
                     "the same for every chunk"
                 )
-            leaf = torch.cat(every) if first.dim() else first.clone()
+            leaf = torch.cat(every) if first.dim() else first
             self.leaves[key] = leaf.requires_grad_(leaf.is_floating_point())
 
     def backward(self, last: list[Any]) -> None:

@@ -24,12 +24,21 @@ def results() -> list[dict]:
     return gloo.run(2, training.everything)
 
 
-@pytest.mark.parametrize("name", ["ddp", "accumulated", "fsdp", "cached"])
+PARAMETERS = dict.fromkeys(("ddp", "accumulated", "fsdp"), 6)
+PARAMETERS |= {function.__name__: count for function, count in training.CACHED.items()}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_training_steps_are_those_of_one_process(name):
     for report in results():
-        assert len(report["trainings"][name]) == 6
+        assert len(report["trainings"][name]) == PARAMETERS[name]
         for parameter, error in report["trainings"][name].items():
             assert error <= TOLERANCE, parameter
+
+
+def test_a_cached_loss_leaves_the_parameters_of_ddp_alone():
+    for report in results():
+        assert "loss must not use module.scale of a Distributed" in report["cached wrong"]
 
 
 @pytest.mark.parametrize("name", ["NCE", "MNRL", "GIST"])

@@ -91,25 +91,88 @@ def fsdp() -> dict[str, float]:
     return errors(model, one)
 
 
-def cached(chunk: int = 2) -> dict[str, float]:
-    """Gradient caching: features first, the loss on leaves, then the encoder chunk by chunk."""
+class Features(Encoder):
+    """What the loss takes, so that DDP and FSDP see all parameters."""
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        scale, bias = self.scale.exp().squeeze(), self.bias.squeeze()
+        return self.images(images), self.texts(texts), scale, bias
+
+
+def of_features(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, **options) -> Tensor:
+    return ck.siglip_loss(x, y, scale, bias, **options) + ck.clip_loss(x, y, scale, **options)
+
+
+def cached() -> dict[str, float]:
     one = Encoder()
-    model = copy.deepcopy(one)
+    model = DistributedDataParallel(Features())
     one(*batch(10)).backward()
-    images, texts = mine(*batch(10))
-    with torch.no_grad():
-        leaves = [model.images(images), model.texts(texts)]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    x, y, scale = *leaves, model.scale.exp()
-    loss = ck.siglip_loss(x, y, scale, model.bias, group=dist.group.WORLD)
-    (loss + ck.clip_loss(x, y, scale, group=dist.group.WORLD)).backward()
-    for encoder, inputs, leaf in ((model.images, images, x), (model.texts, texts, y)):
-        for part, grad in zip(inputs.split(chunk), leaf.grad.split(chunk), strict=True):
-            encoder(part).backward(grad)
-    for parameter in model.parameters():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
+    ck.cached_step(model, mine(*batch(10)), of_features, chunk=2, group="world")
     return errors(model, one)
+
+
+def cached_and_accumulated() -> dict[str, float]:
+    """Two batches; then the first alone again, which a broken reduction would not survive."""
+    one = Encoder()
+    model = DistributedDataParallel(Features())
+
+    def half(*features: Tensor, **options) -> Tensor:
+        return of_features(*features, **options) / 2
+
+    for seed in (10, 20, 10):
+        one(*batch(seed)).div(2).backward()
+    with model.no_sync():
+        ck.cached_step(model, mine(*batch(10)), half, chunk=2, group="world")
+    for seed in (20, 10):
+        ck.cached_step(model, mine(*batch(seed)), half, chunk=2, group="world")
+    return errors(model, one)
+
+
+def cached_twice() -> dict[str, float]:
+    """One model of DDP for both views, beside another for the third."""
+    one = Encoder()
+    images, texts = (DistributedDataParallel(copy.deepcopy(m)) for m in (one.images, one.texts))
+    x, y, z = batch(10)[0], batch(20)[0], batch(30)[1]
+
+    def loss(x: Tensor, y: Tensor, z: Tensor, group: str | None = None) -> Tensor:
+        return ck.nt_xent(x, y, group=group) + ck.nt_xent(x, z, group=group)
+
+    loss(one.images(x), one.images(y), one.texts(z)).backward()
+    ck.cached_step((images, images, texts), mine(x, y, z), loss, chunk=2, group="world")
+    model = nn.ModuleDict({"images": images.module, "texts": texts.module})
+    one = nn.ModuleDict({"images": one.images, "texts": one.texts})
+    return errors(model, one)
+
+
+def cached_fsdp() -> dict[str, float]:
+    """Ranks have 5 rows and 2, and must take equally many chunks."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    one, model = Encoder(), Features()
+    for layer in (model.images, model.texts):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    one(*batch(10)).backward()
+    ck.cached_step(model, mine(*batch(10)), of_features, chunk=2, group="world")
+    return errors(model, one)
+
+
+def cached_wrong() -> str:
+    """What a loss is told that uses a parameter of DDP."""
+    model = DistributedDataParallel(Features())
+
+    def loss(x: Tensor, y: Tensor, *_: Tensor) -> Tensor:
+        return ck.clip_loss(x, y, model.module.scale.exp())
+
+    try:
+        ck.cached_step(model, mine(*batch(10)), loss, chunk=2)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+CACHED = {cached: 6, cached_and_accumulated: 6, cached_twice: 4, cached_fsdp: 6}
 
 
 def queues() -> dict[str, bool]:
@@ -274,9 +337,10 @@ def copied_modules() -> dict[str, bool]:
 
 def everything() -> dict[str, dict | float]:
     """All that one start of the processes computes."""
-    trainings = {f.__name__: f() for f in (ddp, accumulated, fsdp, cached)}
+    trainings = {f.__name__: f() for f in (ddp, accumulated, fsdp, *CACHED)}
     return {
         "trainings": trainings,
+        "cached wrong": cached_wrong(),
         "queues": queues(),
         "bank": bank(),
         "modules": modules(),
