@@ -11,10 +11,10 @@ from .integrations import patch, patch_status, patched, unpatch
 from .losses import table as _table
 from .losses.stats import mi_lower_bound
 from .losses.table import *  # noqa: F403
-from .ops import row_softplus, row_stats
+from .ops import hard_negatives, row_softplus, row_stats, top_k
 from .queue import FeatureQueue, MemoryBank
 from .sources import NegativeSource
-from .types import LossStats, RowColumnStats, RowStats
+from .types import HardNegatives, LossStats, RowColumnStats, RowStats, TopK
 from .whitening import Whitening, check_whitening, whiten
 from .workspace import workspace_limit
 
@@ -23,21 +23,25 @@ __version__ = "0.1.0"
 __all__ = [
     "FeatureQueue",
     "FileNegatives",
+    "HardNegatives",
     "LossStats",
     "MemoryBank",
     "NegativeSource",
     "RowColumnStats",
     "RowStats",
+    "TopK",
     "Whitening",
     "backends",
     "cached_step",
     "check_whitening",
+    "hard_negatives",
     "mi_lower_bound",
     "patch",
     "patch_status",
     "patched",
     "row_softplus",
     "row_stats",
+    "top_k",
     "unpatch",
     "whiten",
     "workspace_limit",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import Counts, IdPair, SoftplusSweep, Sweep
+from .types import Counts, IdPair, SoftplusSweep, Sweep, TopK
 
 
 def promote(x: Tensor) -> Tensor:
@@ -149,6 +149,41 @@ def softplus_sweep(
     # F.softplus turns linear above 20, too coarse for float64; logsigmoid is exact everywhere
     value = torch.where(kept, -F.logsigmoid(-torch.where(kept, z, 0.0)), 0.0).sum(1)
     return SoftplusSweep(value, threshold_stats(z, kept, threshold))
+
+
+def top_k(
+    x: Tensor,
+    y: Tensor,
+    k: int,
+    *,
+    exclude: IdPair | None = None,
+    keep: IdPair | None = None,
+    threshold: Tensor | None = None,
+    normalize: bool = False,
+) -> TopK:
+    """The k largest of <x_i, y_j> over the kept pairs, below threshold_i; NaN, which comes first,
+    is below any. Of equals the first; -inf and -1 where there are fewer."""
+    z = similarity(x, y, normalize)
+    kept = kept_pairs(z, exclude, keep)
+    if threshold is not None:
+        kept = kept & ((z < threshold[:, None]) | z.isnan())
+    z = F.pad(torch.where(kept, z, -torch.inf), (0, max(0, k - z.shape[1])), value=-torch.inf)
+    ids = torch.arange(z.shape[1], device=z.device).expand(z.shape)
+    return first(z, ids.masked_fill(z.detach() == -torch.inf, -1), k)
+
+
+def first(values: Tensor, ids: Tensor, k: int) -> TopK:
+    """The k largest of lists (N, L >= k) in which, of equals, the smaller id stands first."""
+    order = values.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return TopK(values.gather(1, order), ids.gather(1, order))
+
+
+def merged(best: TopK | None, found: TopK, start: int, k: int) -> TopK:
+    """The k first of `best` and of what was found among the keys from `start` on, which follow."""
+    moved = torch.where(found.ids < 0, found.ids, found.ids + start)
+    if best is None:
+        return TopK(found.values, moved)
+    return first(torch.cat((best.values, found.values), 1), torch.cat((best.ids, moved), 1), k)
 
 
 def row_dot(x: Tensor, y: Tensor, *, normalize: bool = False) -> Tensor:

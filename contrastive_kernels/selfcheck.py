@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import unusable_reason
-from .ops import row_dot, row_softplus, row_stats
+from .ops import row_dot, row_softplus, row_stats, top_k
 from .whitening import whiten
 
 ROWS, KEYS, DIM = 129, 67, 40
@@ -34,6 +34,10 @@ def _frozen_keys(x: Tensor, y: Tensor, scale: Tensor, _bias: Tensor, **options: 
     return row_stats(x, y.detach(), scale=scale, **options).lse
 
 
+def _nearest(x: Tensor, y: Tensor, *_others: Tensor, backend: str) -> Tensor:
+    return top_k(x, y, 3, backend=backend).values
+
+
 def _whiten(x: Tensor, *_others: Tensor, method: str, backend: str) -> Tensor:
     # whose kernels "auto" picks
     return whiten(x, method=method, backend="reference" if backend == "reference" else "auto")
@@ -49,6 +53,7 @@ def cases(device: str) -> dict[str, Callable[..., Tensor]]:
         "row_stats of frozen keys": _frozen_keys,
         "row_softplus": _softplus,
         "row_dot": _own_pairs,
+        "top_k": _nearest,
         **{f"whiten by {m}": partial(_whiten, method=m) for m in ("cholesky", "zca")},
         "whiten by newton_schulz": partial(_whiten, method="newton_schulz"),
     }

@@ -105,6 +105,22 @@ class SoftplusSweep(NamedTuple):
     partner: Tensor | None = None
 
 
+class TopK(NamedTuple):
+    """The k largest products of each row (N, k), and their keys (N, k), int64."""
+
+    values: Tensor
+    ids: Tensor
+
+
+class HardNegatives(NamedTuple):
+    """Keys that are negatives of each query (N, K), int64, their scores (N, K), and those of its
+    positives."""
+
+    ids: Tensor
+    scores: Tensor
+    positive_scores: Tensor
+
+
 class LossStats(NamedTuple):
     """Free statistics of a loss, all detached; None where a loss has no such number.
 

@@ -132,6 +132,10 @@ class Shards(Batch):
             rows = all_to_all(rows, [own] * self.world, self.sizes, self.group)
         return rows.view(self.world, own, *rows.shape[1:])
 
+    def to_owners(self, rows: Tensor) -> Tensor:
+        """`home`, with the gradient of all losses."""
+        return _ToOwners.apply(rows, self)
+
     def own_ids(self, device: torch.device, repeat: int = 1) -> Tensor:
         ids = self._numbered(self.rank, repeat).to(device)
         self._repeats[id(ids)] = (ids, repeat)
@@ -217,6 +221,21 @@ class _GatherKeys(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.shards.home(grad).sum(0), None
+
+
+class _ToOwners(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, shards: Shards) -> Tensor:
+        ctx.shards = shards
+        return shards.home(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shards = ctx.shards
+        own = shards.sizes[shards.rank]
+        grad = grad.flatten(0, 1)
+        return all_to_all(grad, shards.sizes, [own] * shards.world, shards.group), None
 
 
 class _Sum(torch.autograd.Function):

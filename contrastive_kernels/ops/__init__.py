@@ -1,5 +1,6 @@
 """The primitives of all losses, and the registered operators behind them."""
 
+from .hard_negatives import hard_negatives
 from .joint import Asked, sweeps
 from .own import count_own
 from .pairs import KeyBias, Part, full_precision, row_dot
@@ -19,6 +20,7 @@ from .registration import NAMESPACE
 from .row_operators import class_dot, has_row_kernels, row_distance, row_distance_gradients
 from .rows import sum_rows, take_rows
 from .rowwise import BLOCK_ELEMENTS, can_tie, own_gradient, tied
+from .top_k import top_k
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -31,6 +33,7 @@ __all__ = [
     "class_dot",
     "count_own",
     "full_precision",
+    "hard_negatives",
     "has_row_kernels",
     "keeps_frozen_keys",
     "operands",
@@ -49,4 +52,5 @@ __all__ = [
     "swept_positives",
     "take_rows",
     "tied",
+    "top_k",
 ]

@@ -245,9 +245,14 @@ def _register_triton() -> None:
         for device in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
             _library.impl(f"{name}_triton", implementation, device)
     for name in ("row_stats", "row_softplus", "row_dot"):
-        for device in ("CUDA", "CPU"):
-            rule = _autocast_rule(OPERATORS[name, "triton"], device)
-            _library.impl(f"{name}_triton", rule, f"Autocast{device}")
+        register_autocast(_library, f"{name}_triton")
+
+
+def register_autocast(library: torch.library.Library, name: str) -> None:
+    """For an operator of Triton whose first two arguments are features."""
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    for device in ("CUDA", "CPU"):
+        library.impl(name, _autocast_rule(op, device), f"Autocast{device}")
 
 
 def _autocast_rule(op: Callable, device: str) -> Callable:

@@ -33,6 +33,14 @@ def sum_rows(x: Tensor, which: Tensor, count: int, backend: str) -> Tensor:
     return _sum_rows(x, which, count)
 
 
+def add_rows(total: Tensor, which: Tensor, x: Tensor, backend: str) -> None:
+    """Adds the rows of x (M, D) in place to those of `total` (N, D) that `which` (M,) names."""
+    if _adds_in_order(x):
+        total.index_add_(0, which, x)
+    else:
+        total += sum_rows(x, which, len(total), backend)
+
+
 def _adds_in_order(x: Tensor) -> bool:
     """Whether index_add goes from row to row, as it does on CPUs."""
     return x.device.type == "cpu"

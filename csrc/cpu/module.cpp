@@ -14,6 +14,7 @@
 #include "class_dot.h"
 #include "forward.h"
 #include "row_dot.h"
+#include "top_k.h"
 
 namespace py = pybind11;
 
@@ -110,6 +111,15 @@ double backward(const PairTuple& pairs, bool softplus, const UpstreamTuple& rows
         pair_arguments<T>(pairs),
         {softplus, upstream(rows), upstream(columns), at<T>(attended), at<T>(partner)},
         {at<void>(x), at<void>(y), scale, at<T>(bias), add_x, add_y});
+  });
+}
+
+void largest(const PairTuple& pairs, int64_t k, Address floor, Address ceiling, Address values,
+             Address ids) {
+  with_compute_type(dtype_of(std::get<0>(pairs)), [&](auto t) {
+    using T = decltype(t);
+    top_k<T>(pair_arguments<T>(pairs),
+             {k, at<T>(floor), at<T>(ceiling), at<T>(values), at<int64_t>(ids)});
   });
 }
 
@@ -220,6 +230,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_buffer(&values_of);
   m.def("forward", &forward);
   m.def("backward", &backward);
+  m.def("top_k", &largest);
   m.def("row_dot", &dot);
   m.def("row_dot_backward", &dot_backward);
   m.def("row_distance", &distance);

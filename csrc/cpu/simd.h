@@ -71,6 +71,15 @@ CK_FOLD To bits(From v) {
   return out;
 }
 
+// whether a lane of a comparison holds
+template <class I>
+CK_FOLD bool any_lane(I lanes) {
+  uint64_t parts[sizeof(I) / sizeof(uint64_t)], some = 0;
+  std::memcpy(parts, &lanes, sizeof(I));
+  for (uint64_t part : parts) some |= part;
+  return some != 0;
+}
+
 template <class T>
 CK_FOLD T sum_lanes(Vec<T> v) {
   T lanes[kLanes<T>];

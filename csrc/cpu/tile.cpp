@@ -281,6 +281,73 @@ void add_counts(const Tile<T>& tile, const Counts<T>& counts) {
   }
 }
 
+// those of `Keys` keys from j on and the rows of a block from i0 on; most often there is none
+template <class T, bool Masked, bool Bounded, int Keys>
+CK_FOLD Found<T>* find_in_block(const Tile<T>& tile, int i0, int j, const Vec<T>* floor,
+                                const Vec<T>* ceiling, Found<T>* out) {
+  using L = Lane<T>;
+  using V = Vec<T>;
+  using I = IVec<T>;
+  I found[Keys][L::U], some{};
+#pragma GCC unroll 4
+  for (int q = 0; q < Keys; ++q) {
+#pragma GCC unroll 4
+    for (int u = 0; u < L::U; ++u) {
+      const int i = i0 + u * L::W;
+      const V z = logit(tile, i, j + q);
+      I above = ~(z <= floor[u]);
+      if constexpr (Bounded) above &= (z < ceiling[u]) | (z != z);
+      if constexpr (Masked) above &= kept(tile, i, j + q);
+      found[q][u] = above;
+      some |= above;
+    }
+  }
+  if (!any_lane(some)) return out;
+  for (int q = 0; q < Keys; ++q) {
+    for (int u = 0; u < L::U; ++u) {
+      if (!any_lane(found[q][u])) continue;
+      const int i = i0 + u * L::W;
+      T values[L::W];
+      typename Simd<T>::Integer above[L::W];
+      store(values, logit(tile, i, j + q));
+      store(above, found[q][u]);
+      for (int l = 0; l < L::W; ++l)
+        if (above[l] != 0) *out++ = {values[l], i + l, j + q};
+    }
+  }
+  return out;
+}
+
+template <class T, bool Masked, bool Bounded>
+Found<T>* find_in(const Tile<T>& tile, int begin, int end, const T* floor, const T* ceiling,
+                  Found<T>* out) {
+  using L = Lane<T>;
+  constexpr int kKeys = 4;
+  for (int i0 = 0; i0 < tile.rows; i0 += L::kBlock) {
+    Vec<T> low[L::U], high[L::U];
+    for (int u = 0; u < L::U; ++u) {
+      low[u] = load<Vec<T>>(floor + i0 + u * L::W);
+      if constexpr (Bounded) high[u] = load<Vec<T>>(ceiling + i0 + u * L::W);
+    }
+    int j = begin;
+    for (; j + kKeys <= end; j += kKeys)
+      out = find_in_block<T, Masked, Bounded, kKeys>(tile, i0, j, low, high, out);
+    for (; j < end; ++j) out = find_in_block<T, Masked, Bounded, 1>(tile, i0, j, low, high, out);
+  }
+  return out;
+}
+
+template <class T>
+int find(const Tile<T>& tile, int begin, int end, const T* floor, const T* ceiling, Found<T>* out) {
+  Found<T>* last = out;
+  with_flag(tile.masked, [&](auto masked) {
+    with_flag(ceiling != nullptr, [&](auto bounded) {
+      last = find_in<T, masked(), bounded()>(tile, begin, end, floor, ceiling, out);
+    });
+  });
+  return static_cast<int>(last - out);
+}
+
 template <class T>
 void pack(const T* x, int64_t stride, int rows, int64_t d, const T* scale, T* out, int64_t ld) {
   constexpr int W = kLanes<T>;
@@ -330,6 +397,7 @@ const TileKernels<T>& kernels() {
       .forward = forward<T>,
       .backward = backward<T>,
       .add_counts = add_counts<T>,
+      .find = find<T>,
       .dots = dots<T>,
       .project = project<T>,
       .scaled = scaled<T>,

@@ -110,6 +110,13 @@ struct Counts {
   double *key_rank, *key_total, *key_count;
 };
 
+// a logit of a tile, of one of its rows and one of its keys
+template <class T>
+struct Found {
+  T value;
+  int32_t row, key;
+};
+
 // entry (i, k) at data[i * row + k * col]
 template <class T>
 struct LeftMatrix {
@@ -140,6 +147,11 @@ struct TileKernels {
   // replaces logits by dL/dz row_scale key_scale
   void (*backward)(const Tile<T>& tile, Fold fold, const BackwardTile<T>& backward);
   void (*add_counts)(const Tile<T>& tile, const Counts<T>& counts);
+  // the logits of the keys from `begin` to `end` that are above the floor of their row and, unless
+  // null, below its ceiling; NaN is both. Returns how many, in no order; padded rows may be among
+  // them
+  int (*find)(const Tile<T>& tile, int begin, int end, const T* floor, const T* ceiling,
+              Found<T>* out);
   // for keys of its own of one row: out[j * ld] = scale <x, y_j> / |y_j| and inverse[j * ld] =
   // 1 / |y_j|, without the norm (and 1) unless `normalize`
   void (*dots)(const T* x, const T* y, int64_t stride, bool normalize, T scale, int64_t keys,
