@@ -24,16 +24,14 @@ def run(
     timeout: float = 60,
     backend: str = "gloo",
     before: Callable[[], Any] | None = None,
-    fork: bool = True,
 ) -> list[Any]:
     """function(*args) in each of `world` processes of one group: their results, by rank.
 
-    `fork=False`: processes that share no memory with another one, where memory is measured.
     `before` runs once, in the process that ranks are forked from: for imports that only they need.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, folder, timeout, backend, function, args)
-        if backend == "nccl" or not fork:  # a process that has met CUDA cannot become others
+        if backend == "nccl":  # a process that has met CUDA cannot become others
             start_processes(_start, arguments, world)
         else:
             _parent().submit(_fork, before, *arguments).result()

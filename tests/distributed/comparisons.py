@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import interpreted
 import torch
@@ -124,7 +124,21 @@ def _range(sizes: tuple[int, ...], rank: int) -> slice:
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def setups(name: str) -> Iterator[Setup]:
+def setups(name: str) -> list[Setup]:
+    """What this number of ranks runs of a case."""
+    return share(name, list(every_setup(name)), dist.get_world_size())
+
+
+def share(name: str, settings: Sequence[Any], world: int) -> list[Any]:
+    """Three ranks and four, which take the longest, have half of a case's settings each, but all of
+    a few cases; one and two ranks have all of all."""
+    if world < 3 or name in FEW:
+        return list(settings)
+    place = list(CASES).index(name) + world
+    return [setting for i, setting in enumerate(settings) if (i + place) % 2]
+
+
+def every_setup(name: str) -> Iterator[Setup]:
     ring = exchanges(name)[-1]
     pairs = [("even", "gather"), ("empty", "gather"), ("uneven", ring), ("first", ring)]
     if name in FEW:
@@ -279,13 +293,14 @@ def everything() -> dict:
         for setup in setups(name):
             report["losses"][setup] = compare(setup)
         ways = exchanges(name)
-        for sizes, exchange in (("uneven", ways[-1]), ("empty", ways[0])):
-            setup = Setup(name, sizes, exchange, "mean")
-            if CASES[name][0].takes("return_stats"):
+        if CASES[name][0].takes("return_stats"):
+            pairs = (("uneven", ways[-1]), ("empty", ways[0]))
+            every = [Setup(name, sizes, exchange, "mean") for sizes, exchange in pairs]
+            for setup in share(name, every, dist.get_world_size()):
                 report["statistics"][setup] = compare_statistics(setup)
         if name in BITS:
-            for exchange in ways:
-                setup = Setup(name, "uneven", exchange, "mean")
+            every = [Setup(name, "uneven", exchange, "mean") for exchange in ways]
+            for setup in share(name, every, dist.get_world_size()):
                 report["bits"][setup] = same_bits(setup)
                 if name not in FEW:
                     continue

@@ -40,7 +40,16 @@ def test_loss_and_gradients_are_those_of_one_process(world, name):
     _, case = comparisons.CASES[name]
     learned = sum(given.kind in LEARNED for given in case.inputs.values())
     settings = 3 if case.coupled else 5  # of sizes, exchange and reduction
+    if len(comparisons.share(name, [0, 1], world)) == 1:
+        settings //= 2
     assert checked >= world * settings * (1 + learned)
+
+
+@pytest.mark.parametrize("kind", ["losses", "statistics", "bits"])
+def test_three_ranks_and_four_share_the_settings_of_two(kind):
+    two, three, four = (set(results(world)[0][kind]) for world in (2, 3, 4))
+    assert three | four == two
+    assert {setup.name for setup in three & four} <= set(comparisons.FEW)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -50,7 +59,7 @@ def test_loss_and_gradients_are_those_of_one_process(world, name):
 def test_statistics_are_those_of_one_process(world, name):
     for rank, report in enumerate(results(world)):
         found = {s: fields for s, fields in report["statistics"].items() if s.name == name}
-        assert len(found) == 2 and all(found.values())
+        assert len(found) == len(comparisons.share(name, [0, 1], world)) and all(found.values())
         for setup, fields in found.items():
             for field, error in fields.items():
                 assert error <= TOLERANCE, (rank, setup, field)
@@ -59,7 +68,8 @@ def test_statistics_are_those_of_one_process(world, name):
 @pytest.mark.parametrize("world", WORLDS)
 def test_two_runs_give_equal_bits_and_ranks_one_value(world):
     for report in results(world):
-        runs = [comparisons.exchanges(name) for name in comparisons.BITS]
+        names = comparisons.BITS
+        runs = [comparisons.share(n, comparisons.exchanges(n), world) for n in names]
         assert len(report["bits"]) == sum(map(len, runs))
         assert all(report["bits"].values())
 

@@ -72,8 +72,8 @@ def test_memory_of_a_ring_does_not_grow_with_the_ranks():
         # on a busy machine a rank may come when the others have let their keys go
         return median_high(report[exchange][1] / shard for report in reports)
 
-    three, four = (gloo.run(world, peaks, ("ring", "gather"), fork=False) for world in (3, 4))
-    six = gloo.run(6, peaks, ("ring",), fork=False)
+    three, four = (gloo.run(world, peaks, ("ring", "gather")) for world in (3, 4))
+    six = gloo.run(6, peaks, ("ring",))
     assert abs(peak(four, "gather") - peak(three, "gather") - 3) < 0.7
     assert abs(peak(six, "ring") - peak(four, "ring")) < 0.7
     assert peak(four, "ring") < 9
