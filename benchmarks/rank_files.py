@@ -114,10 +114,11 @@ def report(
     for field in Cost._fields:
         one = [getattr(cost, field) for cost in alone]
         each = [getattr(cost, field) for cost in slowest]
-        ratios = [b / a for a, b in zip(one, each, strict=True)]
+        ratio = median(b / a for a, b in zip(one, each, strict=True))
         print(
             f"{field}: median {median(one):,.2f} alone, {median(each):,.2f} of the slowest rank, "
-            f"ratio {median(ratios):.3f} (least {min(ratios):.3f}, most {max(ratios):.3f})"
+            f"ratio of a round {ratio:.3f}; least {min(one):,.2f} and {min(each):,.2f}, ratio "
+            f"{min(each) / min(one):.3f}"
         )
 
 

@@ -32,7 +32,7 @@ LAYERS = {
         ("baselines",),
         ("cases",),
         ("harness",),
-        ("traffic", "gpu", "grid", "scaling", "negatives", "infomin"),
+        ("traffic", "rank_files", "gpu", "grid", "scaling", "negatives", "infomin"),
         ("base", "options", "report"),
         ("run",),
         ("conftest", "test_cases"),
