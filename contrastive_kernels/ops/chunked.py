@@ -118,6 +118,7 @@ def softmax(given: Pairs, *, mean: bool, threshold: Tensor | None) -> Sweep:
 def softplus(given: Pairs, *, threshold: Tensor | None) -> SoftplusSweep:
     """`primitives.softplus_sweep` likewise; `bias` is (M,) or, the same for all keys, 0-d."""
     x, chunks = _operands(given)
+    assert chunks.ranks is None, "no loss of this sweep takes sharded negatives"
     attend = _needs_grad(x) and not _needs_grad(given.scale, given.bias)
     chunks = chunks._replace(attend=attend)
     value, *counts = _apply(_Softplus, x, given, threshold, chunks)
