@@ -960,6 +960,18 @@ def intl(
     return reduce(torch.stack(rows).mean(0), reduction)
 
 
+def koleo(features: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
+    """-log(|x_i - x_j + eps| + eps) of features of unit length, j the nearest other row.
+
+    Sablayrolles et al. 2019, sec. 3.1, with the two eps of DINOv2's code.
+    """
+    x = F.normalize(promote(features), dim=-1)
+    products = (x @ x.T).detach().fill_diagonal_(-torch.inf)
+    nearest = products.max(1).indices
+    distance = F.pairwise_distance(x, x[nearest], eps=eps)
+    return reduce(-(distance + eps).log(), reduction)
+
+
 def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:
     """log(K + 1) - loss, detached: InfoMin's I_NCE (Tian et al. 2020), in nats. A bound of
     the mutual information for InfoNCE without a margin only."""

@@ -30,6 +30,7 @@ from .clip_distill import CLIPDistill, clip_distill
 from .cpc import CPC, cpc
 from .gist import GIST, gist
 from .info_nce import EqCo, InfoNCE, eqco, info_nce
+from .koleo import KoLeo, koleo
 from .mnrl import DIRECTIONS, MNRL, mnrl
 from .nce import NCE, nce
 from .nt_xent import DCL, HCL, Debiased, NTXent, dcl, debiased, hcl, nt_xent
@@ -55,6 +56,7 @@ __all__ = [
     "Debiased",
     "EqCo",
     "InfoNCE",
+    "KoLeo",
     "NTXent",
     "SigLIPLoss",
     "SupCon",
@@ -71,6 +73,7 @@ __all__ = [
     "hcl",
     "info_nce",
     "intl",
+    "koleo",
     "mnrl",
     "nce",
     "nt_xent",
@@ -455,6 +458,19 @@ LOSSES = (
     Row(cct, CCT, CCT_CASES),
     Row(w_mse, WMSE, W_MSE_CASES, exchanges=(), backends=("reference", "cpu")),
     Row(intl, INTL, INTL_CASES, exchanges=(), backends=("reference", "cpu")),
+    Row(
+        koleo,
+        KoLeo,
+        {
+            "koleo": Case({"features": features("N D")}, benchmark=Benchmark()),
+            "koleo two rows": Case(
+                {"features": features("N D")}, {"eps": 0.1}, {"N": 2}, grouped=False
+            ),
+        },
+        exchanges=(),
+        backends=BATCHED,
+        second_order=BATCHED,
+    ),
     Row(nce, NCE, NCE_CASES, exchanges=(), two_views=("query", "key"), alone=True),
 )
 CASES = {name: (row, case) for row in LOSSES for name, case in row.cases.items()}
