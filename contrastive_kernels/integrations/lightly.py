@@ -1,5 +1,5 @@
-"""lightly's losses: NTXentLoss with its memory bank, DCLLoss, DCLWLoss, and WMSELoss with its
-Whitening2d.
+"""lightly's losses: NTXentLoss with its memory bank, DCLLoss, DCLWLoss, KoLeoLoss, and WMSELoss
+with its Whitening2d; and NNCLR's support set, NNMemoryBankModule.
 
 Before 1.5.21 DCLLoss adds the log-sum-exps of the two views, where later there is one of both.
 Before 1.6 WMSELoss and Whitening2d cannot be made: they ask torch for solve_triangular in vain.
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import resolve_backend
 from ..losses.info_nce import info_nce
+from ..losses.koleo import koleo
 from ..losses.nt_xent import dcl, nt_xent
 from ..losses.whitening import w_mse
-from ..ops import checked_operands, keeps_frozen_keys, row_dot, sweep
+from ..ops import checked_operands, keeps_frozen_keys, row_dot, sweep, top_k
 from ..types import statistics_dtype
 from ..whitening import whiten
 from ._own import Own, cross_entropy, one_entry
@@ -30,6 +31,7 @@ from .swap import Peer, Unfused
 PEER = Peer("lightly", "lightly", ("1.5.20", "1.7"))
 peer: Any = PEER.load("lightly.loss")
 banks: Any = PEER.load("lightly.models.modules.memory_bank")
+nearest: Any = PEER.load("lightly.models.modules.nn_memory_bank")
 ranks: Any = PEER.load("lightly.utils.dist")
 whitened: Any = PEER.load("lightly.loss.wmse_loss")
 
@@ -202,6 +204,31 @@ def _keep_running_stats(layer: Any, groups: Tensor) -> None:
         running.mul_((1 - momentum) ** count).add_(momentum * value)
 
 
+DISTANCE = Own(
+    nn.PairwiseDistance, "forward", options={"norm": (2,), "keepdim": (False,)}, called=True
+)
+
+
+@PEER.fused(peer.KoLeoLoss, own=Own(peer.KoLeoLoss, parts={"pairwise_distance": DISTANCE}))
+def _koleo(self: Any, x: Tensor) -> Tensor | Unfused:
+    eps = self.eps
+    if not (isinstance(eps, float | int) and eps > 0 and self.pairwise_distance.eps == eps):
+        return Unfused("eps is not one number > 0")
+    if x.dim() != 2 or len(x) < 2:
+        return Unfused("x is not (N, D) of at least 2 rows")
+    return koleo(x, eps=eps)
+
+
+@PEER.fused(nearest.NNMemoryBankModule, own=Own(nearest.NNMemoryBankModule))
+def _nearest(self: Any, output: Tensor, update: bool = False) -> Tensor | Unfused:
+    if self.size[0] == 0 or output.dim() != 2 or torch.float64 in (output.dtype, self.bank.dtype):
+        return Unfused("output is not (N, D), of at most 32 bits, beside a bank of such")
+    output, bank = super(nearest.NNMemoryBankModule, self).forward(output, update=update)
+    bank = bank.to(output.device).t()
+    ids = top_k(output.detach(), bank, 1).ids
+    return bank.index_select(0, ids.flatten())
+
+
 # Label smoothing e makes a loss (1 - e) (lse - z+) + e mean_j (lse - z_j) of its logits z, which is
 # lse - z+ + e (z+ - mean_j z_j): these give the similarity of the positive above the mean of all.
 
@@ -238,6 +265,18 @@ class DCLWLoss(peer.DCLWLoss):
     """lightly's `DCLWLoss`, fused: `dcl` with detached weights."""
 
     forward = _dcl
+
+
+class KoLeoLoss(peer.KoLeoLoss):
+    """lightly's `KoLeoLoss`, fused: `koleo`."""
+
+    forward = _koleo
+
+
+class NNMemoryBankModule(nearest.NNMemoryBankModule):
+    """lightly's `NNMemoryBankModule`, fused: `top_k`."""
+
+    forward = _nearest
 
 
 class Whitening2d(whitened.Whitening2d):

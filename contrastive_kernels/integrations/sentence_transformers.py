@@ -1,5 +1,5 @@
 """sentence-transformers' losses with in-batch negatives: multiple negatives ranking and GISTEmbed,
-each also with cached gradients.
+each also with cached gradients; and its `mine_hard_negatives`.
 
 With `gather_across_devices` documents, and those queries that they are compared with, come from all
 processes of the default group; the value is the mean over the rank's own rows, and the gradient,
@@ -13,6 +13,7 @@ inherit from the others; 5.4 has another layout, 5.6 other relative margins.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from ..losses.gist import gist
 from ..losses.mnrl import mnrl
 from ..types import statistics_dtype
+from ._mining import Scoring
 from ._own import Own, cross_entropy, one_entry
 from ._ranks import group_if, own_mean, reduce_own
 from .swap import Peer, Unfused
@@ -169,6 +171,24 @@ def _cached_gist(
     if reason is not None:
         return Unfused(reason)
     return _finish(_guided(self, _columns(reps), _columns(reps_guided)), with_backward)
+
+
+_SIGNATURE = inspect.signature(util.mine_hard_negatives)
+_mine_unfused = util.mine_hard_negatives
+
+
+@PEER.fused(util, "mine_hard_negatives", own=Own(util))
+def mine_hard_negatives(*args: Any, **options: Any) -> Any:
+    """The peer's `mine_hard_negatives`, with the search alone fused, by `top_k`."""
+    given = _SIGNATURE.bind(*args, **options)
+    model = given.arguments["model"]
+    similarity = getattr(model, "similarity", None)
+    if similarity not in NORMALIZES:
+        return Unfused("the model's similarity is neither cos_sim nor dot_score")
+    if given.arguments.get("use_faiss"):
+        return Unfused("use_faiss=True searches with faiss", expected=True)
+    given.arguments["model"] = Scoring(model, NORMALIZES[similarity])
+    return _mine_unfused(*given.args, **given.kwargs)
 
 
 def _columns(reps: list[list[Tensor]]) -> list[Tensor]:

@@ -174,3 +174,38 @@ def test_w_mse_runs_unfused():
 
 def fused_calls(title: str) -> int:
     return next(swap for swap in fused.PEER.swaps if swap.title == title).fused_calls
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 3), (5, 3), (37, 16)], ids=str)
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+def test_koleo(shape):
+    for options in ({}, {"eps": 0.1}):
+        assert_conforms(fused.KoLeoLoss(**options), peer.KoLeoLoss(**options), views(*shape)[:1])
+
+
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+@pytest.mark.parametrize("change", [{"p": 1}, {"eps": 0.0}])
+def test_another_koleo_runs_unfused(change):
+    x = views(9, 4)[0]
+    assert torch.equal(fused.KoLeoLoss(**change)(x), peer.KoLeoLoss(**change)(x))
+
+
+def test_the_nearest_of_a_support_set():
+    found = []
+    for cls in (fused.NNMemoryBankModule, fused.nearest.NNMemoryBankModule):
+        torch.manual_seed(0)
+        bank, steps = cls(size=(40, 6)), []
+        for step in range(6):
+            output = randn(9, 6, seed=step, dtype=torch.float32)
+            steps.append(bank(output, update=step % 2 == 0))
+        found.append([*steps, bank.bank])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+def test_a_support_set_of_doubles_runs_unfused():
+    bank, output = fused.NNMemoryBankModule(size=(40, 6)).double(), randn(9, 6)
+    before = bank.bank.clone()
+    wanted = before[(output @ before.T).argmax(1)]
+    assert torch.equal(bank(output, update=True), wanted)
+    assert torch.equal(bank.bank, torch.cat((output, before[9:])))  # once

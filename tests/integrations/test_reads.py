@@ -27,6 +27,7 @@ CHOSEN = "only where pairs are chosen, which runs unfused"
 STATS = "statistics, without which alone it runs fused"
 EXACT = "of rounding, which the integration's module describes"
 MOVES = "moves tensors between devices or types"
+CALLED = "read by the package's own form, which the fused one calls"
 MINI = "mini-batches, which the fused form does not need"
 OLDER = "only in versions before the pinned one"
 UTILS = "pytorch_metric_learning.utils."  # left out below
@@ -37,6 +38,11 @@ HARMLESS = {
         "lightly.models.utils:concat_all_gather": KEPT,
         "memory_bank._init_memory_bank": OLDER,
         "num_pairs": "that of num_samples",
+        "_dequeue_and_enqueue": KEPT,
+        "bank_ptr": KEPT,
+        "feature_dim_first": KEPT,
+        "gather_distributed": KEPT,
+        "lightly.utils.dist:world_size": KEPT,
     },
     "open_clip": {
         "labels": CACHE,
@@ -67,6 +73,8 @@ HARMLESS = {
         "mini_batch_size": MINI,
         "show_progress_bar": MINI,
         "sentence_transformers.util.distributed:is_dist_initialized": "whether there is a group",
+        "sentence_transformers.util.environment:check_package_availability": CALLED,
+        "sentence_transformers.util.hard_negatives:is_datasets_available": CALLED,
     },
 }
 
@@ -79,6 +87,8 @@ def sample(owner: Any) -> Any:
     if name in ("CrossBatchMemory", "SelfSupervisedLoss"):
         loss = importlib.import_module("pytorch_metric_learning.losses").SupConLoss()
         return owner(loss, 4) if name == "CrossBatchMemory" else owner(loss)
+    if name == "NNMemoryBankModule":
+        return owner((4, 3))
     if "Ranking" in name:
         return owner(nn.Sequential(nn.Identity()))
     if name in ("Whitening2d", "WMSELoss"):
