@@ -219,6 +219,9 @@ def section(result: dict) -> list[str]:
         lines += ["in groups of n x D, K views, 4 iterations.", ""]
         lines += [*large_table(groups["whitening"]), ""]
         lines += bfloat16_table(groups["whitening"])
+    if "search" in groups:
+        lines += ["The k nearest of M keys for N queries, forward, float32, D = 128, k = 16:", ""]
+        lines += [*large_table(groups["search"]), ""]
     if "swap" in groups:
         lines += [
             "Drop-in losses of `contrastive_kernels.integrations` against the peers' own, forward"

@@ -9,6 +9,11 @@ def two_sided(sizes: Sizes, passes: str = "both") -> float:
     return units * sizes.n * sizes.m * sizes.d
 
 
+def one_product(sizes: Sizes, passes: str = "forward") -> float:
+    """Similarities once, forward alone."""
+    return {"forward": 2.0}[passes] * sizes.n * sizes.m * sizes.d
+
+
 def kept_tiles(sizes: Sizes, passes: str = "both") -> float:
     """Similarities once, and both gradients from them: 2 NMD and 4."""
     units = {"forward": 2.0, "backward": 4.0, "both": 6.0}[passes]
