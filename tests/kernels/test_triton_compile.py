@@ -20,7 +20,7 @@ import torch
 from benchmarks.gpu import gates, resources
 from contrastive_kernels import triton as operators
 from contrastive_kernels.__main__ import main
-from contrastive_kernels.triton import configs, tune
+from contrastive_kernels.triton import configs, top_k, tune
 from contrastive_kernels.triton.compile import Compiled, compiling
 from contrastive_kernels.triton.configs import SHARED_KIB, TILES, Tile, row
 from contrastive_kernels.triton.machine_code import Code, Count, code
@@ -92,6 +92,12 @@ def products(dim: int, keys: int | None = None, half=False):
     operators.row_dot_backward(x, y, ends, grad.float(), True, [True, True])
 
 
+def nearest(dim: int):
+    x, *_, ids, _, _, _ = arguments(dim, drop=True)
+    level = torch.empty(resources.N, device=resources.META)
+    top_k.top_k(x, x, ids, ids, None, None, level, level, 16, True)
+
+
 # What the losses launch beside the commonest case.
 VARIANTS: dict[str, Callable[[int], None]] = {
     "plain": lambda d: forward(d, unit=False),
@@ -121,6 +127,7 @@ VARIANTS: dict[str, Callable[[int], None]] = {
     "keys of each row": lambda d: products(d, 7),
     "runs of keys": lambda d: products(d),
     "runs of keys, float16": lambda d: products(d, half=True),
+    "nearest": nearest,
 }
 
 # The engine for Hopper: with a fixed shift, and with the running maximum of float16.
@@ -150,7 +157,7 @@ def results() -> Iterator[tuple]:
     _, ragged = with_code("stats_kernel", lambda: forward(100, drop=True, attend=True))
     yield "ragged", 0.0, ragged, ""
     for name, run in VARIANTS.items():
-        for dim in (128,) if name.startswith("attend") else (128, 768):
+        for dim in (128,) if name.startswith(("attend", "nearest")) else (128, 768):
             with compiling(90) as made:
                 run(dim)
             yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
