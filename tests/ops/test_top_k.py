@@ -170,7 +170,8 @@ def test_chunks_are_the_whole(dtype, backend):
     y[m // 2 :] = y[: m - m // 2]  # everything twice
     given = {"exclude": id_pair(n, m, 4), "threshold": 0.5 + 0.1 * randn(n, seed=3)}
     chunks = list(y.split([m // 3, 0, m - m // 3]))
-    for k, options in ((4, given), (m + 2, {}), (3, given | {"largest": False})):
+    runs = [(4, given), (m + 2, {}), (3, given | {"largest": False})]
+    for k, options in runs[: 1 if interpreted(backend) else None]:
         whole, parts = (x.clone().requires_grad_() for _ in range(2))
         wanted = ck.top_k(whole, y, k, backend=backend, **options)
         found = ck.top_k(parts, chunks, k, backend=backend, **options)
