@@ -14,9 +14,9 @@ from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from ..backends import check_aligned
 from .operands import Operands, address, contiguous, operands, optional, own_rows, vector
 
-_LSE, _LSE_MEAN, _SOFTPLUS = range(3)  # Fold in csrc/cpu/tile.h
+LSE, LSE_MEAN, SOFTPLUS = range(3)  # Fold in csrc/cpu/tile.h
 _NO_COUNTS = (0, 0, 0, 0)
-_NOWHERE = _NO_UPSTREAM = (0, 0, 0, 0, 0)
+NOWHERE = (0, 0, 0, 0, 0)  # neither statistics nor what came for them
 
 Results = tuple[Tensor | None, ...]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -50,7 +50,7 @@ def row_stats(
     if attend and (together or given.own_keys):
         raise ValueError("attend needs shared keys")
     partner = _partner(given, x, y, keep_rows, aligned)
-    keep = _may_be_differentiated(x, y, scale, bias)
+    keep = may_be_differentiated(x, y, scale, bias)
     rows, keys, like = given.rows, given.keys, given.like
     lse, low = like.new_empty(rows), like.new_empty(rows)
     means = mean_low = col_lse = col_low = col_means = col_mean_low = None
@@ -64,15 +64,15 @@ def row_stats(
     counts, addresses, _held = _counts(threshold, given)
     keeper = _cpu.forward(
         given.pairs,
-        _LSE_MEAN if mean else _LSE,
+        LSE_MEAN if mean else LSE,
         keep and not attend,
         tuple(map(address, (lse, low, means, mean_low, attended))),
-        (*map(address, (col_lse, col_low, col_means, col_mean_low)), 0) if columns else _NOWHERE,
+        (*map(address, (col_lse, col_low, col_means, col_mean_low)), 0) if columns else NOWHERE,
         addresses,
         address(partner),
     )
     return (
-        lse, means, col_lse, col_means, *counts, attended, None, _kept(keeper, low), col_low,
+        lse, means, col_lse, col_means, *counts, attended, None, kept(keeper, low), col_low,
         mean_low, col_mean_low, partner,
     )  # fmt: skip
 
@@ -140,10 +140,10 @@ def row_softplus(
     counts, addresses, _held = _counts(threshold, given)
     partner = _partner(given, x, y, keep_rows, aligned)
     keeper = _cpu.forward(
-        given.pairs, _SOFTPLUS, _may_be_differentiated(x, y, scale, bias),
-        (value.data_ptr(), low.data_ptr(), 0, 0, 0), _NOWHERE, addresses, address(partner),
+        given.pairs, SOFTPLUS, may_be_differentiated(x, y, scale, bias),
+        (value.data_ptr(), low.data_ptr(), 0, 0, 0), NOWHERE, addresses, address(partner),
     )  # fmt: skip
-    return value, *counts, None, None, None, None, partner, _kept(keeper, low)
+    return value, *counts, None, None, None, None, partner, kept(keeper, low)
 
 
 def row_softplus_backward(
@@ -186,15 +186,15 @@ def row_dot_backward(
     return dx, dy
 
 
-def _may_be_differentiated(*inputs: Tensor | None) -> bool:
+def may_be_differentiated(*inputs: Tensor | None) -> bool:
     """Whether a backward sweep may follow: this runs below autograd, which leaves the mode on where
     it records."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
-def _kept(keeper: _cpu.Keeper | None, low: Tensor) -> Tensor:
+def kept(keeper: _cpu.Keeper | None, low: Tensor) -> Tensor:
     """`low`, or what stands for it and for logits that are kept, which live as long as it does."""
-    return low if keeper is None else torch.frombuffer(keeper, dtype=low.dtype)
+    return low if keeper is None else torch.frombuffer(keeper, dtype=low.dtype).view_as(low)
 
 
 def _partner(
@@ -270,7 +270,7 @@ def _backward(
         given.pairs,
         columns is None,  # of softplus
         tuple(map(address, rows)),
-        _NO_UPSTREAM if columns is None else tuple(map(address, columns)),
+        NOWHERE if columns is None else tuple(map(address, columns)),
         address(attended),
         address(grad_partner),
         (

@@ -2,6 +2,7 @@
 
 from .hard_negatives import hard_negatives
 from .joint import Asked, sweeps
+from .nested import can_nest
 from .own import count_own
 from .pairs import KeyBias, Part, full_precision, row_dot
 from .primitives import (
@@ -28,6 +29,7 @@ __all__ = [
     "Asked",
     "KeyBias",
     "Part",
+    "can_nest",
     "can_tie",
     "checked_operands",
     "class_dot",

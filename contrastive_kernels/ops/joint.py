@@ -68,6 +68,8 @@ class Job(NamedTuple):
 
 
 def _joins(given: Pairs) -> bool:
+    if given.ends is not None:
+        return False
     if isinstance(given.batch, Shards) or not (given.y is None or isinstance(given.y, Tensor)):
         return False
     learned = torch.is_grad_enabled() and any(

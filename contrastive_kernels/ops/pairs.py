@@ -47,7 +47,8 @@ class Pairs(NamedTuple):
     backend: a resolved one. batch: whose rows y are, where ranks share them. together: the rows are
     those of x and then those of y (M, D), in a symmetric matrix as if y were None. aligned: the
     sweep also gives the logits of the rows of x and y that belong together. chunk_bias: with y in
-    chunks, what makes the bias. x_part, y_part: what x and y are a part of.
+    chunks, what makes the bias. x_part, y_part: what x and y are a part of. ends: statistics are
+    those of every prefix of the features that ends there; see `nested.py`.
     """
 
     x: Tensor
@@ -64,6 +65,7 @@ class Pairs(NamedTuple):
     chunk_bias: KeyBias | None = None
     x_part: Part | None = None
     y_part: Part | None = None
+    ends: tuple[int, ...] | None = None
 
     @property
     def keys(self) -> Tensor | NegativeSource | OwnKeys:
@@ -123,7 +125,7 @@ def softmax(
     if columns and pairs.y is None:
         pairs = pairs._replace(y=pairs.x)
     out = registration.call(
-        "row_stats", pairs.backend, **_operands(pairs), threshold=threshold, mean=mean,
+        "row_stats", pairs.backend, **shared_arguments(pairs), threshold=threshold, mean=mean,
         normalize=pairs.normalize, columns=columns, attend=attend, together=pairs.together,
         aligned=pairs.aligned,
     )  # fmt: skip
@@ -157,7 +159,7 @@ def softplus(
         ]  # fmt: skip
         return parts[0] if len(parts) == 1 else _below(parts)
     out = registration.call(
-        "row_softplus", pairs.backend, **_operands(pairs._replace(y=pairs.keys)),
+        "row_softplus", pairs.backend, **shared_arguments(pairs._replace(y=pairs.keys)),
         threshold=threshold, normalize=pairs.normalize, attend=list(attend or 4 * (False,)),
         aligned=pairs.aligned,
     )  # fmt: skip
@@ -276,7 +278,7 @@ def softmax_backward(
         )
     }  # fmt: skip
     out = registration.row_stats_backward(
-        pairs.backend, **_operands(pairs), **given, mean_low=stats.mean_low,
+        pairs.backend, **shared_arguments(pairs), **given, mean_low=stats.mean_low,
         col_mean_low=stats.col_mean_low, grad_lse=grads.lse, grad_mean=grads.mean,
         grad_col_lse=grads.col_lse, grad_col_mean=grads.col_mean, grad_partner=grads.partner,
         normalize=pairs.normalize, needs=list(needs), together=pairs.together, into=into,
@@ -289,7 +291,7 @@ def softplus_backward(pairs: Pairs, grad: Tensor, needs: Needs) -> Gradients:
     if pairs.backend == "reference":
         return _dense_backward(pairs, None, grad, needs)
     out = registration.call(
-        "row_softplus_backward", pairs.backend, **_operands(pairs), low=None, grad=grad,
+        "row_softplus_backward", pairs.backend, **shared_arguments(pairs), low=None, grad=grad,
         grad_partner=None, normalize=pairs.normalize, needs=list(needs),
     )  # fmt: skip
     return Gradients(*out)
@@ -317,7 +319,7 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat((lse, more + share * (less - more)), 1)
 
 
-def _operands(pairs: Pairs) -> dict[str, Any]:
+def shared_arguments(pairs: Pairs) -> dict[str, Any]:
     """The arguments that all operators on pairs share."""
     exclude, keep = pairs.exclude or (None, None), pairs.keep or (None, None)
     one_side = pairs.y is None or pairs.together  # one set of ids serves rows and columns

@@ -9,6 +9,7 @@ checks; the public `row_stats` and `row_softplus`, and `checked_operands`, do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypedDict, Unpack, cast, overload
 
 import torch
@@ -36,7 +37,7 @@ from ..types import (
     known,
     statistics_dtype,
 )
-from . import chunked, own, pairs, registration, sharded
+from . import chunked, nested, own, pairs, registration, sharded
 from .pairs import KeyBias, Needs, Pairs, Part, row_dot
 from .rowwise import by_rows, can_tie, tied
 
@@ -54,6 +55,7 @@ def operands(
     batch: Batch | None = None,
     more: Tensor | None = None,
     aligned: bool = False,
+    ends: Sequence[int] | None = None,
 ) -> Pairs:
     """The record of a sweep over z_ij = scale <x_i, y_j> + bias_j, of arguments that fit.
 
@@ -63,7 +65,8 @@ def operands(
     and its partner too, key i or row i of the other half; see `swept_positives`. A `KeyBias` is
     for y in chunks. `backend` is a resolved one. `batch`: y, bias and column ids are this rank's
     part of those of a group, of `batch.sizes` rows; statistics of rows are over the keys of all
-    ranks, those of this rank's columns over all rows.
+    ranks, those of this rank's columns over all rows. `ends`: statistics come for every prefix of
+    the features that ends there, ascending up to D, as rows of the results; where `can_nest`.
     """
     x_part, y_part = (t if isinstance(t, Part) else None for t in (x, y))
     x = x.features if isinstance(x, Part) else x
@@ -96,7 +99,7 @@ def operands(
         y = more
     return Pairs(
         x, y, scale, bias, exclude, keep, normalize, backend, batch, together, aligned, chunk_bias,
-        x_part, y_part,
+        x_part, y_part, None if ends is None else tuple(ends),
     )  # fmt: skip
 
 
@@ -149,6 +152,8 @@ def sweep(
     Beyond that: `mean=False` leaves the mean out; `threshold` (N,) asks for rank_i = #{j: z_ij >
     threshold_i}, total_i = sum_j z_ij and count_i, the number of kept pairs, all without gradient.
     """
+    if given.ends is not None:
+        return nested.softmax(given, given.ends, columns=columns)
     if is_source(given.y):
         return chunked.softmax(given, mean=mean, threshold=threshold)
     if isinstance(given.y, OwnKeys):
@@ -180,6 +185,8 @@ def softplus_sweep(
 
     `summed`: value is the sum over the rows too, 0-d, which leaves backends more freedom.
     """
+    if given.ends is not None:
+        return nested.softplus(given, given.ends)
     if is_source(given.y):
         out = chunked.softplus(given, threshold=threshold)
     elif isinstance(given.y, OwnKeys):
@@ -249,14 +256,17 @@ def positives(
 
 def swept_positives(
     x: Tensor, y: Tensor, batch: Batch, *, normalize: bool, backend: str, dots: bool,
-    one_way: bool = True, summed: bool = False,
+    one_way: bool = True, summed: bool = False, prefixes: bool = False,
 ) -> tuple[bool, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(aligned, dots, x, y) before a sweep of x (N, D) and the keys y of a batch, (N, D) or more.
 
     Where it can give the logits of <x_i, y_i> on its way, to be asked for by
     `operands(aligned=True)`, dots (N,) have no gradient and are None unless `dots`; else as
     `positives`. `one_way`: the sweep is of rows alone. `summed`: as `softplus_sweep` takes it.
+    `prefixes`: the sweep is one at several prefixes, which always can.
     """
+    if prefixes:
+        return True, None, x, y
     can = can_align(backend) and not isinstance(batch, Shards)
     can = can and not (summed and can_sum(backend))
     if not can or (one_way and _may_attend(x, y, backend, frozen=not y.requires_grad)):

@@ -113,7 +113,7 @@ def _setup_row_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
         attended=out.attended, slope=out.slope, lse_low=out.lse_low, col_lse_low=out.col_lse_low,
         mean_low=out.mean_low, col_mean_low=out.col_mean_low,
     )  # fmt: skip
-    _mark(
+    mark(
         ctx, out, lse=True, mean=given.mean, col_lse=given.columns,
         col_mean=given.columns and given.mean, partner=given.aligned,
     )  # fmt: skip
@@ -126,10 +126,10 @@ def _setup_row_softplus(ctx: Any, inputs: tuple, output: tuple) -> None:
         _save(ctx, x=out.dx, y=out.dy, scale=out.dscale, bias=out.dbias)
     else:
         _save(ctx, **dict(zip(_PAIR_NAMES, inputs, strict=False)), low=out.low)
-    _mark(ctx, out, value=True, partner=given.aligned)
+    mark(ctx, out, value=True, partner=given.aligned)
 
 
-def _mark(ctx: Any, out: Any, **differentiable: bool) -> None:
+def mark(ctx: Any, out: Any, **differentiable: bool) -> None:
     """Which of the results, by name, have a gradient."""
     named = zip(out._fields, out, strict=True)
     others = (t for field, t in named if t is not None and not differentiable.get(field))

@@ -31,33 +31,33 @@ from torch import Tensor
 
 from ..types import statistics_dtype
 
-_PAIRS = (
+PAIRS = (
     "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? exclude_rows, Tensor? exclude_cols, "
     "Tensor? keep_rows, Tensor? keep_cols"
 )
-_GRADIENTS = "(Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
+GRADIENTS = "(Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
 SCHEMAS = {
     "row_stats": (
-        f"({_PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend, "
+        f"({PAIRS}, Tensor? threshold, bool mean, bool normalize, bool columns, bool attend, "
         "bool together, bool aligned) -> (Tensor lse, Tensor mean, Tensor col_lse, "
         "Tensor col_mean, Tensor rank, Tensor total, Tensor count, Tensor attended, Tensor slope, "
         "Tensor lse_low, Tensor col_lse_low, Tensor mean_low, Tensor col_mean_low, Tensor partner)"
     ),
     "row_stats_backward": (
-        f"({_PAIRS}, Tensor lse, Tensor? mean, Tensor? col_lse, Tensor? col_mean, "
+        f"({PAIRS}, Tensor lse, Tensor? mean, Tensor? col_lse, Tensor? col_mean, "
         "Tensor? attended, Tensor? slope, Tensor lse_low, Tensor? col_lse_low, "
         "Tensor? grad_lse, Tensor? grad_mean, "
         "Tensor? grad_col_lse, Tensor? grad_col_mean, Tensor? grad_partner, bool normalize, "
-        f"bool[4] needs, bool together) -> {_GRADIENTS}"
+        f"bool[4] needs, bool together) -> {GRADIENTS}"
     ),
     "row_softplus": (
-        f"({_PAIRS}, Tensor? threshold, bool normalize, bool[4] attend, bool aligned) -> "
+        f"({PAIRS}, Tensor? threshold, bool normalize, bool[4] attend, bool aligned) -> "
         "(Tensor value, Tensor rank, Tensor total, Tensor count, "
         "Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, Tensor partner, Tensor low)"
     ),
     "row_softplus_backward": (
-        f"({_PAIRS}, Tensor? low, Tensor grad, Tensor? grad_partner, bool normalize, "
-        f"bool[4] needs) -> {_GRADIENTS}"
+        f"({PAIRS}, Tensor? low, Tensor grad, Tensor? grad_partner, bool normalize, "
+        f"bool[4] needs) -> {GRADIENTS}"
     ),
     "row_dot": "(Tensor x, Tensor y, Tensor? ends, bool normalize) -> (Tensor dot)",
     "row_dot_backward": (
@@ -67,13 +67,14 @@ SCHEMAS = {
 }
 
 
-def _record(name: str, items: list) -> Any:
+def record(name: str, items: list) -> Any:
+    """The arguments or results of a schema, by name."""
     return namedtuple(name, [item.name for item in items])
 
 
 _parsed = {name: torch._C.parse_schema(name + schema) for name, schema in SCHEMAS.items()}
-ARGUMENTS = {name: _record(name, schema.arguments) for name, schema in _parsed.items()}
-RESULTS = {name: _record(name, schema.returns) for name, schema in _parsed.items()}
+ARGUMENTS = {name: record(name, schema.arguments) for name, schema in _parsed.items()}
+RESULTS = {name: record(name, schema.returns) for name, schema in _parsed.items()}
 
 
 def empty_stats(x: Tensor, *shape: int) -> Tensor:
@@ -130,7 +131,11 @@ def fake_row_softplus(backend: str, *inputs: Any) -> Any:
 
 
 def fake_pairs_backward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
-    given = ARGUMENTS[name](*inputs)
+    return pairs_gradients(ARGUMENTS[name](*inputs))
+
+
+def pairs_gradients(given: Any) -> tuple[Tensor, ...]:
+    """Those that a backward gives for its arguments, without numbers."""
     gradients = empty_gradients(given.needs, given.x, given.y, given.scale, given.bias)
     if not getattr(given, "together", False):
         return gradients

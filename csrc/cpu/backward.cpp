@@ -6,51 +6,11 @@
 
 #include "gradient.h"
 #include "schedule.h"
+#include "side.h"
 #include "sums.h"
 
 namespace ck {
 namespace {
-
-enum Field { kLse, kMean, kGradLse, kGradMean, kFields };
-
-// The fields of one side as the tiles take them. A row with no pair (lse = -inf) gets lse = +inf
-// and no gradient, so that it adds nothing, whatever came from above. What rounding took from lse,
-// `low`, comes into the gradients: exp(z - lse - low) = exp(z - lse) exp(-low).
-template <class T>
-class Side {
- public:
-  Side() = default;
-  Side(int64_t size, const Upstream<T>& in) : size_(size), values_(kFields * size, T{0}) {
-    T* values = values_.data();
-    const auto fill = [&](Field field, const T* source) {
-      if (source != nullptr) std::copy_n(source, size, values + field * size);
-    };
-    fill(kLse, in.lse);
-    fill(kGradLse, in.grad_lse);
-    fill(kGradMean, in.grad_mean);
-    if (in.grad_mean != nullptr) fill(kMean, in.mean);
-    for (int64_t i = 0; i < size; ++i) {
-      if (in.low != nullptr) {
-        const T factor = std::exp(-in.low[i]);
-        values[kGradLse * size + i] *= factor;
-        values[kGradMean * size + i] *= factor;
-      }
-      if (values[kLse * size + i] == -std::numeric_limits<T>::infinity()) {
-        values[kLse * size + i] = std::numeric_limits<T>::infinity();
-        values[kGradLse * size + i] = values[kGradMean * size + i] = 0;
-      }
-    }
-  }
-  bool given() const { return size_ > 0; }
-  const T* of(Field field) const { return values_.data() + field * size_; }
-  Coefficients<T> from(int64_t begin) const {
-    return {of(kLse) + begin, of(kMean) + begin, of(kGradLse) + begin, of(kGradMean) + begin};
-  }
-
- private:
-  int64_t size_ = 0;
-  Buffer<T> values_;
-};
 
 template <class T>
 class BackwardSweep {
@@ -164,7 +124,7 @@ class BackwardSweep {
     const int64_t d = p_.x.d();
     parallel_for(slab.begin, slab.end, divide_up(kSerialWork, d), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const T weight = rows_.of(kGradLse)[i] * p_.x.inverse()[i];
+        const T weight = rows_.of(Side<T>::kGradLse)[i] * p_.x.inverse()[i];
         for (int64_t k = 0; k < d; ++k) out[i * d + k] = weight * in_.attended[i * d + k];
       }
     });
@@ -270,10 +230,10 @@ class BackwardSweep {
     BackwardTile<T> b{};
     const auto start = [&](Range) {
       constexpr T infinity = std::numeric_limits<T>::infinity();
-      b.row.lse = w.lanes(kLseLanes, rows_.of(kLse), infinity);
-      b.row.mean = w.lanes(kMeanLanes, rows_.of(kMean), 0);
-      b.row.grad_lse = w.lanes(kGradLseLanes, rows_.of(kGradLse), 0);
-      b.row.grad_mean = w.lanes(kGradMeanLanes, rows_.of(kGradMean), 0);
+      b.row.lse = w.lanes(kLseLanes, rows_.of(Side<T>::kLse), infinity);
+      b.row.mean = w.lanes(kMeanLanes, rows_.of(Side<T>::kMean), 0);
+      b.row.grad_lse = w.lanes(kGradLseLanes, rows_.of(Side<T>::kGradLse), 0);
+      b.row.grad_mean = w.lanes(kGradMeanLanes, rows_.of(Side<T>::kGradMean), 0);
       b.row_scale = w.lanes(kScaleLanes, p_.x.inverse(), 0);
       b.row_valid = w.valid_lanes(kValidLanes);
     };
@@ -314,9 +274,8 @@ class BackwardSweep {
   double slope_of_partners(Worker<T>& w) {
     double slope = 0;
     if (in_.grad_partner == nullptr) return slope;
-    const Tile<T>& tile = w.tile();
     w.for_partners([&](int64_t row, int64_t key, int64_t i, int64_t j) {
-      slope += grad_of_partner(row, key) * tile.product(i, j);
+      slope += grad_of_partner(row, key) * w.product(i, j);
     });
     return slope;
   }

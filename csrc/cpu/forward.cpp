@@ -237,12 +237,6 @@ class ForwardSweep {
         });
   }
 
-  // a + b, and what rounding took from it, which of large logits is more than exp can bear
-  static void put(double a, double b, T& sum, T& low) {
-    sum = static_cast<T>(a + b);
-    low = std::isfinite(sum) ? static_cast<T>(b - (sum - a)) : T{0};
-  }
-
   // statistics from their sums
   void set(Sums& sums, const Statistics<T>& to) const {
     for (int64_t i = 0; i < sums.size(); ++i) {

@@ -13,6 +13,7 @@
 #include "binding.h"
 #include "class_dot.h"
 #include "forward.h"
+#include "nested.h"
 #include "row_dot.h"
 #include "top_k.h"
 
@@ -68,21 +69,23 @@ using StatisticsTuple = std::tuple<Address, Address, Address, Address, Address>;
 // threshold, rank, total, count
 using CountsTuple = std::tuple<Address, Address, Address, Address>;
 
+template <class T>
+Statistics<T> statistics(const StatisticsTuple& to) {
+  const auto [lse, low, mean, mean_low, attended] = to;
+  return {at<T>(lse), at<T>(low), at<T>(mean), at<T>(mean_low), at<T>(attended)};
+}
+
 std::unique_ptr<Keeper> forward(const PairTuple& pairs, int fold, bool keep,
                                 const StatisticsTuple& rows, const StatisticsTuple& columns,
                                 const CountsTuple& counts, Address partner) {
   return with_compute_type(dtype_of(std::get<0>(pairs)), [&](auto t) {
     using T = decltype(t);
-    const auto statistics = [](const StatisticsTuple& to) {
-      const auto [lse, low, mean, mean_low, attended] = to;
-      return Statistics<T>{at<T>(lse), at<T>(low), at<T>(mean), at<T>(mean_low), at<T>(attended)};
-    };
     const auto [threshold, rank, total, count] = counts;
     return forward_sweep<T>(pair_arguments<T>(pairs), {
                                                           .fold = static_cast<Fold>(fold),
                                                           .keep = keep,
-                                                          .rows = statistics(rows),
-                                                          .columns = statistics(columns),
+                                                          .rows = statistics<T>(rows),
+                                                          .columns = statistics<T>(columns),
                                                           .threshold = at<T>(threshold),
                                                           .rank = at<T>(rank),
                                                           .total = at<T>(total),
@@ -97,20 +100,56 @@ using UpstreamTuple = std::tuple<Address, Address, Address, Address, Address>;
 // the fields of Gradients
 using GradientTuple = std::tuple<Address, Address, bool, Address, bool, bool>;
 
+template <class T>
+Upstream<T> upstream(const UpstreamTuple& from) {
+  const auto [lse, low, mean, grad_lse, grad_mean] = from;
+  return {at<T>(lse), at<T>(low), at<T>(mean), at<T>(grad_lse), at<T>(grad_mean)};
+}
+
+template <class T>
+Gradients<T> gradients(const GradientTuple& to) {
+  const auto [x, y, scale, bias, add_x, add_y] = to;
+  return {at<void>(x), at<void>(y), scale, at<T>(bias), add_x, add_y};
+}
+
 double backward(const PairTuple& pairs, bool softplus, const UpstreamTuple& rows,
                 const UpstreamTuple& columns, Address attended, Address partner,
                 const GradientTuple& to) {
   return with_compute_type(dtype_of(std::get<0>(pairs)), [&](auto t) {
     using T = decltype(t);
-    const auto upstream = [](const UpstreamTuple& from) {
-      const auto [lse, low, mean, grad_lse, grad_mean] = from;
-      return Upstream<T>{at<T>(lse), at<T>(low), at<T>(mean), at<T>(grad_lse), at<T>(grad_mean)};
-    };
-    const auto [x, y, scale, bias, add_x, add_y] = to;
     return backward_sweep<T>(
         pair_arguments<T>(pairs),
-        {softplus, upstream(rows), upstream(columns), at<T>(attended), at<T>(partner)},
-        {at<void>(x), at<void>(y), scale, at<T>(bias), add_x, add_y});
+        {softplus, upstream<T>(rows), upstream<T>(columns), at<T>(attended), at<T>(partner)},
+        gradients<T>(to));
+  });
+}
+
+// `ends` of prefixes; rows and columns of each prefix, one after the other
+std::unique_ptr<Keeper> forward_nested(const PairTuple& pairs, const std::vector<int64_t>& ends,
+                                       int fold, bool keep, const StatisticsTuple& rows,
+                                       const StatisticsTuple& columns, Address partner) {
+  return with_compute_type(dtype_of(std::get<0>(pairs)), [&](auto t) {
+    using T = decltype(t);
+    return nested_forward<T>(pair_arguments<T>(pairs), ends,
+                             {
+                                 .fold = static_cast<Fold>(fold),
+                                 .keep = keep,
+                                 .rows = statistics<T>(rows),
+                                 .columns = statistics<T>(columns),
+                                 .partner = at<T>(partner),
+                             });
+  });
+}
+
+double backward_nested(const PairTuple& pairs, const std::vector<int64_t>& ends, bool softplus,
+                       const UpstreamTuple& rows, const UpstreamTuple& columns, Address partner,
+                       const GradientTuple& to) {
+  return with_compute_type(dtype_of(std::get<0>(pairs)), [&](auto t) {
+    using T = decltype(t);
+    return nested_backward<T>(
+        pair_arguments<T>(pairs), ends,
+        {softplus, upstream<T>(rows), upstream<T>(columns), nullptr, at<T>(partner)},
+        gradients<T>(to));
   });
 }
 
@@ -230,6 +269,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def_buffer(&values_of);
   m.def("forward", &forward);
   m.def("backward", &backward);
+  m.def("forward_nested", &forward_nested);
+  m.def("backward_nested", &backward_nested);
   m.def("top_k", &largest);
   m.def("row_dot", &dot);
   m.def("row_dot_backward", &dot_backward);

@@ -109,6 +109,11 @@ Worker<T>::Worker(const Problem<T>& problem) : problem_(problem) {
 
 template <class T>
 void Worker<T>::take_rows(Range rows) {
+  take_rows(rows, true);
+}
+
+template <class T>
+void Worker<T>::take_rows(Range rows, bool scaled) {
   rows_ = rows;
   const int64_t count = rows.size();
   tile_.rows = static_cast<int>(divide_up(count, kRowPadding) * kRowPadding);
@@ -125,7 +130,7 @@ void Worker<T>::take_rows(Range rows) {
     if (problem_.paired)
       std::fill_n(tile_.data, problem_.block_keys * tile_.ld, T{0});  // padded rows stay so
     else
-      pack(x_rows_, x_stride_, problem_.x.d(), scales);
+      pack(x_rows_, x_stride_, problem_.x.d(), scaled ? scales : nullptr);
   }
   if (!problem_.exclude.given() && !problem_.keep.given()) return;
   Id* ids = ids_.data();
@@ -148,6 +153,20 @@ void Worker<T>::pack(const T* x, int64_t stride, int64_t d, const T* scales) {
 
 template <class T>
 bool Worker<T>::make_tile(Range keys) {
+  if (!aim(keys)) return false;
+  PanelMatrix<T> logits = kept_place();
+  const bool kept = logits.data != nullptr;
+  if (!kept) logits = {tile_.data, tile_.ld};
+  tile_.logits = {logits.data, logits.row, logits.panel};
+  if (problem_.paired)
+    make_paired_tile();
+  else if (!kept || problem_.keeps)
+    make_logits(keys, logits);
+  return true;
+}
+
+template <class T>
+bool Worker<T>::aim(Range keys) {
   const bool exclude = problem_.exclude.given() && problem_.exclude.meet(rows_, keys);
   if (problem_.keep.given() && !problem_.keep.meet(rows_, keys)) return false;
   keys_ = keys;
@@ -165,26 +184,23 @@ bool Worker<T>::make_tile(Range keys) {
     tile_.exclude_key = problem_.exclude.given() ? problem_.exclude.keys() + keys.begin : key_ids;
     if (!problem_.exclude.given()) std::fill_n(key_ids, problem_.block_keys, Id{1});
   }
-  PanelMatrix<T> logits{tile_.data, tile_.ld};
-  const int64_t place = problem_.kept.place(keys.begin, keys.end);
-  if (place >= 0) {
-    const int64_t stride = problem_.kept.stride();
-    T* const memory = static_cast<T*>(problem_.kept.memory);
-    logits = {memory + rows_.begin * stride + place * kPanel, kPanel, stride * kPanel};
-  }
-  tile_.logits = {logits.data, logits.row, logits.panel};
   y_rows_ = nullptr;
   y_pairs_.forget();
-  if (problem_.paired)
-    make_paired_tile();
-  else if (place < 0 || problem_.keeps)
-    make_logits(keys, logits);
   return true;
 }
 
 template <class T>
+PanelMatrix<T> Worker<T>::kept_place(int64_t set) const {
+  const int64_t place = problem_.kept.place(keys_.begin, keys_.end);
+  if (place < 0) return {nullptr, 0};
+  const int64_t stride = problem_.kept.stride();
+  const int64_t first = set * divide_up(problem_.x.rows(), kRowPadding) * kRowPadding;
+  T* const memory = static_cast<T*>(problem_.kept.memory);
+  return {memory + (first + rows_.begin) * stride + place * kPanel, kPanel, stride * kPanel};
+}
+
+template <class T>
 void Worker<T>::make_logits(Range keys, const PanelMatrix<T>& out) {
-  const T* packed = packed_.data();
   if constexpr (std::is_same_v<T, float>) {
     if (problem_.bits) {
       const BitRows bits = read_bits(problem_.y, keys);
@@ -192,17 +208,22 @@ void Worker<T>::make_logits(Range keys, const PanelMatrix<T>& out) {
       bfloat16_kernels()->multiply(
           keys.size(), tile_.rows, pairs,
           {reinterpret_cast<const uint32_t*>(bits.data), bits.stride / 2, 1},
-          {reinterpret_cast<const uint32_t*>(packed), kPanel, pairs * kPanel}, out, false);
+          {reinterpret_cast<const uint32_t*>(packed_.data()), kPanel, pairs * kPanel}, out, false);
       for (int64_t i = 0; i < tile_.rows; i += kPanel)
         problem_.kernels.scale_rows(out.data + i / kPanel * out.panel, out.row, tile_.keys, kPanel,
                                     row_scale_.data() + i);
       return;
     }
   }
-  read_keys();
-  const int64_t d = problem_.x.d();
-  problem_.kernels.multiply(keys.size(), tile_.rows, d, {y_rows_, y_stride_, 1},
-                            {packed, kPanel, d * kPanel}, out, false);
+  multiply({0, problem_.x.d()}, out, false);
+}
+
+template <class T>
+void Worker<T>::multiply(Range features, const PanelMatrix<T>& out, bool add) {
+  if (y_rows_ == nullptr) read_keys();
+  problem_.kernels.multiply(
+      keys_.size(), tile_.rows, features.size(), {y_rows_ + features.begin, y_stride_, 1},
+      {packed_.data() + features.begin * kPanel, kPanel, problem_.x.d() * kPanel}, out, add);
 }
 
 template <class T>
@@ -284,10 +305,18 @@ void Worker<T>::add_to_rows(T* out, bool accumulate) {
       return;
     }
   }
+  add_to_rows(out, {0, d}, accumulate);
+}
+
+template <class T>
+void Worker<T>::add_to_rows(T* out, Range features, bool accumulate) {
   if (y_rows_ == nullptr) read_keys();
+  const int64_t d = problem_.x.d();
   for_blocks({0, rows_.size()}, kPanel, [&](Range part) {  // of the tile as much as a cache holds
-    problem_.kernels.multiply(part.size(), d, keys_.size(), {tile_.data + part.begin, 1, tile_.ld},
-                              {y_rows_, y_stride_}, {out + part.begin * d, d}, accumulate);
+    problem_.kernels.multiply(part.size(), features.size(), keys_.size(),
+                              {tile_.data + part.begin, 1, tile_.ld},
+                              {y_rows_ + features.begin, y_stride_},
+                              {out + part.begin * d + features.begin, d}, accumulate);
   });
 }
 
@@ -304,8 +333,14 @@ void Worker<T>::add_to_keys(T* out) {
       return;
     }
   }
-  problem_.kernels.multiply(keys_.size(), d, rows_.size(), {tile_.data, tile_.ld, 1},
-                            {x_rows_, x_stride_}, {out, d}, true);
+  add_to_keys(out, {0, d});
+}
+
+template <class T>
+void Worker<T>::add_to_keys(T* out, Range features) {
+  problem_.kernels.multiply(keys_.size(), features.size(), rows_.size(), {tile_.data, tile_.ld, 1},
+                            {x_rows_ + features.begin, x_stride_},
+                            {out + features.begin, problem_.x.d()}, true);
 }
 
 template class Ids<float>;

@@ -100,6 +100,9 @@ class Worker {
   bool make_tile(Range keys);
 
   const Tile<T>& tile() const { return tile_; }
+  // a logit, of the row and the key there in the tile, and what it is without the bias
+  T logit(int64_t i, int64_t j) const { return product(i, j) + tile_.bias[j]; }
+  T product(int64_t i, int64_t j) const { return entry(i, j) * tile_.key_scale[j]; }
   // use(row, key, the row in the tile, the key there) for the partners in a tile
   template <class Use>
   void for_partners(Use use) {
@@ -127,6 +130,28 @@ class Worker {
 
   static constexpr int kSlots = 8;
 
+ protected:
+  // what a logit is made of, as it lies
+  T entry(int64_t i, int64_t j) const {
+    return tile_.logits.data[i / kPanel * tile_.logits.panel + j * tile_.logits.row + i % kPanel];
+  }
+  // the same, packed as they are unless `scaled`
+  void take_rows(Range rows, bool scaled);
+  // the tile's keys, masks and biases; false: every pair is dropped
+  bool aim(Range keys);
+  // where logits of the tile are kept, in a set of those of all rows; data is null where they are
+  // not
+  PanelMatrix<T> kept_place(int64_t set = 0) const;
+  // out = the products of some features of keys and packed rows, or += with `add`; not of bits
+  void multiply(Range features, const PanelMatrix<T>& out, bool add);
+  // add_to_rows and add_to_keys for some features; not of bits
+  void add_to_rows(T* out, Range features, bool accumulate);
+  void add_to_keys(T* out, Range features);
+
+  const Problem<T>& problem_;
+  Tile<T> tile_{};
+  Range rows_{}, keys_{};
+
  private:
   // the block's rows x (of row length d) into panels of columns, times scales
   void pack(const T* x, int64_t stride, int64_t d, const T* scales);
@@ -135,15 +160,12 @@ class Worker {
   BitRows read_bits(const Features<T>& features, Range range);
   void read_keys();
 
-  const Problem<T>& problem_;
   Buffer<T> packed_, logits_, x_buffer_, y_buffer_, lanes_, pair_inverse_, row_scale_,
       pair_gradients_;
   Buffer<Id> ids_;
   std::vector<uint16_t> bits_buffer_;
   RowPairs x_pairs_, y_pairs_;
   RoundedTile rounded_;
-  Tile<T> tile_{};
-  Range rows_{}, keys_{};
   const T* x_rows_ = nullptr;  // where bits are multiplied, these are not read
   const T* y_rows_ = nullptr;
   int64_t x_stride_ = 0, y_stride_ = 0;

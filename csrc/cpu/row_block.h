@@ -112,9 +112,8 @@ class RowBlock {
   }
 
   void set_partners(bool mirrored) {
-    const Tile<T>& tile = w_.tile();
     w_.for_partners([&](int64_t row, int64_t key, int64_t i, int64_t j) {
-      partner_[row] = tile.product(i, j) + tile.bias[j];
+      partner_[row] = w_.logit(i, j);
       if (mirrored) partner_[key] = partner_[row];
     });
   }

@@ -25,20 +25,20 @@ inline std::vector<Range> cut(int64_t size, int64_t parts, int64_t unit) {
   return cut(Range{0, size}, parts, unit);
 }
 
-// One worker for each thread, made when the thread first needs it.
-template <class T>
+// One worker W for each thread, made of a problem P when the thread first needs it.
+template <class T, class W = Worker<T>, class P = Problem<T>>
 class Workers {
  public:
-  explicit Workers(const Problem<T>& problem) : problem_(problem), workers_(num_threads()) {}
-  Worker<T>& mine() {
+  explicit Workers(const P& problem) : problem_(problem), workers_(num_threads()) {}
+  W& mine() {
     auto& worker = workers_[thread_num()];
-    if (!worker) worker = std::make_unique<Worker<T>>(problem_);
+    if (!worker) worker = std::make_unique<W>(problem_);
     return *worker;
   }
 
  private:
-  const Problem<T>& problem_;
-  std::vector<std::unique_ptr<Worker<T>>> workers_;
+  const P& problem_;
+  std::vector<std::unique_ptr<W>> workers_;
 };
 
 // visit(worker, rows, part) for every block of `all_rows` and every part of the keys; blocks are
@@ -76,9 +76,9 @@ std::vector<Range> parts_of_few_rows(const Problem<T>& problem, Range all_rows, 
 
 // visit(worker, rows, keys) for every pair of parts of `all_rows` and `all_keys`: a Latin square,
 // in whose every round each part of the rows meets another part of the keys.
-template <class T, class Visit>
-void for_all_pairs(const Problem<T>& problem, Workers<T>& workers, Range all_rows, Range all_keys,
-                   Visit visit) {
+template <class T, class W, class P, class Visit>
+void for_all_pairs(const Problem<T>& problem, Workers<T, W, P>& workers, Range all_rows,
+                   Range all_keys, Visit visit) {
   const int64_t threads = num_threads();
   const int64_t most = std::min(divide_up(all_rows.size(), kRowPadding),
                                 divide_up(all_keys.size(), problem.block_keys));
@@ -101,8 +101,8 @@ void for_key_parts(Workers<T>& workers, const std::vector<Range>& parts, Visit v
 
 // visit(worker, a, b) once for every unordered pair of parts of a symmetric matrix, a = b too: a
 // round-robin tournament, in whose every round each part plays once.
-template <class T, class Visit>
-void for_half_pairs(const Problem<T>& problem, Workers<T>& workers, Visit visit) {
+template <class T, class W, class P, class Visit>
+void for_half_pairs(const Problem<T>& problem, Workers<T, W, P>& workers, Visit visit) {
   const int64_t threads = num_threads();
   const int64_t size = problem.x.rows();
   auto parts = cut(size, threads == 1 ? 1 : 2 * threads, kRowPadding);
@@ -127,9 +127,9 @@ void for_half_pairs(const Problem<T>& problem, Workers<T>& workers, Visit visit)
 // push(mirrored) for each tile made, finish(rows) after a block. With `half`, for a symmetric
 // matrix, a tile stands for its transpose too (mirrored); in a part on the diagonal tiles left of
 // a block's own square are left out, and the square itself is not mirrored.
-template <class T, class Start, class Push, class Finish>
-void for_tiles(const Problem<T>& problem, Worker<T>& worker, Range rows, Range keys, bool half,
-               Start start, Push push, Finish finish) {
+template <class T, class W, class Start, class Push, class Finish>
+void for_tiles(const Problem<T>& problem, W& worker, Range rows, Range keys, bool half, Start start,
+               Push push, Finish finish) {
   const bool diagonal = half && rows.begin == keys.begin;
   for_blocks(rows, problem.block_rows, [&](Range block) {
     worker.take_rows(block);

@@ -67,12 +67,12 @@ struct FixedShift {
 };
 
 template <class T>
-FixedShift fixed_shift(const Problem<T>& p) {
+FixedShift fixed_shift(const Problem<T>& p, double scale) {
   const double reach = std::is_same_v<T, float> ? 85 : 700;  // exp(+-reach) is a normal number
   // the norms of keys of their own are known only to be 1
   const double key_norm = p.paired ? 1 : p.y.largest_norm();
   const double largest_key = p.normalize ? 1 : std::max(1.0, key_norm);
-  const double bound = std::abs(p.scale) * p.x.largest_norm() * key_norm * 1.001 + p.largest_bias;
+  const double bound = std::abs(scale) * p.x.largest_norm() * key_norm * 1.001 + p.largest_bias;
   const double terms = static_cast<double>(std::max(p.x.rows(), p.keys));
   // sums run over all pairs, of weights times distances or times keys
   const double room = std::log(terms) + std::log(std::max({1.0, bound, largest_key}));
@@ -81,6 +81,18 @@ FixedShift fixed_shift(const Problem<T>& p) {
   // the sweep would have to be done again
   return {std::max(0.0, bound - (reach - room)), std::exp(-reach + precision + std::log(terms)),
           bound < 120 && (p.normalize || !p.paired)};
+}
+
+template <class T>
+FixedShift fixed_shift(const Problem<T>& p) {
+  return fixed_shift(p, p.scale);
+}
+
+// a + b, and what rounding took from it, which of large logits is more than exp can bear
+template <class T>
+void put(double a, double b, T& sum, T& low) {
+  sum = static_cast<T>(a + b);
+  low = std::isfinite(sum) ? static_cast<T>(b - (sum - a)) : T{0};
 }
 
 // Features whose products are the logits of a symmetric matrix, but for the sign of the scale. The

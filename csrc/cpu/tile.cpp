@@ -43,10 +43,16 @@ CK_FOLD IVec<T> kept(const Tile<T>& tile, int i, int j) {
   return exclude & (load<I>(tile.keep_row + i) == tile.keep_key[j]);
 }
 
+// what a logit is made of, as it lies
+template <class T>
+CK_FOLD Vec<T> entry(const Tile<T>& tile, int i, int j) {
+  const T* at = tile.logits.data + i / kPanel * tile.logits.panel + i % kPanel;
+  return load<Vec<T>>(at + j * tile.logits.row);
+}
+
 template <class T>
 CK_FOLD Vec<T> logit(const Tile<T>& tile, int i, int j) {
-  const T* at = tile.logits.data + i / kPanel * tile.logits.panel + i % kPanel;
-  return load<Vec<T>>(at + j * tile.logits.row) * tile.key_scale[j] + tile.bias[j];
+  return entry(tile, i, j) * tile.key_scale[j] + tile.bias[j];
 }
 
 template <class T>
@@ -222,6 +228,55 @@ void backward(const Tile<T>& tile, Fold fold, const BackwardTile<T>& b) {
   });
 }
 
+template <class T, Fold F, bool Masked, bool Keys>
+void add_coefficients(const Tile<T>& tile, const PrefixTile<T>& p) {
+  using L = Lane<T>;
+  using V = Vec<T>;
+  const BackwardTile<T>& b = p.of;
+  V key_total[kMaxKeys], key_along[kMaxKeys];
+  for (int j = 0; j < tile.keys; ++j) key_total[j] = key_along[j] = V{};
+  for (int i0 = 0; i0 < tile.rows; i0 += L::kBlock) {
+    V along[L::U]{};
+    for (int j = 0; j < tile.keys; ++j) {
+#pragma GCC unroll 8
+      for (int u = 0; u < L::U; ++u) {
+        const int i = i0 + u * L::W;
+        const V product = entry(tile, i, j);
+        const V z = product * tile.key_scale[j] + tile.bias[j];
+        V g;
+        if constexpr (F == Fold::kSoftplus)
+          g = load<V>(b.row.grad_lse + i) * sigmoid<VectorMath>(z);
+        else
+          g = softmax_gradient<T, false, Keys>(b, i, j, z);
+        if constexpr (Masked) g = kept(tile, i, j) ? g : V{};
+        // the key's part of a padded row may have overflowed
+        g = load<V>(b.row_valid + i) > 0 ? g : V{};
+        key_total[j] += g;
+        along[u] += g * product;
+        key_along[j] += g * product;
+        T* to = tile.data + j * tile.ld + i;
+        const V coefficient = g * load<V>(b.row_scale + i) * p.key_inverse[j];
+        store(to, p.add ? load<V>(to) + coefficient : coefficient);
+      }
+    }
+    for (int u = 0; u < L::U; ++u) add_lanes<T>(p.row_along + i0 + u * L::W, along[u]);
+  }
+  for (int j = 0; j < tile.keys; ++j) {
+    if (b.key_total != nullptr) b.key_total[j] += sum_lanes<T>(key_total[j]);
+    if (p.key_along != nullptr) p.key_along[j] += sum_lanes<T>(key_along[j]);
+  }
+}
+
+template <class T>
+void prefix_backward(const Tile<T>& tile, Fold fold, const PrefixTile<T>& prefix) {
+  with_flag(tile.masked, [&](auto masked) {
+    if (fold == Fold::kSoftplus)
+      return add_coefficients<T, Fold::kSoftplus, masked(), false>(tile, prefix);
+    with_flag(prefix.of.key.lse != nullptr,
+              [&](auto keys) { add_coefficients<T, Fold::kLse, masked(), keys()>(tile, prefix); });
+  });
+}
+
 template <class T>
 void row_max(const Tile<T>& tile, T* out) {
   using V = Vec<T>;
@@ -381,6 +436,15 @@ void scale_rows(T* tile, int64_t ld, int keys, int rows, const T* scale) {
       store(tile + j * ld + i, load<Vec<T>>(tile + j * ld + i) * load<Vec<T>>(scale + i));
 }
 
+template <class T>
+void scaled_tile(const T* tile, int64_t ld, int keys, int rows, const T* row_factor,
+                 const T* key_factor, PanelMatrix<T> out) {
+  for (int j = 0; j < keys; ++j)
+    for (int i = 0; i < rows; i += kLanes<T>)
+      store(out.data + i / kPanel * out.panel + j * out.row + i % kPanel,
+            load<Vec<T>>(tile + j * ld + i) * (load<Vec<T>>(row_factor + i) * key_factor[j]));
+}
+
 }  // namespace
 
 template <class T>
@@ -392,10 +456,12 @@ const TileKernels<T>& kernels() {
       .norms = norms<T>,
       .pack = pack<T>,
       .scale_rows = scale_rows<T>,
+      .scaled_tile = scaled_tile<T>,
       .row_max = row_max<T>,
       .raise_key_max = raise_key_max<T>,
       .forward = forward<T>,
       .backward = backward<T>,
+      .prefix_backward = prefix_backward<T>,
       .add_counts = add_counts<T>,
       .find = find<T>,
       .dots = dots<T>,

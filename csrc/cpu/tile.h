@@ -55,10 +55,6 @@ struct Tile {
   PanelMatrix<const T> logits;
   const T* key_scale;
   const T* bias;
-  // logit of row i and key j less the bias
-  T product(int64_t i, int64_t j) const {
-    return logits.data[i / kPanel * logits.panel + j * logits.row + i % kPanel] * key_scale[j];
-  }
   // a pair is dropped where exclude ids are equal or keep ids differ; only looked at when masked
   bool masked;
   const Id* exclude_row;
@@ -97,6 +93,17 @@ struct BackwardTile {
   // added: sum of dL/dz over the rows of each key, and of dL/dz (z - bias) over all pairs; null,
   // key_total or both: not wanted
   double *key_total, *slope;
+};
+
+// the same where a tile gathers the coefficients of several prefixes of the features, and entries
+// of logits are products of normalised features
+template <class T>
+struct PrefixTile {
+  BackwardTile<T> of;
+  const T* key_inverse;           // (keys): a coefficient is dL/dz row_scale key_inverse
+  bool add;                       // to the coefficients that are there
+  double *row_along, *key_along;  // sums of dL/dz times the entry for each row and key, added;
+                                  // those of the keys may be null
 };
 
 // how many logits are above a threshold (rank; NaN is, and all are above NaN), the sum of all and
@@ -139,6 +146,9 @@ struct TileKernels {
   void (*pack)(const T* x, int64_t stride, int rows, int64_t d, const T* scale, T* out, int64_t ld);
   // tile[j * ld + i] *= scale[i]
   void (*scale_rows)(T* tile, int64_t ld, int keys, int rows, const T* scale);
+  // out = tile[j * ld + i] (row_factor[i] key_factor[j]), which is the same where rows are keys
+  void (*scaled_tile)(const T* tile, int64_t ld, int keys, int rows, const T* row_factor,
+                      const T* key_factor, PanelMatrix<T> out);
   // largest logit of each row, -inf when every pair is dropped
   void (*row_max)(const Tile<T>& tile, T* out);
   // the same of each key, over the rows with row_valid > 0; raises what is there
@@ -146,6 +156,8 @@ struct TileKernels {
   void (*forward)(const Tile<T>& tile, Fold fold, const ForwardSums<T>& sums);
   // replaces logits by dL/dz row_scale key_scale
   void (*backward)(const Tile<T>& tile, Fold fold, const BackwardTile<T>& backward);
+  // sets or adds dL/dz row_scale key_inverse, for logits that lie elsewhere
+  void (*prefix_backward)(const Tile<T>& tile, Fold fold, const PrefixTile<T>& prefix);
   void (*add_counts)(const Tile<T>& tile, const Counts<T>& counts);
   // the logits of the keys from `begin` to `end` that are above the floor of their row and, unless
   // null, below its ceiling; NaN is both. Returns how many, in no order; padded rows may be among

@@ -1,0 +1,123 @@
+// One similarity matrix at several prefixes of the features: products are made once, block of
+// features by block, and each prefix has the logits of its own norms.
+#pragma once
+
+#include "schedule.h"
+
+namespace ck {
+
+// PairArguments of the whole features, which prefixes that end at `ends`, ascending, are of; the
+// last one is d.
+template <class T>
+struct NestedProblem : Problem<T> {
+  NestedProblem(const PairArguments<T>& arguments, const std::vector<int64_t>& ends)
+      : Problem<T>(without_scale(arguments)),
+        ends(ends),
+        logit_scale(arguments.scale),
+        row_inverse(inverses(this->x)),
+        key_inverse(this->symmetric ? Buffer<T>() : inverses(this->y)),
+        key_scale(this->block_keys, logit_scale) {
+    this->bits = false;
+  }
+
+  int64_t count() const { return static_cast<int64_t>(ends.size()); }
+  // the features that prefix k has and k - 1 has not
+  Range block(int64_t k) const { return {k > 0 ? ends[k - 1] : 0, ends[k]}; }
+  const T* of_rows(int64_t k) const { return row_inverse.data() + k * this->x.rows(); }
+  const T* of_keys(int64_t k) const {
+    return this->symmetric ? of_rows(k) : key_inverse.data() + k * this->keys;
+  }
+
+  const std::vector<int64_t> ends;
+  const T logit_scale;
+  Buffer<T> row_inverse, key_inverse;  // (prefixes, rows or keys): 1 / norm
+  Buffer<T> key_scale;                 // of a tile's keys: that of logits
+
+ private:
+  static PairArguments<T> without_scale(PairArguments<T> arguments) {
+    arguments.scale = 1;
+    return arguments;
+  }
+
+  Buffer<T> inverses(const Features<T>& features) const {
+    Buffer<T> out(count() * features.rows(), T{1});
+    if (!this->normalize) return out;
+    features.for_read_blocks({0, features.rows()}, [&](Range range, const T* rows, int64_t stride) {
+      for (int64_t k = 0; k < count(); ++k)
+        this->kernels.norms(rows, stride, range.size(), ends[k],
+                            out.data() + k * features.rows() + range.begin, nullptr);
+    });
+    return out;
+  }
+};
+
+// One thread's tile, which has the logits of one prefix at a time.
+template <class T>
+class NestedWorker : public Worker<T> {
+ public:
+  explicit NestedWorker(const NestedProblem<T>& problem)
+      : Worker<T>(problem),
+        nested_(problem),
+        factors_(problem.count() * problem.block_rows),
+        logits_(problem.count()) {}
+
+  void take_rows(Range rows) {
+    Worker<T>::take_rows(rows, false);
+    for (int64_t k = 0; k < nested_.count(); ++k)
+      put_lanes(nested_.of_rows(0), k, 0, factors_.data());
+  }
+  // 1 / norm of the block's rows; 0 for the padding
+  const T* row_inverse(int64_t k) const { return factors_.data() + k * nested_.block_rows; }
+
+  // makes the products of normalised features of all prefixes against `keys`; false: every pair is
+  // dropped
+  bool make_tile(Range keys) {
+    if (!this->aim(keys)) return false;
+    const Tile<T>& tile = this->tile_;
+    const int64_t size = nested_.block_keys * tile.ld;
+    for (int64_t k = 0; k < nested_.count(); ++k) logits_[k] = this->kept_place(k);
+    const bool kept = logits_[0].data != nullptr;
+    if (!kept && own_.empty()) own_ = Buffer<T>(nested_.count() * nested_.block_keys * room());
+    if (kept && !nested_.keeps) return true;
+    for (int64_t k = 0; k < nested_.count(); ++k) {
+      if (!kept) logits_[k] = {own_.data() + k * size, tile.ld};
+      this->multiply(nested_.block(k), {tile.data, tile.ld}, k > 0);
+      nested_.kernels.scaled_tile(tile.data, tile.ld, tile.keys, tile.rows, row_inverse(k),
+                                  key_inverse(k), logits_[k]);
+    }
+    return true;
+  }
+
+  // the tile's logits are those of prefix k
+  void select(int64_t k) {
+    this->tile_.logits = {logits_[k].data, logits_[k].row, logits_[k].panel};
+    this->tile_.key_scale = nested_.key_scale.data();
+  }
+  const T* key_inverse(int64_t k) const { return nested_.of_keys(k) + this->keys_.begin; }
+
+  // values (prefixes, rows) of the block's rows for prefix k, padded with `pad`, at its place in
+  // lanes (prefixes, block_rows), which is returned
+  T* put_lanes(const T* values, int64_t k, T pad, T* lanes) const {
+    T* out = lanes + k * nested_.block_rows;
+    std::copy_n(values + k * nested_.x.rows() + this->rows_.begin, this->rows_.size(), out);
+    std::fill(out + this->rows_.size(), out + this->tile_.rows, pad);
+    return out;
+  }
+
+  using Worker<T>::add_to_keys;
+  using Worker<T>::add_to_rows;
+  using Worker<T>::entry;
+  T& coefficient(int64_t i, int64_t j) { return this->tile_.data[j * this->tile_.ld + i]; }
+
+ private:
+  int64_t room() const { return nested_.block_rows + 64 / static_cast<int64_t>(sizeof(T)); }
+
+  const NestedProblem<T>& nested_;
+  Buffer<T> factors_, own_;
+  std::vector<PanelMatrix<T>> logits_;
+};
+
+template <class T>
+using NestedWorkers = Workers<T, NestedWorker<T>, NestedProblem<T>>;
+
+}  // namespace ck
