@@ -8,10 +8,12 @@ The losses never use row statistics, so that an error in the algebra of `losses/
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from operator import add
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -248,6 +250,36 @@ def reduce(rows: Tensor, reduction: str) -> Tensor:
     raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
+def at_prefixes(*features: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorates a loss: with `dims` it is the sum over d in dims, weighted by `weights`, of that of
+    the first d of these features (Matryoshka; Kusupati et al. 2022, eq. 1)."""
+
+    def decorate(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        names = tuple(inspect.signature(loss).parameters)
+
+        @functools.wraps(loss)
+        def call(
+            *args: Any,
+            dims: Sequence[int] | None = None,
+            weights: Sequence[float] | None = None,
+            **options: Any,
+        ) -> Tensor:
+            if dims is None:
+                return loss(*args, **options)
+            given = {**dict(zip(names, args, strict=False)), **options}
+            there = [name for name in features if given.get(name) is not None]
+            parts = [
+                loss(**{**given, **{name: given[name][..., :d] for name in there}}) for d in dims
+            ]
+            return functools.reduce(
+                add, (w * part for w, part in zip(weights or [1] * len(dims), parts, strict=True))
+            )
+
+        return call
+
+    return decorate
+
+
 def cross_entropy_rows(
     positive: Tensor, negatives: Tensor, kept: Tensor, alpha: float | None
 ) -> Tensor:
@@ -263,6 +295,7 @@ def cross_entropy_rows(
     return F.cross_entropy(logits, target, reduction="none")
 
 
+@at_prefixes("query", "key", "negatives")
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -389,6 +422,7 @@ def rince(
     return reduce(-(positive**q) / q + (lam * denominator) ** q / q, reduction)
 
 
+@at_prefixes("image_features", "text_features")
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -406,6 +440,7 @@ def clip_loss(
     return reduce((images + texts) / 2, reduction)
 
 
+@at_prefixes("image_features", "text_features")
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -445,6 +480,7 @@ def clip_distill(
     return reduce((images + texts) / 2, reduction)
 
 
+@at_prefixes("query", "documents")
 def mnrl(
     query: Tensor,
     documents: Tensor | Sequence[Tensor],
@@ -500,6 +536,7 @@ def mnrl(
     return reduce(rows, reduction)
 
 
+@at_prefixes("anchor", "positive", "negatives")
 def gist(
     anchor: Tensor,
     positive: Tensor,
@@ -619,6 +656,7 @@ def two_views(z1: Tensor, z2: Tensor, normalize: bool) -> tuple[Tensor, Tensor, 
     return s, positive, sample[:, None] != sample[None, :]
 
 
+@at_prefixes("z1", "z2")
 def nt_xent(
     z1: Tensor,
     z2: Tensor,

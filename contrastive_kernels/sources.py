@@ -96,6 +96,22 @@ class _Array:
         return made_ahead(read, len(starts))
 
 
+class _Prefix:
+    """The first features of what comes in chunks."""
+
+    def __init__(self, source: NegativeSource, end: int) -> None:
+        self.source, self.end, self.dtype = source, end, source.dtype
+        self.shape = source.shape[0], end
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (chunk[:, : self.end] for chunk in self.source)
+
+
+def prefix_of(keys: Tensor | NegativeSource, end: int) -> Tensor | NegativeSource:
+    """The first `end` features of keys."""
+    return keys[..., :end] if isinstance(keys, Tensor) else _Prefix(keys, end)
+
+
 def is_source(keys: Any) -> TypeIs[NegativeSource]:
     """Whether keys come in chunks; a tensor has all of the protocol, and is none."""
     if keys is None or isinstance(keys, Tensor):

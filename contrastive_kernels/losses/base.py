@@ -33,6 +33,10 @@ OPTIONS = {
     "over the ranks.",
     "exchange": '"gather" copies all keys to every rank, "ring" lets them travel; "auto" gathers '
     "up to 256 MB.",
+    "dims": "ends of prefixes of the features, in any order: the loss is the sum over d in dims of "
+    "that of the first d features, normalised by norms of their own (Matryoshka; Kusupati et al. "
+    "2022, eq. 1); LossStats are those of the longest.",
+    "weights": "of the losses of `dims`; None: 1.",
     "return_stats": "return (loss, LossStats) instead of the loss.",
 }
 RAISES = """

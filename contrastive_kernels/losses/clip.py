@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,15 +15,19 @@ from ..types import Group, Loss, known
 from .algebra import add_rows, softplus
 from .base import ContrastiveLoss, loss
 from .info_nce import contrast
+from .nested import nested, weigh
 from .stats import pair_stats, tie_limit
 
 
 @loss
+@nested("image_features", "text_features")
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
     *,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
@@ -49,16 +54,20 @@ def clip_loss(
     return contrast(
         image_features, text_features, scale=scale, symmetric=True, normalize=normalize,
         reduction=reduction, backend=backend, batch=batch, others=none, return_stats=return_stats,
+        ends=dims, weights=weights,
     )  # fmt: skip
 
 
 @loss
+@nested("image_features", "text_features")
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
     logit_bias: float | Tensor = 0.0,
     *,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
@@ -89,19 +98,21 @@ def siglip_loss(
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     aligned, dot, image_features, text_features = swept_positives(
         image_features, text_features, batch, dots=return_stats, summed=reduction != "none",
-        **options,
+        prefixes=dims is not None, **options,
     )  # fmt: skip
     pos = None if dot is None else scale * dot + bias
     ids = batch.own_ids(image_features.device)
     pairs = operands(
         image_features, text_features, scale=scale, bias=bias, exclude=(ids, ids), batch=batch,
-        aligned=aligned, **options,
+        aligned=aligned, ends=dims, **options,
     )  # fmt: skip
     threshold = None
     if return_stats:
         threshold = tie_limit(known(pos), image_features, text_features, scale, **options)
     out = softplus_sweep(pairs, threshold=threshold, summed=reduction != "none")
     pos = known(out.partner if aligned else pos)
+    if dims is not None:  # of rows, whatever the reduction
+        return batch.reduce_rows(weigh(out.value + softplus(-pos), weights), reduction)
     value = add_rows(out.value, softplus(-pos), reduction, batch)
     if not return_stats:
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..reference import masked_softmax_stats
 from ..types import Group, Loss, LossStats
 from .algebra import gather_only, log_add, row_blocks, unit
 from .base import ContrastiveLoss, loss
+from .nested import nested
 from .stats import tie_limit
 
 MARGINS = ("absolute", "relative")
@@ -32,6 +34,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 @loss
+@nested("anchor", "positive", "negatives", fuses=lambda given: False)
 def gist(
     anchor: Tensor,
     positive: Tensor,
@@ -47,6 +50,8 @@ def gist(
     contrast_anchors: bool = True,
     contrast_positives: bool = True,
     sharded_negatives: bool = False,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -35,10 +36,12 @@ from .algebra import (
     softplus,
 )
 from .base import ContrastiveLoss, loss, loss_like
+from .nested import nested, weigh
 from .stats import mi_lower_bound, pair_stats, tie_limit
 
 
 @loss
+@nested("query", "key", "negatives", fuses=lambda given: given.get("negatives") is None)
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -54,6 +57,8 @@ def info_nce(
     exclude: IdPair | None = None,
     key_bias: Tensor | None = None,
     sharded_negatives: bool = False,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
@@ -146,7 +151,7 @@ def info_nce(
         query, key, keys, scale=scale, alpha=alpha, in_batch=in_batch, symmetric=symmetric,
         exclude=exclude, key_bias=key_bias, sharded_negatives=sharded_negatives,
         normalize=normalize, reduction=reduction, backend=backend, batch=batch, others=others,
-        return_stats=return_stats,
+        return_stats=return_stats, ends=dims, weights=weights,
     )  # fmt: skip
 
 
@@ -212,16 +217,20 @@ def contrast(
     batch: Batch,
     others: Batch,
     return_stats: bool,
+    ends: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Loss:
-    """`info_nce` of arguments that fit; `batch` has the rows, `others` the negatives."""
+    """`info_nce` of arguments that fit; `batch` has the rows, `others` the negatives. `ends` and
+    `weights` are dims as `nested` gives them."""
     n = query.shape[0]
     start = n * in_batch  # candidates: `start` keys of the batch, then `negatives`
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     aligned, dot = False, None  # without `dot` the sweep gives the positives
     if in_batch:
         aligned, dot, query, key = swept_positives(
-            query, key, batch, dots=return_stats, one_way=not symmetric, **options
-        )
+            query, key, batch, dots=return_stats, one_way=not symmetric,
+            prefixes=ends is not None, **options,
+        )  # fmt: skip
     else:
         dot, query, key = positives(query, key, **options)
     options["scale"] = scale
@@ -259,7 +268,7 @@ def contrast(
             batch_ids = (ids, ids)
         pairs = operands(
             query, key, exclude=batch_ids, bias=None if key_bias is None else key_bias[:n],
-            batch=batch, aligned=aligned, **options,
+            batch=batch, aligned=aligned, ends=ends, **options,
         )  # fmt: skip
         asked.append(Asked(pairs, columns=symmetric, threshold=threshold))
     if negatives is not None:
@@ -290,7 +299,7 @@ def contrast(
             margin = _log_margin(alpha, column_count, pos)
         columns = _rows(known(made[0].col_lse), pos, margin, unmasked)
         losses = 0.5 * (rows + columns)
-    value = batch.reduce_rows(losses, reduction)
+    value = batch.reduce_rows(weigh(losses, weights), reduction)
     if not return_stats:
         return value
     extra = None if unmasked is None else (unmasked, pos)

@@ -27,6 +27,7 @@ from ..ops import Asked, Part, operands, positives, sweeps, swept_positives
 from ..types import Counts, Group, IdPair, Loss, Sweep, known
 from .algebra import add_up, log_add, masked_logsumexp, softplus
 from .base import ContrastiveLoss, loss
+from .nested import nested, weigh
 from .stats import mi_lower_bound, pair_stats, tie_limit
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -34,7 +35,13 @@ PARTITIONS = ("joint", "per_direction")
 HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
+def _fuses(given: dict[str, Any]) -> bool:
+    """Whether all logits come from sweeps alone."""
+    return given.get("negatives_mask") is None and not given.get("hardness_strength")
+
+
 @loss
+@nested("query", "documents", fuses=_fuses)
 def mnrl(
     query: Tensor,
     documents: Tensor | Sequence[Tensor],
@@ -45,6 +52,8 @@ def mnrl(
     partition_mode: str = "joint",
     hardness_mode: str | None = None,
     hardness_strength: float = 0.0,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
@@ -117,7 +126,7 @@ def mnrl(
     aligned = False
     if negatives_mask is None and not (in_batch or own_negatives):
         aligned, dots, query, documents = swept_positives(
-            query, documents, batch, dots=return_stats, **options
+            query, documents, batch, dots=return_stats, prefixes=dims is not None, **options
         )
     else:
         dots, query, documents = positives(query, documents, **options)
@@ -142,7 +151,7 @@ def mnrl(
     def asked(
         x: Tensor | Part, y: Tensor | None, exclude: IdPair, batch: Batch, **more: Any
     ) -> Asked:
-        z = {"scale": scale, "exclude": exclude, "batch": batch} | options
+        z = {"scale": scale, "exclude": exclude, "batch": batch, "ends": dims} | options
         return Asked(operands(x, y, **(z | more)))
 
     # the columns of the first sweep are a direction too, unless its logits are not those of it
@@ -167,13 +176,13 @@ def mnrl(
         hard = scale * own + own_negatives * own.detach()
         logits["query_to_doc"].append(masked_logsumexp(hard, negatives_mask))
     if backward and not in_batch:
-        logits["doc_to_query"] = [known(out.col_lse)[:n]]
+        logits["doc_to_query"] = [known(out.col_lse)[..., :n]]
 
     if partition_mode == "joint":
         rows = _excess(chain(*logits.values()), pos, 2 if backward else 1)
     else:
         rows = add_up(_excess(part, pos) for part in logits.values()) / len(logits)
-    value = batch.reduce_rows(rows, reduction)
+    value = batch.reduce_rows(weigh(rows, weights), reduction)
     if not return_stats:
         return value
     counts: list[Counts | None] = [out.counts]

@@ -24,16 +24,20 @@ from ..ops import Asked, operands, sweeps, swept_positives
 from ..types import Group, Loss, Sweep, known
 from .algebra import log_count, softplus
 from .base import ContrastiveLoss, loss
+from .nested import nested, weigh
 from .stats import mi_lower_bound, pair_stats, tie_limit
 
 
 @loss
+@nested("z1", "z2")
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
     *,
     temperature: float = 0.1,
     scale: float | Tensor | None = None,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
@@ -54,10 +58,10 @@ def nt_xent(
     """
     scale = resolve_scale(temperature, scale)
     check_reduction(reduction)
-    views = Views.of(z1, z2, normalize, backend, group, exchange, dots=return_stats)
+    views = Views.of(z1, z2, normalize, backend, group, exchange, dots=return_stats, ends=dims)
     dot, pos, out = views.positives_and_negatives(scale, return_stats)
     rows = softplus(out.lse - pos)
-    value = views.anchors.reduce_rows(rows, reduction)
+    value = views.anchors.reduce_rows(weigh(rows, weights), reduction)
     if not return_stats:
         return value
     stats = pair_stats(dot.repeat(2), [out.counts], scale, views.batch, lse=rows + pos)
@@ -208,7 +212,8 @@ class HCL(ContrastiveLoss):
 
 class Views(NamedTuple):
     """Two views z1, z2 (N, D) of the samples of a batch, for sweeps and nothing else, their
-    similarity (N,), unless a sweep is to give its logits, and the batch of their 2N anchors."""
+    similarity (N,), unless a sweep is to give its logits, and the batch of their 2N anchors. With
+    `ends` sweeps are of prefixes, and give logits and statistics of each."""
 
     z1: Tensor
     z2: Tensor
@@ -218,6 +223,7 @@ class Views(NamedTuple):
     backend: str
     batch: Batch
     anchors: Batch
+    ends: Sequence[int] | None = None
 
     @staticmethod
     def of(
@@ -230,6 +236,7 @@ class Views(NamedTuple):
         weight: Tensor | None = None,
         *,
         dots: bool,
+        ends: Sequence[int] | None = None,
     ) -> Views:
         """Of arguments of a loss, or raise; `weight` has an entry for each anchor. `dots`: the
         similarity is needed."""
@@ -240,9 +247,10 @@ class Views(NamedTuple):
         batch, _ = join(group, n, exchange=exchange)
         check_other_rows("z1", batch.total)
         aligned, dot, z1, z2 = swept_positives(
-            z1, z2, batch, normalize=normalize, backend=backend, dots=dots, one_way=False
-        )
-        return Views(z1, z2, dot, aligned, normalize, backend, batch, batch.times(2))
+            z1, z2, batch, normalize=normalize, backend=backend, dots=dots, one_way=False,
+            prefixes=ends is not None,
+        )  # fmt: skip
+        return Views(z1, z2, dot, aligned, normalize, backend, batch, batch.times(2), ends)
 
     def sweep_negatives(
         self, scales: Sequence[float | Tensor], threshold: Tensor | None
@@ -252,7 +260,7 @@ class Views(NamedTuple):
         ids = self.anchors.own_ids(self.z1.device, repeat=2)
         options: dict[str, Any] = {
             "more": self.z2, "exclude": (ids, ids), "normalize": self.normalize,
-            "backend": self.backend, "batch": self.anchors,
+            "backend": self.backend, "batch": self.anchors, "ends": self.ends,
         }  # fmt: skip
         first, *others = scales
         pairs = operands(self.z1, None, scale=first, aligned=self.aligned, **options)

@@ -97,6 +97,9 @@ IDS_OF_BOTH = {"exclude_rows": ROW_IDS, "exclude_columns": ids("N+M", OTHER, MOR
 TEMPERATURE = {"temperature": 0.1}
 BATCHED = ("reference", "auto")  # torch, where there are no kernels
 
+NESTED = {"dims": (3, 5, 2), "weights": (1.0, 0.5, 2.0)}  # in any order
+FUSED = ("reference", "cpu")  # of prefixes; Triton and ranks have a call for each, which one shows
+
 INFO_NCE_CASES = {
     "info_nce": Case(PAIR, benchmark=Benchmark(TEMPERATURE)),
     "info_nce two rows": Case(PAIR, {"temperature": 1.0}, {"N": 2, "D": 3}, grouped=False),
@@ -170,6 +173,15 @@ INFO_NCE_CASES = {
         {"in_batch": True, "alpha": 30.0},
         sharded=True,
     ),
+    "info_nce nested": Case(
+        PAIR | OTHER_IDS | {"key_bias": features("N"), "scale": number(3.0)},
+        NESTED | {"symmetric": True},
+        grouped=False,
+        backends=FUSED,
+    ),
+    "info_nce nested negatives": Case(
+        PAIR | NEGATIVES, {"dims": (4, 2)}, grouped=False, backends=FUSED
+    ),
 }
 EQCO_CASES = {
     "eqco": Case(PAIR, benchmark=Benchmark({"alpha": 65536.0, "temperature": 0.2})),
@@ -214,6 +226,12 @@ MNRL_CASES = {
     "mnrl harder": Case(
         MORE_DOCUMENTS | {"scale": number(3.0)}, EVERY_DIRECTION | HARDER, compiled=True
     ),
+    "mnrl nested": Case(
+        MORE_DOCUMENTS | {"scale": number(3.0)}, NESTED | EVERY_DIRECTION, compiled=True
+    ),
+    "mnrl nested, harder": Case(
+        MORE_DOCUMENTS, {"dims": (5, 2)} | HARDER, grouped=False, backends=FUSED
+    ),
 }
 
 GUIDED = {
@@ -232,6 +250,9 @@ GIST_CASES = {
         {"temperature": 0.2, "margin_strategy": "relative", "margin": -0.1},
         sharded=True,
     ),
+    "gist nested": Case(
+        GUIDED | GUIDED_NEGATIVES, NESTED | {"temperature": 0.2}, grouped=False, backends=FUSED
+    ),
 }
 
 VIEWS = {"z1": features("N D"), "z2": view("z1")}
@@ -241,6 +262,7 @@ NT_XENT_CASES = {
     "nt_xent two rows": Case(VIEWS, {"temperature": 0.5}, {"N": 2}, grouped=False),
     "nt_xent scale": Case(VIEWS | {"scale": number(3.0)}),
     "nt_xent negative scale": Case(VIEWS, {"scale": -2.0}),
+    "nt_xent nested": Case(VIEWS, NESTED, temperatures=True, grouped=False, backends=FUSED),
 }
 DCL_CASES = {
     "dcl": Case(VIEWS, benchmark=Benchmark(TEMPERATURE)),
@@ -392,7 +414,12 @@ LOSSES = (
     Row(
         clip_loss,
         CLIPLoss,
-        {"clip_loss": Case(CLIP, {}, {"N": 13}, benchmark=Benchmark())},
+        {
+            "clip_loss": Case(CLIP, {}, {"N": 13}, benchmark=Benchmark()),
+            "clip_loss nested": Case(
+                CLIP, NESTED | {"normalize": False}, grouped=False, backends=FUSED
+            ),
+        },
         two_views=("image_features", "text_features"),
     ),
     Row(
@@ -401,6 +428,7 @@ LOSSES = (
         {
             "siglip_loss": Case(SIGLIP, {}, {"N": 13}, benchmark=Benchmark()),
             "siglip_loss one row": Case(SIGLIP, {}, {"N": 1}, grouped=False),
+            "siglip_loss nested": Case(SIGLIP, NESTED, grouped=False, backends=FUSED),
         },
         two_views=("image_features", "text_features"),
         alone=True,
