@@ -124,6 +124,23 @@ def ranking(**options) -> Build:
     return build
 
 
+def nested(module: ModuleType) -> Loss:
+    """MatryoshkaLoss around a model that takes embeddings for texts."""
+
+    class Embeddings(nn.Module):
+        def get_embedding_dimension(self) -> None: ...  # of any number of features
+
+        get_sentence_embedding_dimension = get_embedding_dimension
+
+        def forward(self, features: Tensors) -> Tensors:
+            return {"sentence_embedding": features["text"]}
+
+    model = Embeddings()
+    ranking = module.MultipleNegativesRankingLoss(model)
+    loss = module.MatryoshkaLoss(model, ranking, [768, 512, 256, 128, 64])
+    return lambda anchor, positive: loss([{"text": anchor}, {"text": positive}], None)
+
+
 def guided(module: ModuleType) -> Loss:
     """GISTEmbedLoss around models that take embeddings for texts."""
     tokenizers = importlib.import_module("tokenizers")
@@ -187,6 +204,9 @@ CASES = (
         "MultipleNegativesRankingLoss, 4 directions", *RETRIEVAL,
         ranking(directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")),
         PAIRED, Sizes(4096, 4096), 1 / 3,
+    ),
+    swap(
+        "MatryoshkaLoss", *RETRIEVAL, nested, PAIRED, Sizes(2048, 2048, 768), 0.35,
     ),
     swap(
         "GISTEmbedLoss", *RETRIEVAL, guided, with_guide, Sizes(1024, 1024), 1 / 50,

@@ -1,7 +1,9 @@
-"""A model whose similarities are made when they are asked for: of torch.topk the first alone."""
+"""sentence-transformers' `mine_hard_negatives`, with a model whose similarities are made when they
+are asked for: of torch.topk the first alone."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,26 @@ import torch
 from torch import Tensor
 
 from ..ops import top_k
+from ._own import Own
+from ._sentence import NORMALIZES, PEER, util
+from .swap import Unfused
+
+_SIGNATURE = inspect.signature(util.mine_hard_negatives)
+_mine_unfused = util.mine_hard_negatives
+
+
+@PEER.fused(util, "mine_hard_negatives", own=Own(util))
+def mine_hard_negatives(*args: Any, **options: Any) -> Any:
+    """The peer's `mine_hard_negatives`, with the search alone fused, by `top_k`."""
+    given = _SIGNATURE.bind(*args, **options)
+    model = given.arguments["model"]
+    similarity = getattr(model, "similarity", None)
+    if similarity not in NORMALIZES:
+        return Unfused("the model's similarity is neither cos_sim nor dot_score")
+    if given.arguments.get("use_faiss"):
+        return Unfused("use_faiss=True searches with faiss", expected=True)
+    given.arguments["model"] = Scoring(model, NORMALIZES[similarity])
+    return _mine_unfused(*given.args, **given.kwargs)
 
 
 class Scoring:

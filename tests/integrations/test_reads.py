@@ -72,6 +72,7 @@ HARMLESS = {
     "sentence_transformers": {
         "mini_batch_size": MINI,
         "show_progress_bar": MINI,
+        "uses_gradient_cache": "whether calculate_loss is a CachedLossDecorator",
         "sentence_transformers.util.distributed:is_dist_initialized": "whether there is a group",
         "sentence_transformers.util.environment:check_package_availability": CALLED,
         "sentence_transformers.util.hard_negatives:is_datasets_available": CALLED,
@@ -95,6 +96,12 @@ def sample(owner: Any) -> Any:
         # before 1.6 it is looked for as a module, and not found
         importlib.import_module("lightly.loss.wmse_loss")._SOLVE_TRIANGULAR_AVAILABLE = True
         return owner(3)
+    if name == "MatryoshkaLoss":
+        loss = owner.__new__(owner)
+        nn.Module.__init__(loss)
+        return loss
+    if name == "CachedLossDecorator":
+        return owner(len, (), ())
     if "GISTEmbed" not in name and not name.endswith("Model"):
         return owner()
     thing = owner.__new__(owner)  # no model is at hand: what the constructor makes of parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -283,9 +284,11 @@ def step(loss: nn.Module, model: SentenceTransformer) -> list[Tensor]:
     return [value.detach(), *gradients]
 
 
-def wrapped(model: SentenceTransformer, wrapper: str | None, loss: nn.Module) -> nn.Module:
+def wrapped(module, model: SentenceTransformer, wrapper: str | None, loss: nn.Module) -> nn.Module:
     if wrapper == "MatryoshkaLoss":
-        return peer.MatryoshkaLoss(model, loss, [8, 5], [1.0, 0.3])
+        return module.MatryoshkaLoss(model, loss, [5, 8, 2, 5], [1.0, 0.3, 2.0, 0.2])
+    if wrapper == "Matryoshka2dLoss":
+        return module.Matryoshka2dLoss(model, loss, [8, 5, 2], n_dims_per_step=2)
     return peer.AdaptiveLayerLoss(model, loss) if wrapper == "AdaptiveLayerLoss" else loss
 
 
@@ -304,6 +307,8 @@ NAMES = [
         # the peer's cached losses do not work in it
         ("MultipleNegativesRankingLoss", "AdaptiveLayerLoss"),
         ("GISTEmbedLoss", "AdaptiveLayerLoss"),
+        ("MultipleNegativesRankingLoss", "Matryoshka2dLoss"),
+        ("GISTEmbedLoss", "Matryoshka2dLoss"),
     ],
 )
 def test_training_step(name, wrapper, build):
@@ -315,7 +320,7 @@ def test_training_step(name, wrapper, build):
 
     def run(module, guide):
         loss = getattr(module, name)(model, *guide)
-        return step(wrapped(model, wrapper, loss), model)
+        return step(wrapped(module, model, wrapper, loss), model)
 
     for guide in guides:
         try:
@@ -329,6 +334,52 @@ def test_training_step(name, wrapper, build):
             assert fused_calls() > before
         for got in (ours, run(fused, guide)):
             torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("error:.*runs unfused")
+@pytest.mark.parametrize("name", [name for name in NAMES if "Symmetric" not in name])
+def test_a_patch_reaches_prefixes_of_losses_made_before(name, build):
+    model = build(8)
+    loss = getattr(peer, name)(model, *[build(6)] * ("GIST" in name))
+    loss = peer.MatryoshkaLoss(model, loss, [8, 3], n_dims_per_step=1)
+    wanted = step(loss, model)
+    with patched("sentence_transformers"):
+        before = patch_status()["sentence_transformers"]
+        got = step(loss, model)
+        after = patch_status()["sentence_transformers"]
+    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+    ran = {label for label, status in after.items() if status.fused > before[label].fused}
+    cached = {"CachedLossDecorator.__call__"} if "Cached" in name else set()
+    assert ran == {"MatryoshkaLoss.forward", *cached}
+
+
+@pytest.mark.parametrize("case", ["columns", "method", "similarity", "loss"])
+def test_prefixes_of_what_is_not_fused(case, stub):
+    """One call of the package's own loss for each prefix."""
+    embeddings = columns(5, 3, 8)
+    if case == "columns":
+        embeddings[2] = embeddings[2][:3]
+
+    def value(module) -> Tensor:
+        model = stub[0]
+        model.get_embedding_dimension = model.get_sentence_embedding_dimension = lambda: 8
+        options = {"similarity_fct": util.manhattan_sim} if case == "similarity" else {}
+        loss = peer.MultipleNegativesRankingLoss(model, **options)
+        if case == "loss":
+            loss = peer.MultipleNegativesSymmetricRankingLoss(model)
+            loss.__class__ = type("Another", (nn.Module,), {"forward": another})
+        elif case == "method":
+            loss.compute_loss_from_embeddings = lambda e, labels: e[0].sum()
+        loss = module.MatryoshkaLoss(model, loss, [8, 3])
+        return loss([{"model": e.clone()} for e in embeddings], None)
+
+    def another(self, features, labels):
+        return self.model(features[0])["sentence_embedding"].sum()
+
+    warns = {"method": "overridden", "similarity": "neither cos_sim"}.get(case)
+    with pytest.warns(UserWarning, match=warns) if warns else nullcontext():
+        got = value(fused)
+    torch.testing.assert_close(got, value(peer), rtol=1e-10, atol=1e-12)
 
 
 def fused_calls() -> int:
