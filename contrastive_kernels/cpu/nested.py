@@ -11,11 +11,6 @@ from . import LSE, NOWHERE, SOFTPLUS, Gradients, Results, kept, may_be_different
 from .operands import Operands, address, contiguous, operands
 
 
-def has_bfloat16() -> bool:
-    """Whether single sweeps multiply bfloat16 as it lies."""
-    return _cpu.bfloat16() is not None
-
-
 def nested_stats(
     x: Tensor,
     y: Tensor | None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import no_second_order, register_rules
-from ..backends import CPU_ERROR
+from ..backends import CPU_ERROR, rounds_weights
 from ..types import SoftplusSweep, Sweep
 from .pairs import Pairs, shared_arguments
 from .registration import NAMESPACE, mark
@@ -40,15 +40,13 @@ _RESULTS = {name: record(name, schema.returns) for name, schema in _PARSED.items
 _SAVED = ("lse", "col_lse", "lse_low", "col_lse_low")
 _OPTIONS = ("ends", "softplus", "normalize", "together")
 
-# Constants, which torch.compile can trace. Products of bfloat16 that the processor has are those of
-# single sweeps alone, and faster than fewer ones of floats.
 _KERNELS: Any = None if CPU_ERROR is not None else import_module("..cpu.nested", __package__)
-_HAS_BFLOAT16: bool = _KERNELS is not None and _KERNELS.has_bfloat16()
 
 
 def can_nest(backend: str, x: Tensor) -> bool:
-    """Whether a sweep over features x and tensors of this process may be of several prefixes."""
-    return backend == "cpu" and not (_HAS_BFLOAT16 and x.dtype == torch.bfloat16)
+    """Whether a sweep over features x and tensors of this process may be of several prefixes.
+    Products of bfloat16 that the processor has are those of single sweeps alone."""
+    return backend == "cpu" and not rounds_weights(backend, x.dtype, x.dtype)
 
 
 def softmax(given: Pairs, ends: tuple[int, ...], *, columns: bool) -> Sweep:
