@@ -153,9 +153,13 @@ class Rows(nn.Module):
         found = places >= 0
         if found.all():
             return part[places.to(part.device)], []
+        smaller = ""
+        if torch.equal(numbers, torch.arange(len(part))):  # it does not say which of both
+            smaller = f"It may be all of a queue of size {len(part)}, where this one is {self.size}"
         message = (
             f"the state has rows {_ranges(numbers)}, and not rows "
-            f"{_ranges(self.rows.cpu()[~found])} of this queue, which stay as they were. {CURE}"
+            f"{_ranges(self.rows.cpu()[~found])} of this queue, which stay as they were. "
+            f"{smaller and smaller + ', or the first part of one. '}{CURE}"
         )
         warnings.warn(message, stacklevel=2)
         rows = self.features.to(part.device, part.dtype, copy=True)

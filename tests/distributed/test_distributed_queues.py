@@ -74,6 +74,10 @@ def test_checkpoints_load_on_other_numbers_of_ranks(run):
             assert not wrong, f"{of} -> {world}: {wrong}"
 
 
+# Rows from 0 on are what a smaller queue has, too.
+SMALLER = "It may be all of a queue of size 6, where this one is 12, or the first part of one. "
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_what_one_rank_saved_alone_says_what_it_has(world):
     rows = queues.SIZE // world
@@ -83,10 +87,10 @@ def test_what_one_rank_saved_alone_says_what_it_has(world):
             assert got["loaded"] == [has] * rows and got["kept"] == [not has] * rows
             said = (
                 f"the state has rows {6 * i} to {6 * i + 5}, and not rows {rank * rows} to "
-                f"{(rank + 1) * rows - 1} of this queue, which stay as they were. One rank's state "
-                "has its part alone: save by all ranks with torch.distributed.checkpoint, or "
-                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), as "
-                "docs/distributed.md shows"
+                f"{(rank + 1) * rows - 1} of this queue, which stay as they were. "
+                f"{SMALLER * (i == 0)}One rank's state has its part alone: save by all ranks with "
+                "torch.distributed.checkpoint, or get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)), as docs/distributed.md shows"
             )
             assert got["warned"] == [said] * (not has)
             assert (
@@ -118,7 +122,7 @@ def test_files_of_ranks_are_read_without_a_group():
 @pytest.mark.parametrize("size", [6, 24])
 def test_a_state_of_another_size(name, size):
     alone = size > queues.SIZE and name[:2] == "4/"  # it may as well be a part
-    wrong = "not rows 12 to 23 of this queue" if alone else "size mismatch"
+    wrong = "all of a queue of size 12, where this one is 24" if alone else "size mismatch"
     with pytest.raises(RuntimeError, match=f"queue.features: .*{wrong}|{wrong} for queue.features"):
         unsharded(size).load_state_dict(saved(name))
 
