@@ -30,11 +30,12 @@ bool has_tiles() {
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBoth) == kBoth;
 }
 
-// The system grants the tile registers to a process that asks.
+// The system grants the tile registers to a process that asks. Numbers are rounded by AVX-512 BF16.
 bool may_use_tiles() {
 #ifdef __linux__
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return has_tiles() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has_tiles() && __builtin_cpu_supports("avx512bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif

@@ -19,7 +19,7 @@ struct BFloat16Kernels {
   // a tile rounded to nearest even, NaN stays NaN: out[j * ld_out + i], of whole pairs of rows
   void (*round)(const float* tile, int64_t ld, int keys, int rows, uint16_t* out, int64_t ld_out);
   // the same transposed: out[i * ld_out + j], zeros where j is beyond the keys, up to the next
-  // multiple of 16, which ld_out is not below
+  // multiple of 32, which ld_out is not below
   void (*round_transposed)(const float* tile, int64_t ld, int keys, int rows, uint16_t* out,
                            int64_t ld_out);
 };

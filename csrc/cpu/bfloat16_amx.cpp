@@ -45,13 +45,21 @@ CK_FOLD void put_sums(const float* sums, int64_t m, int64_t n, float* c, int64_t
   }
 }
 
+CK_FOLD void store_sums(TileRegisters& tiles, float* c, int64_t row) {
+  tiles.store<0>(c, row * 4);
+  tiles.store<1>(c + kTile, row * 4);
+  tiles.store<2>(c + kTile * row, row * 4);
+  tiles.store<3>(c + kTile * row + kTile, row * 4);
+}
+
 void multiply(int64_t m, int64_t n, int64_t k, LeftMatrix<uint32_t> a,
               PanelMatrix<const uint32_t> b, PanelMatrix<float> c, bool add) {
   TileRegisters tiles;
   alignas(64) float sums[kSide * kSide];
-  for (int64_t j = 0; j < n; j += kSide) {
-    const int64_t panel = j / kPanel, column = j % kPanel;
-    for (int64_t i = 0; i < m; i += kSide) {
+  for (int64_t i = 0; i < m; i += kSide) {
+    for (int64_t j = 0; j < n; j += kSide) {
+      const int64_t panel = j / kPanel, column = j % kPanel;
+      float* const out = c.data + i * c.row + panel * c.panel + column;
       tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
       for (int64_t p = 0; p < k; p += kTile) {
         const uint32_t* left = a.data + i * a.row + p;
@@ -69,12 +77,12 @@ void multiply(int64_t m, int64_t n, int64_t k, LeftMatrix<uint32_t> a,
         tiles.add_products<2, 5, 6>();
         tiles.add_products<3, 5, 7>();
       }
-      constexpr int64_t kStride = kSide * sizeof(float);
-      tiles.store<0>(sums, kStride);
-      tiles.store<1>(sums + kTile, kStride);
-      tiles.store<2>(sums + kTile * kSide, kStride);
-      tiles.store<3>(sums + kTile * kSide + kTile, kStride);
-      put_sums(sums, m - i, n - j, c.data + i * c.row + panel * c.panel + column, c.row, add);
+      if (!add && m - i >= kSide && n - j >= kSide) {
+        store_sums(tiles, out, c.row);
+      } else {
+        store_sums(tiles, sums, kSide);
+        put_sums(sums, m - i, n - j, out, c.row, add);
+      }
     }
   }
 }

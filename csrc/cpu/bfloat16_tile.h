@@ -45,7 +45,7 @@ class RoundedTile {
  public:
   // of each row its keys, for sums over them; room: the most entries of a tile
   LeftMatrix<uint32_t> of_rows(const Tile<float>& tile, int64_t room) {
-    constexpr int64_t kUnit = 16;
+    constexpr int64_t kUnit = 32;
     const int64_t stride = divide_up(tile.keys, kUnit) * kUnit;
     bfloat16_kernels()->round_transposed(tile.data, tile.ld, tile.keys, tile.rows, start(room),
                                          stride);

@@ -40,9 +40,10 @@ void Features<T>::add(const Matrix& source, bool copied) {
 }
 
 template <class T>
-Features<T>::Features(const Matrix& matrix, bool normalize, bool with_norms, const Matrix& more)
+Features<T>::Features(const Matrix& matrix, bool normalize, bool with_norms, const Matrix& more,
+                      bool seldom_read)
     : d_(matrix.d) {
-  const bool copied = (matrix.rows + more.rows) * d_ <= kCopyElements;
+  const bool copied = !seldom_read && (matrix.rows + more.rows) * d_ <= kCopyElements;
   add(matrix, copied);
   if (more.given()) add(more, copied);
   if (!with_norms) return;
@@ -55,15 +56,6 @@ Features<T>::Features(const Matrix& matrix, bool normalize, bool with_norms, con
   if (!normalize) std::fill_n(inverse_.data(), rows_, T{1});
   for (int64_t i = 0; i < rows_; ++i)
     largest_norm_ = std::max(largest_norm_, static_cast<double>(norms[i] * inverse_[i]));
-}
-
-template <class T>
-bool Features<T>::has_bits() const {
-  return std::all_of(parts_.begin(), parts_.end(), [&](const Part& part) {
-    const Matrix& m = part.source;
-    return std::is_same_v<T, float> && m.dtype == Dtype::kBFloat16 && m.col_stride == 1 &&
-           m.row_stride >= d_ && m.row_stride % 2 == 0 && d_ % 2 == 0;
-  });
 }
 
 template <class T>

@@ -8,12 +8,20 @@
 
 namespace ck {
 
+// Whether products of bfloat16 can take them as they lie.
+inline bool has_bits(const Matrix& m) {
+  return m.dtype == Dtype::kBFloat16 && m.col_stride == 1 && m.row_stride >= m.d &&
+         m.row_stride % 2 == 0 && m.d % 2 == 0;
+}
+
 // Those of one matrix, or of two of a dtype.
 template <class T>
 class Features {
  public:
-  // without norms, inverse() and largest_norm() are not to be asked for
-  Features(const Matrix& matrix, bool normalize, bool with_norms = true, const Matrix& more = {});
+  // without norms, inverse() and largest_norm() are not to be asked for; seldom_read: `read` gives
+  // no more than a few times what there is
+  Features(const Matrix& matrix, bool normalize, bool with_norms = true, const Matrix& more = {},
+           bool seldom_read = false);
 
   int64_t rows() const { return rows_; }
   int64_t d() const { return d_; }
@@ -22,10 +30,8 @@ class Features {
   double largest_norm() const { return largest_norm_; }
   // whether all rows can be used where they lie
   bool direct() const { return parts_.size() == 1 && parts_[0].direct; }
-  // whether they are bfloat16 that `bits` can give
-  bool has_bits() const;
-  // a pointer to the bits of `range`, copied to `buffer` where they lie in both matrices, and its
-  // row stride
+  // a pointer to the bits of `range`, where the matrices have them, copied to `buffer` where they
+  // lie in both matrices, and its row stride
   const uint16_t* bits(Range range, std::vector<uint16_t>& buffer, int64_t* stride) const;
   // a pointer to `range`, copied to `buffer` unless it can be used where it lies, and its row
   // stride

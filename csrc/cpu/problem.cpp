@@ -50,22 +50,29 @@ double largest_magnitude(const T* values, int64_t size) {
 }
 
 template <class T>
-std::optional<Features<T>> other_features(const PairArguments<T>& a) {
+bool multiplies_bits(const PairArguments<T>& a) {
+  if (!std::is_same_v<T, float> || a.own_keys > 0 || bfloat16_kernels() == nullptr) return false;
+  const auto fits = [](const Matrix& m) { return !m.given() || has_bits(m); };
+  return fits(a.x) && fits(a.x_more) && fits(a.y) && fits(a.y_more);
+}
+
+template <class T>
+std::optional<Features<T>> other_features(const PairArguments<T>& a, bool bits) {
   if (!a.y.given()) return std::nullopt;
-  return Features<T>(a.y, a.normalize, a.own_keys == 0, a.y_more);
+  return Features<T>(a.y, a.normalize, a.own_keys == 0, a.y_more, bits);
 }
 
 }  // namespace
 
 template <class T>
 Problem<T>::Problem(const PairArguments<T>& a)
-    : x(a.x, a.normalize, true, a.x_more),
-      other(other_features(a)),
+    : bits(multiplies_bits(a)),
+      x(a.x, a.normalize, true, a.x_more, bits),
+      other(other_features(a, bits)),
       y(other ? *other : x),
       symmetric(!a.y.given()),
       paired(a.own_keys > 0),
       keys(paired ? a.own_keys : y.rows()),
-      bits(!paired && bfloat16_kernels() != nullptr && x.has_bits() && y.has_bits()),
       normalize(a.normalize),
       scale(a.scale),
       zeros(a.bias == nullptr ? keys : 0, T{0}),
@@ -205,13 +212,15 @@ void Worker<T>::make_logits(Range keys, const PanelMatrix<T>& out) {
     if (problem_.bits) {
       const BitRows bits = read_bits(problem_.y, keys);
       const int64_t pairs = problem_.x.d() / 2;
-      bfloat16_kernels()->multiply(
-          keys.size(), tile_.rows, pairs,
-          {reinterpret_cast<const uint32_t*>(bits.data), bits.stride / 2, 1},
-          {reinterpret_cast<const uint32_t*>(packed_.data()), kPanel, pairs * kPanel}, out, false);
-      for (int64_t i = 0; i < tile_.rows; i += kPanel)
-        problem_.kernels.scale_rows(out.data + i / kPanel * out.panel, out.row, tile_.keys, kPanel,
-                                    row_scale_.data() + i);
+      for (int64_t i = 0; i < tile_.rows; i += kPanel) {  // what the first-level cache holds
+        float* const part = out.data + i / kPanel * out.panel;
+        bfloat16_kernels()->multiply(
+            keys.size(), kPanel, pairs,
+            {reinterpret_cast<const uint32_t*>(bits.data), bits.stride / 2, 1},
+            {reinterpret_cast<const uint32_t*>(packed_.data()) + i * pairs, kPanel}, {part, out.row},
+            false);
+        problem_.kernels.scale_rows(part, out.row, tile_.keys, kPanel, row_scale_.data() + i);
+      }
       return;
     }
   }

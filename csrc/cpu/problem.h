@@ -65,13 +65,13 @@ struct Problem {
   explicit Problem(const PairArguments<T>& arguments);
   Problem(const Problem&) = delete;
 
+  bool bits;  // products are those of bfloat16: of features as they lie, and rounded tiles
   Features<T> x;
   std::optional<Features<T>> other;
   const Features<T>& y;
   bool symmetric;  // y is x
   bool paired;     // row i has the keys y[i * keys ...]
   int64_t keys;    // of a row
-  bool bits;       // products are those of bfloat16: of features as they lie, and rounded tiles
   bool normalize;
   T scale;
   Buffer<T> zeros, ones;  // (M,)

@@ -40,7 +40,7 @@ static void check_rounding(const ck::BFloat16Kernels& kernels) {
                            1e-41f, 3e38f, 3.4e38f, 1.00390625f, 1.01171875f, widened(0x7f80) - 0};
   const int rows = 64;
   for (int keys : {1, 2, 15, 16, 17, 40}) {
-    const int64_t ld = rows + 16, ld_out = (keys + 15) / 16 * 16;
+    const int64_t ld = rows + 16, ld_out = (keys + 31) / 32 * 32;
     for (bool at_end : {false, true}) {
       Guarded<float> tile((keys - 1) * ld + rows, at_end);
       Guarded<uint16_t> out((keys - 1) * ld + rows, at_end), turned(rows * ld_out, at_end);
