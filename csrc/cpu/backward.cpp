@@ -26,6 +26,7 @@ class BackwardSweep {
     // what products of bfloat16 round is then not in the gradient of the scale
     if (p_.bits && to.scale && !attended() && p_.scale != 0)
       slopes_ = Buffer<double>(num_threads() * kApart, 0.0);
+    share_shift();
     const KeptLogits kept = find_logits(in.rows.low);
     // half of a matrix is walked by as many threads as it was
     if (!kept.half || (p_.symmetric && kept.threads == num_threads())) p_.kept = kept;
@@ -117,6 +118,18 @@ class BackwardSweep {
     // the weights of attended keys are of the sums themselves; of softplus it stands for logits
     if (attended() || in_.softplus) rows.low = nullptr;
     return rows;
+  }
+
+  // Where rows and keys have statistics, of one fixed shift, both take one exponential.
+  void share_shift() {
+    if (attended() || in_.softplus || !(p_.symmetric || keys_.given())) return;
+    const FixedShift fixed = fixed_shift(p_);
+    const double shift = static_cast<T>(fixed.shift), least = shift + std::log(fixed.smallest);
+    if (!fixed.promising) return;
+    one_shift_ = rows_.reaches(least) && keys_.reaches(least);
+    if (!one_shift_) return;
+    rows_.shift_to(shift);
+    keys_.shift_to(shift);
   }
 
   // dL/dx from the keys weighted in the forward sweep
@@ -242,6 +255,7 @@ class BackwardSweep {
       // a symmetric matrix has its rows' statistics on its columns
       const Side<T>& side = p_.symmetric ? rows_ : keys_;
       if (side.given()) b.key = side.from(first_key);
+      b.one_shift = one_shift_;
       if (key_totals != nullptr) b.key_total = key_totals + first_key;
       double slope = 0;
       if (!slopes_.empty()) {
@@ -298,6 +312,7 @@ class BackwardSweep {
   Fold fold_;
   Buffer<double> slopes_;  // of each thread
   std::optional<double> slope_;
+  bool one_shift_ = false;
 };
 
 }  // namespace

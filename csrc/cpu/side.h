@@ -1,6 +1,7 @@
 // Statistics and their gradients from above, as the tiles of a backward sweep take them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "backward.h"
@@ -37,6 +38,21 @@ class Side {
     }
   }
   bool given() const { return size_ > 0; }
+  // whether no lse is below `least`
+  bool reaches(double least) const {
+    return std::all_of(of(kLse), of(kLse) + size_, [=](T lse) { return lse >= least; });
+  }
+  // puts `shift` in the place of every lse: exp(z - lse) = exp(z - shift) exp(shift - lse)
+  void shift_to(double shift) {
+    T* values = values_.data();
+    for (int64_t i = 0; i < size_; ++i) {
+      if (values[kLse * size_ + i] == std::numeric_limits<T>::infinity()) continue;
+      const double factor = std::exp(shift - values[kLse * size_ + i]);
+      values[kGradLse * size_ + i] *= factor;
+      values[kGradMean * size_ + i] *= factor;
+      values[kLse * size_ + i] = static_cast<T>(shift);
+    }
+  }
   const T* of(Field field) const { return values_.data() + field * size_; }
   Coefficients<T> from(int64_t begin) const {
     return {of(kLse) + begin, of(kMean) + begin, of(kGradLse) + begin, of(kGradMean) + begin};

@@ -55,14 +55,15 @@ CK_FOLD Vec<T> logit(const Tile<T>& tile, int i, int j) {
   return entry(tile, i, j) * tile.key_scale[j] + tile.bias[j];
 }
 
+// the statistics of keys, beside those of rows
+enum class KeySums { kNone, kSameShift, kOwnShift };
+
 template <class T>
 CK_FOLD void add_lanes(double* out, Vec<T> v) {
   T lanes[kLanes<T>];
   store(lanes, v);
   for (int l = 0; l < kLanes<T>; ++l) out[l] += lanes[l];
 }
-
-enum class KeySums { kNone, kSameShift, kOwnShift };
 
 template <class T, bool Mean, bool Masked, KeySums OfKeys, bool Store>
 void softmax_forward(const Tile<T>& tile, const ForwardSums<T>& sums) {
@@ -155,7 +156,7 @@ void forward(const Tile<T>& tile, Fold fold, const ForwardSums<T>& sums) {
   });
 }
 
-template <class T, bool Mean, bool Keys>
+template <class T, bool Mean, KeySums OfKeys>
 CK_FOLD Vec<T> softmax_gradient(const BackwardTile<T>& b, int i, int j, Vec<T> z) {
   using V = Vec<T>;
   const V p = exp_of(z - load<V>(b.row.lse + i));
@@ -165,8 +166,8 @@ CK_FOLD Vec<T> softmax_gradient(const BackwardTile<T>& b, int i, int j, Vec<T> z
     grad_mean = load<V>(b.row.grad_mean + i);
   }
   V g = softmax_coefficient<Mean>(p, z, mean, load<V>(b.row.grad_lse + i), grad_mean);
-  if constexpr (Keys) {
-    const V q = exp_of(z - b.key.lse[j]);
+  if constexpr (OfKeys != KeySums::kNone) {
+    const V q = OfKeys == KeySums::kSameShift ? p : exp_of(z - b.key.lse[j]);
     if constexpr (Mean) {
       mean = splat(b.key.mean[j]);
       grad_mean = splat(b.key.grad_mean[j]);
@@ -176,7 +177,7 @@ CK_FOLD Vec<T> softmax_gradient(const BackwardTile<T>& b, int i, int j, Vec<T> z
   return g;
 }
 
-template <class T, Fold F, bool Masked, bool Keys, bool Total>
+template <class T, Fold F, bool Masked, KeySums OfKeys, bool Total>
 void fold_backward(const Tile<T>& tile, const BackwardTile<T>& b) {
   using L = Lane<T>;
   using V = Vec<T>;
@@ -193,7 +194,7 @@ void fold_backward(const Tile<T>& tile, const BackwardTile<T>& b) {
         if constexpr (F == Fold::kSoftplus)
           g = load<V>(b.row.grad_lse + i) * sigmoid<VectorMath>(z);
         else
-          g = softmax_gradient<T, F == Fold::kLseMean, Keys>(b, i, j, z);
+          g = softmax_gradient<T, F == Fold::kLseMean, OfKeys>(b, i, j, z);
         if constexpr (Masked) g = kept(tile, i, j) ? g : V{};
         if constexpr (Total) {
           // the key's part of a padded row may have overflowed
@@ -217,12 +218,15 @@ void backward(const Tile<T>& tile, Fold fold, const BackwardTile<T>& b) {
   with_flag(tile.masked, [&](auto masked) {
     with_flag(b.key_total != nullptr || b.slope != nullptr, [&](auto total) {
       if (fold == Fold::kSoftplus)
-        return fold_backward<T, Fold::kSoftplus, masked(), false, total()>(tile, b);
-      with_flag(b.key.lse != nullptr, [&](auto keys) {
-        if (fold == Fold::kLse)
-          fold_backward<T, Fold::kLse, masked(), keys(), total()>(tile, b);
+        return fold_backward<T, Fold::kSoftplus, masked(), KeySums::kNone, total()>(tile, b);
+      with_flag(fold == Fold::kLseMean, [&](auto mean) {
+        constexpr Fold F = mean() ? Fold::kLseMean : Fold::kLse;
+        if (b.key.lse == nullptr)
+          fold_backward<T, F, masked(), KeySums::kNone, total()>(tile, b);
+        else if (b.one_shift)
+          fold_backward<T, F, masked(), KeySums::kSameShift, total()>(tile, b);
         else
-          fold_backward<T, Fold::kLseMean, masked(), keys(), total()>(tile, b);
+          fold_backward<T, F, masked(), KeySums::kOwnShift, total()>(tile, b);
       });
     });
   });

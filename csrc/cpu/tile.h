@@ -88,6 +88,7 @@ template <class T>
 struct BackwardTile {
   Coefficients<T> row;
   Coefficients<T> key;  // lse null: no column statistics
+  bool one_shift;       // lse of the keys is that of the rows: one exponential serves both
   const T* row_scale;   // (rows); 0 for padded rows
   const T* row_valid;   // (rows); 1, or 0 for padded rows
   // added: sum of dL/dz over the rows of each key, and of dL/dz (z - bias) over all pairs; null,
