@@ -43,7 +43,10 @@ def read_layout(path: str) -> Layout | None:
     try:
         with open(layout_path(path)) as file:
             held = json.load(file)
-            return Layout(int(held["dim"]), DTYPES[held["dtype"]])
+            dim, dtype = held["dim"], DTYPES[held["dtype"]]
+            if not isinstance(dim, int) or dim < 1:
+                raise ValueError
+            return Layout(dim, dtype)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

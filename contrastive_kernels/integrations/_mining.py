@@ -16,7 +16,6 @@ from ._sentence import NORMALIZES, PEER, util
 from .swap import Unfused
 
 _SIGNATURE = inspect.signature(util.mine_hard_negatives)
-_mine_unfused = util.mine_hard_negatives
 
 
 @PEER.fused(util, "mine_hard_negatives", own=Own(util))
@@ -30,7 +29,7 @@ def mine_hard_negatives(*args: Any, **options: Any) -> Any:
     if given.arguments.get("use_faiss"):
         return Unfused("use_faiss=True searches with faiss", expected=True)
     given.arguments["model"] = Scoring(model, NORMALIZES[similarity])
-    return _mine_unfused(*given.args, **given.kwargs)
+    return mine_hard_negatives.__wrapped__(*given.args, **given.kwargs)
 
 
 class Scoring:

@@ -159,12 +159,21 @@ class Swap:
         if self._replaced:
             return
         if patched:
-            setattr(self.owner, self.name, self.method)
+            for place in self._places(self.original):
+                setattr(place, self.name, self.method)
+        elif self.patched and self.inherited:
+            delattr(self.owner, self.name)
         elif self.patched:
-            if self.inherited:
-                delattr(self.owner, self.name)
-            else:
-                setattr(self.owner, self.name, self.original)
+            for place in self._places(self.method):
+                setattr(place, self.name, self.original)
+
+    def _places(self, held: Callable) -> list[type | ModuleType]:
+        """The class; or of a function the modules of the peer that hold it under its name."""
+        if isinstance(self.owner, type):
+            return [self.owner]
+        root = self.owner.__name__.partition(".")[0]
+        modules = [m for title, m in sys.modules.items() if title.partition(".")[0] == root]
+        return [m for m in modules if getattr(m, "__dict__", {}).get(self.name) is held]
 
     def _count(self, unfused: Unfused | None) -> None:
         if unfused is None:

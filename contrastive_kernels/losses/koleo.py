@@ -19,6 +19,7 @@ def koleo(
     features: Tensor,
     *,
     eps: float = 1e-8,
+    normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
     group: Group | None = None,
@@ -26,8 +27,9 @@ def koleo(
     """KoLeo (Sablayrolles et al. 2019, sec. 3.1; DINOv2, Oquab et al. 2023): spreads features over
     the sphere, by the Kozachenko-Leonenko estimate of their entropy.
 
-    loss_i = -log(|x_i - x_j + eps| + eps), of features of unit length, j the nearest other row: the
-    one with the largest <x_i, x_j>, of equals the first. The gradient goes to both.
+    loss_i = -log(|x_i - x_j + eps| + eps), of features of unit length unless normalize=False, j the
+    nearest other row: the one with the largest <x_i, x_j>, of equals the first. The gradient goes
+    to both.
 
     Args:
         features: (N, D).
@@ -39,7 +41,7 @@ def koleo(
     backend = resolve_backend(backend, features.device)
     batch, _ = join(group, features.shape[0])
     check_other_rows("features", batch.total)
-    x, ids = unit(features, True), batch.own_ids(features.device)
+    x, ids = unit(features, normalize), batch.own_ids(features.device)
     keys = batch.gather_keys(x)
     if len(x) > 0:
         nearest = top_k(

@@ -18,8 +18,9 @@ from ..checks import (
 )
 from ..sources import NegativeSource, as_source, is_source
 from ..types import HardNegatives, IdPair, statistics_dtype
-from .pairs import full_precision, row_dot
 from .top_k import top_k
+
+PAIRS = 64  # whose scores are taken at a time, of their square
 
 
 @torch.no_grad()
@@ -133,6 +134,8 @@ def _check_positives(positives: Tensor, queries: Tensor, keys: int) -> Tensor:
             f"positives must be ids of shape ({len(queries)},) or ({len(queries)}, P), got "
             f"{tuple(shape) if shape else type(positives).__name__}"
         )
+    if positives.dtype == torch.bool:
+        raise TypeError("positives must be numbers of keys, got a mask")
     positives = check_ids("positives", positives, shape).long()
     check_device("positives", positives, queries.device)
     if bool(((positives < -1) | (positives >= keys)).any()):
@@ -142,6 +145,12 @@ def _check_positives(positives: Tensor, queries: Tensor, keys: int) -> Tensor:
 
 def _check_range(num_negatives: int, first: int, last: int | None, sampling: str) -> None:
     check_choice("sampling", sampling, ("top", "random"))
+    for name, value in (
+        ("num_negatives", num_negatives), ("range_min", first),
+        ("range_max", 0 if last is None else last),
+    ):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
     if num_negatives < 1:
         raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
     if first < 0:
@@ -158,18 +167,23 @@ def _check_range(num_negatives: int, first: int, last: int | None, sampling: str
 def _scores(
     queries: Tensor, keys: Tensor | NegativeSource, ids: Tensor, normalize: bool, backend: str
 ) -> Tensor:
-    """s_ij of these keys (N, P), -inf for an id of -1."""
+    """s_ij of these keys (N, P), -inf for an id of -1: with the bits that they have among the
+    nearest, for what is compared with them. So they come of `top_k` too, of few pairs at a time."""
     dtype = statistics_dtype(queries)
     scores = torch.full(ids.shape, -torch.inf, dtype=dtype, device=queries.device)
     start = 0
     for chunk in keys if is_source(keys) else (keys,):
         here = (ids >= start) & (ids < start + len(chunk))
         row, _ = here.nonzero(as_tuple=True)
-        of_chunk = chunk.index_select(0, (ids[here] - start).to(chunk.device))
-        with full_precision(queries):
-            scores[here] = row_dot(
-                queries[row], of_chunk.to(queries.device), normalize=normalize, backend=backend
-            )
+        of_chunk = (ids[here] - start).to(chunk.device)
+        found = []
+        for part in range(0, len(row), PAIRS):
+            x, y = queries[row[part : part + PAIRS]], chunk[of_chunk[part : part + PAIRS]]
+            own = torch.arange(len(x), device=x.device)
+            out = top_k(x, y.to(x.device), 1, keep=(own, own), normalize=normalize, backend=backend)
+            found.append(out.values.flatten())
+        if found:
+            scores[here] = torch.cat(found)
         start += len(chunk)
     return scores
 

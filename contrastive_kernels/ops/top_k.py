@@ -93,7 +93,7 @@ def top_k(
     keys = as_source("keys", keys)
     check_keys("keys", keys, (2,), whole=whole)
     check_pair(queries, keys, "queries", "keys")
-    if not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a whole number of at least 1, got {k}")
     rows, device = queries.shape[0], queries.device
     if exclude is not None:
@@ -104,6 +104,11 @@ def top_k(
         check_vector("threshold", threshold, rows)
         check_device("threshold", threshold, device)
         threshold = threshold.detach().to(statistics_dtype(queries))
+    if not whole and hasattr(keys, "part"):
+        raise ValueError(
+            "keys with a group are this rank's part of those of all: of one file that all ranks "
+            "have, pass keys.part(start, stop)"
+        )
     backend = resolve_backend(backend, device)
     batch, key_batch = join(group, rows, keys.shape[0])
     if key_batch.total == 0:

@@ -54,8 +54,10 @@ Features<T>::Features(const Matrix& matrix, bool normalize, bool with_norms, con
                             norms.data() + range.begin);
   });
   if (!normalize) std::fill_n(inverse_.data(), rows_, T{1});
-  for (int64_t i = 0; i < rows_; ++i)
+  for (int64_t i = 0; i < rows_; ++i) {
     largest_norm_ = std::max(largest_norm_, static_cast<double>(norms[i] * inverse_[i]));
+    longest_ = std::max(longest_, static_cast<double>(norms[i]));
+  }
 }
 
 template <class T>

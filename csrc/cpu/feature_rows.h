@@ -18,8 +18,8 @@ inline bool has_bits(const Matrix& m) {
 template <class T>
 class Features {
  public:
-  // without norms, inverse() and largest_norm() are not to be asked for; seldom_read: `read` gives
-  // no more than a few times what there is
+  // without norms, inverse(), largest_norm() and longest() are not to be asked for; seldom_read:
+  // `read` gives no more than a few times what there is
   Features(const Matrix& matrix, bool normalize, bool with_norms = true, const Matrix& more = {},
            bool seldom_read = false);
 
@@ -28,6 +28,7 @@ class Features {
   // 1 / norm of each row, or 1
   const T* inverse() const { return inverse_.data(); }
   double largest_norm() const { return largest_norm_; }
+  double longest() const { return longest_; }  // the same before rows are normalised
   // whether all rows can be used where they lie
   bool direct() const { return parts_.size() == 1 && parts_[0].direct; }
   // a pointer to the bits of `range`, where the matrices have them, copied to `buffer` where they
@@ -56,7 +57,7 @@ class Features {
   std::vector<Part> parts_;
   Buffer<T> inverse_;
   int64_t rows_ = 0, d_;
-  double largest_norm_ = 0;
+  double largest_norm_ = 0, longest_ = 0;
 };
 
 template <class T>

@@ -80,6 +80,9 @@ Problem<T>::Problem(const PairArguments<T>& a)
       bias(a.bias == nullptr ? zeros.data() : a.bias),
       exclude(a.exclude, x.rows(), keys),
       keep(a.keep, x.rows(), keys) {
+  // products of bits are scaled when they are there
+  constexpr double kLargestProduct = 1e37;
+  if (bits && !(x.longest() * y.longest() < kLargestProduct)) bits = false;
   if (a.bias != nullptr) largest_bias = largest_magnitude(bias, keys);
   // a tile, the packed rows and the keys of a tile together stay within a core's L2 cache
   const int64_t d = x.d() * static_cast<int64_t>(sizeof(T)) / 4;
@@ -217,8 +220,8 @@ void Worker<T>::make_logits(Range keys, const PanelMatrix<T>& out) {
         bfloat16_kernels()->multiply(
             keys.size(), kPanel, pairs,
             {reinterpret_cast<const uint32_t*>(bits.data), bits.stride / 2, 1},
-            {reinterpret_cast<const uint32_t*>(packed_.data()) + i * pairs, kPanel}, {part, out.row},
-            false);
+            {reinterpret_cast<const uint32_t*>(packed_.data()) + i * pairs, kPanel},
+            {part, out.row}, false);
         problem_.kernels.scale_rows(part, out.row, tile_.keys, kPanel, row_scale_.data() + i);
       }
       return;

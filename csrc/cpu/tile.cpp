@@ -232,7 +232,7 @@ void backward(const Tile<T>& tile, Fold fold, const BackwardTile<T>& b) {
   });
 }
 
-template <class T, Fold F, bool Masked, bool Keys>
+template <class T, Fold F, bool Masked, KeySums OfKeys>
 void add_coefficients(const Tile<T>& tile, const PrefixTile<T>& p) {
   using L = Lane<T>;
   using V = Vec<T>;
@@ -251,7 +251,7 @@ void add_coefficients(const Tile<T>& tile, const PrefixTile<T>& p) {
         if constexpr (F == Fold::kSoftplus)
           g = load<V>(b.row.grad_lse + i) * sigmoid<VectorMath>(z);
         else
-          g = softmax_gradient<T, false, Keys>(b, i, j, z);
+          g = softmax_gradient<T, false, OfKeys>(b, i, j, z);
         if constexpr (Masked) g = kept(tile, i, j) ? g : V{};
         // the key's part of a padded row may have overflowed
         g = load<V>(b.row_valid + i) > 0 ? g : V{};
@@ -275,9 +275,11 @@ template <class T>
 void prefix_backward(const Tile<T>& tile, Fold fold, const PrefixTile<T>& prefix) {
   with_flag(tile.masked, [&](auto masked) {
     if (fold == Fold::kSoftplus)
-      return add_coefficients<T, Fold::kSoftplus, masked(), false>(tile, prefix);
-    with_flag(prefix.of.key.lse != nullptr,
-              [&](auto keys) { add_coefficients<T, Fold::kLse, masked(), keys()>(tile, prefix); });
+      return add_coefficients<T, Fold::kSoftplus, masked(), KeySums::kNone>(tile, prefix);
+    with_flag(prefix.of.key.lse != nullptr, [&](auto keys) {
+      constexpr KeySums OfKeys = keys() ? KeySums::kOwnShift : KeySums::kNone;
+      add_coefficients<T, Fold::kLse, masked(), OfKeys>(tile, prefix);
+    });
   });
 }
 
