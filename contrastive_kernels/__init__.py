@@ -11,7 +11,7 @@ from .integrations import patch, patch_status, patched, unpatch
 from .losses import table as _table
 from .losses.stats import mi_lower_bound
 from .losses.table import *  # noqa: F403
-from .ops import hard_negatives, row_softplus, row_stats, top_k
+from .ops import hard_negatives, max_sim, row_softplus, row_stats, top_k
 from .queue import FeatureQueue, MemoryBank
 from .sources import NegativeSource
 from .types import HardNegatives, LossStats, RowColumnStats, RowStats, TopK
@@ -35,6 +35,7 @@ __all__ = [
     "cached_step",
     "check_whitening",
     "hard_negatives",
+    "max_sim",
     "mi_lower_bound",
     "patch",
     "patch_status",

@@ -135,38 +135,50 @@ def check_own(
         return OwnKeys(negatives, mask=check_mask(name, mask, (query.shape[0], m), query.device))
     check_features("negatives", negatives, (2,), whole=False)
     check_pair(query, negatives, "query", "negatives")
-    return OwnKeys(negatives, counts=check_numbers(name, per_query, query, negatives.shape[0]))
+    total = negatives.shape[0]
+    counts = check_numbers(name, per_query, query.shape[:1], total, query.device)
+    return OwnKeys(negatives, counts=counts)
 
 
-def check_mask(name: str, mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Raise unless `mask` is a bool tensor of the shape; return it."""
+def check_mask(
+    name: str, mask: Any, shape: tuple[int, ...], device: torch.device, of: str = "a negative"
+) -> Tensor:
+    """Raise unless `mask` is a bool tensor of the shape, True where `of` counts; return it."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = _short(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool tensor, True where a negative counts, got {got}")
+        raise TypeError(f"{name} must be a bool tensor, True where {of} counts, got {got}")
     if mask.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
     check_device(name, mask, device)
     return mask
 
 
-def check_numbers(name: str, numbers: Any, query: Tensor, total: int) -> Tensor:
-    """Raise unless `numbers` (N,) are integers >= 0 that sum to `total`; return them as int64."""
+def check_numbers(
+    name: str,
+    numbers: Any,
+    shape: tuple[int, ...],
+    total: int,
+    device: torch.device,
+    of: str = "negatives",
+) -> Tensor:
+    """Raise unless `numbers` (N,) are integers >= 0 that sum to `total`, the rows of `of`; return
+    them as int64."""
     if not isinstance(numbers, Tensor) or numbers.dtype == torch.bool:
         got = "bool" if isinstance(numbers, Tensor) else type(numbers).__name__
         raise TypeError(f"{name} must be an integer tensor, got {got}")
-    numbers = check_ids(name, numbers, query.shape[:1]).long()
-    check_device(name, numbers, query.device)
+    numbers = check_ids(name, numbers, shape).long()
+    check_device(name, numbers, device)
     if in_transform() and torch._C._functorch.is_batchedtensor(numbers):
         raise NotImplementedError(f"{name} must be the same for all problems of a vmap")
     fits = (numbers >= 0).all() & (numbers.sum() == total)
     if numbers.is_cpu and not torch.compiler.is_compiling():
         if not fits:
             raise ValueError(
-                f"{name} must be >= 0 and sum to the {total} rows of negatives, got "
+                f"{name} must be >= 0 and sum to the {total} rows of {of}, got "
                 f"{_some(numbers)}, which sum to {int(numbers.sum())}"
             )
     elif not numbers.is_meta:  # without waiting for the device
-        torch._assert_async(fits, f"{name} must be >= 0 and sum to the number of negatives")
+        torch._assert_async(fits, f"{name} must be >= 0 and sum to the number of {of}")
     return numbers
 
 

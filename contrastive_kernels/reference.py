@@ -998,16 +998,57 @@ def intl(
     return reduce(torch.stack(rows).mean(0), reduction)
 
 
-def koleo(features: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
+def koleo(
+    features: Tensor, *, eps: float = 1e-8, normalize: bool = True, reduction: str = "mean"
+) -> Tensor:
     """-log(|x_i - x_j + eps| + eps) of features of unit length, j the nearest other row.
 
     Sablayrolles et al. 2019, sec. 3.1, with the two eps of DINOv2's code.
     """
-    x = F.normalize(promote(features), dim=-1)
+    x = promote(features)
+    x = F.normalize(x, dim=-1) if normalize else x
     products = (x @ x.T).detach().fill_diagonal_(-torch.inf)
     nearest = products.max(1).indices
     distance = F.pairwise_distance(x, x[nearest], eps=eps)
     return reduce(-(distance + eps).log(), reduction)
+
+
+def max_sim(
+    queries: Tensor,
+    documents: Tensor,
+    *,
+    query_mask: Tensor | None = None,
+    document_mask: Tensor | None = None,
+    temperature: float | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """ColBERT, Khattab and Zaharia 2020, eq. 3: sum_i max_j <q_ni, d_mj> of tokens (N, Lq, D) and
+    (M, Ld, D): (N, M); or (N, K, Ld, D), documents of each query: (N, K).
+
+    Tokens count where the masks, of the shapes without D, are True. temperature t: the smooth
+    maximum t log sum_j exp(<q_ni, d_mj> / t).
+    """
+    queries, documents = promote(queries), promote(documents)
+    if query_mask is not None:
+        queries = queries.masked_fill(~query_mask[..., None], 0.0)
+    if document_mask is not None:
+        documents = documents.masked_fill(~document_mask[..., None], 0.0)
+    if normalize:
+        queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
+    shared = documents.dim() == 3
+    z = torch.einsum("nid,mjd->nmij" if shared else "nid,nmjd->nmij", queries, documents)
+    kept = torch.ones_like(z, dtype=torch.bool)
+    if document_mask is not None:  # (M, 1, Ld) or (N, K, 1, Ld)
+        kept = kept & document_mask.unsqueeze(-2)
+    if temperature is None:
+        z = torch.where(kept, z, -torch.inf)
+        first = torch.arange(z.shape[-1], device=z.device) == z.argmax(-1, keepdim=True)
+        largest = torch.where(first, z, 0.0).sum(-1)  # max would scatter its gradient
+    else:
+        largest = temperature * masked_softmax_stats(z / temperature, kept)[0]
+    if query_mask is not None:
+        largest = torch.where(query_mask[:, None], largest, 0.0)
+    return largest.sum(-1)
 
 
 def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .hard_negatives import hard_negatives
 from .joint import Asked, sweeps
+from .max_sim import max_sim, token_scores
 from .nested import can_nest
 from .own import count_own
 from .pairs import KeyBias, Part, full_precision, row_dot
@@ -21,6 +22,7 @@ from .registration import NAMESPACE
 from .row_operators import class_dot, has_row_kernels, row_distance, row_distance_gradients
 from .rows import sum_rows, take_rows
 from .rowwise import BLOCK_ELEMENTS, can_tie, own_gradient, tied
+from .token_sets import TokenSets, check_token_sets, equal_sets, uneven_sets
 from .top_k import top_k
 
 __all__ = [
@@ -29,15 +31,19 @@ __all__ = [
     "Asked",
     "KeyBias",
     "Part",
+    "TokenSets",
     "can_nest",
     "can_tie",
+    "check_token_sets",
     "checked_operands",
     "class_dot",
     "count_own",
+    "equal_sets",
     "full_precision",
     "hard_negatives",
     "has_row_kernels",
     "keeps_frozen_keys",
+    "max_sim",
     "operands",
     "own_gradient",
     "positives",
@@ -54,5 +60,7 @@ __all__ = [
     "swept_positives",
     "take_rows",
     "tied",
+    "token_scores",
     "top_k",
+    "uneven_sets",
 ]

@@ -6,8 +6,6 @@ Features x and y, scale and bias of the logits, ids that exclude pairs or keep t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from ..types import known
 from . import backward, forward, row_dots
 from .backward import Gradients, Upstream
 from .engine import COLUMNS, ROWS, Needs, Problem
+from .launching import device_of
 from .sweep import Outputs
 
 
@@ -39,7 +38,7 @@ def row_stats(
     mean_low, col_mean_low, partner)."""
     assert not together  # backends.can_join
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
-    with _device(x):
+    with device_of(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
         partner = problem.pack_partners(keep_rows) if aligned else None
         unit = problem.bounded and bias is None and not problem.few
@@ -100,7 +99,7 @@ def row_stats_backward(
     made = attended.numel() > 0
     assert not (made and grad_partner is not None)
     missing = wanted._replace(x=False, scale=False) if made else wanted
-    with _device(x):
+    with device_of(x):
         if any(missing):
             problem = _problem(x, y, scale, bias, exclude, keep, normalize)
             upstream = Upstream()
@@ -139,7 +138,7 @@ def row_softplus(
     the rows."""
     assert not (aligned and any(attend))
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
-    with _device(x):
+    with device_of(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
         partner = problem.pack_partners(keep_rows) if aligned else problem.empty(0)
         if any(attend):
@@ -168,7 +167,7 @@ def row_softplus_backward(
     needs: list[bool],
 ) -> Gradients:
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
-    with _device(x):
+    with device_of(x):
         problem = _problem(x, y, scale, bias, exclude, keep, normalize)
         upstream = Upstream(softplus=True)
         upstream.add(ROWS, None, None, grad, None, x.dtype == torch.float16)
@@ -177,14 +176,14 @@ def row_softplus_backward(
 
 
 def row_dot(x: Tensor, y: Tensor, ends: Tensor | None, normalize: bool) -> Tensor:
-    with _device(x):
+    with device_of(x):
         return row_dots.products(x, y, normalize, ends)
 
 
 def row_dot_backward(
     x: Tensor, y: Tensor, ends: Tensor | None, grad: Tensor, normalize: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    with _device(x):
+    with device_of(x):
         return row_dots.products_backward(
             x, y, grad.contiguous(), normalize, needs[0], needs[1], ends
         )
@@ -207,8 +206,3 @@ def _problem(
 
 def _or_empty(problem: Problem, *results: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(problem.empty(0) if t is None else t for t in results)
-
-
-def _device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device: makes that the device of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

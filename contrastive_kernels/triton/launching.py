@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -34,6 +36,11 @@ class Kept(NamedTuple):
 
 
 _kept: dict[tuple[Any, ...], Kept] = {}
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device: makes that the device of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def launch(

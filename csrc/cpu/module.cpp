@@ -13,6 +13,7 @@
 #include "binding.h"
 #include "class_dot.h"
 #include "forward.h"
+#include "max_sim.h"
 #include "nested.h"
 #include "row_dot.h"
 #include "top_k.h"
@@ -226,6 +227,43 @@ void dot_of_classes_backward(const MatrixTuple& x, Address places, bool normaliz
   });
 }
 
+// tokens, ends, sets, kept
+using TokenTuple = std::tuple<MatrixTuple, Address, int64_t, Address>;
+// the fields of MaxSimArguments
+using TokenPairTuple = std::tuple<TokenTuple, TokenTuple, int64_t, double, bool, bool>;
+
+template <class T>
+MaxSimArguments<T> max_sim_arguments(const TokenPairTuple& given) {
+  const auto token_sets = [](const TokenTuple& side) {
+    const auto& [tokens, ends, sets, kept] = side;
+    check_ends(at<int64_t>(ends), sets, std::get<1>(tokens));
+    return TokenSets{matrix(tokens), at<int64_t>(ends), sets, at<bool>(kept)};
+  };
+  const auto& [queries, documents, own, temperature, normalize, zeros] = given;
+  return {token_sets(queries),
+          token_sets(documents),
+          own,
+          static_cast<T>(temperature),
+          normalize,
+          zeros};
+}
+
+void largest_products(const TokenPairTuple& pairs, Address winners, Address lse, Address scores) {
+  with_compute_type(dtype_of(std::get<0>(std::get<0>(pairs))), [&](auto t) {
+    using T = decltype(t);
+    max_sim<T>(max_sim_arguments<T>(pairs), {at<int32_t>(winners), at<T>(lse)}, at<T>(scores));
+  });
+}
+
+void largest_products_backward(const TokenPairTuple& pairs, Address winners, Address lse,
+                               Address grad, Address dx, Address dy) {
+  with_compute_type(dtype_of(std::get<0>(std::get<0>(pairs))), [&](auto t) {
+    using T = decltype(t);
+    max_sim_backward<T>(max_sim_arguments<T>(pairs), {at<int32_t>(winners), at<T>(lse)},
+                        at<T>(grad), at<void>(dx), at<void>(dy));
+  });
+}
+
 void start(const std::string& capability, Address parallel_for, Address num_threads,
            Address thread_num) {
   set_capability(capability.c_str());
@@ -278,6 +316,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("row_distance_backward", &distance_backward);
   m.def("class_dot", &dot_of_classes);
   m.def("class_dot_backward", &dot_of_classes_backward);
+  m.def("max_sim", &largest_products);
+  m.def("max_sim_backward", &largest_products_backward);
 
   bind_whitening(m);
 

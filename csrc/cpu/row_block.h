@@ -69,6 +69,11 @@ class RowBlock {
     first_ = false;
   }
 
+  // the log-sum-exp of the block's row i so far
+  double lse(int64_t i) {
+    return std::log(sum(kSum)[i]) + static_cast<double>(w_.lane_buffer(kShiftLanes)[i]);
+  }
+
   void finish(Sums& rows, int64_t part) {
     const int64_t begin = w_.rows().begin, real = w_.rows().size();
     const T* shift = w_.lane_buffer(kShiftLanes);

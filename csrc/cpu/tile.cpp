@@ -316,6 +316,44 @@ void raise_key_max(const Tile<T>& tile, const T* row_valid, T* out) {
   }
 }
 
+template <class T, bool Masked>
+void raise_largest_of(const Tile<T>& tile, typename LaneId<T>::type first, T* largest,
+                      typename LaneId<T>::type* which) {
+  using L = Lane<T>;
+  using V = Vec<T>;
+  using I = IVec<T>;
+  const V lowest = splat(-static_cast<T>(__builtin_inf()));
+  for (int i0 = 0; i0 < tile.rows; i0 += L::kBlock) {
+    V top[L::U];
+    I id[L::U];
+    for (int u = 0; u < L::U; ++u) {
+      top[u] = load<V>(largest + i0 + u * L::W);
+      id[u] = load<I>(which + i0 + u * L::W);
+    }
+    for (int j = 0; j < tile.keys; ++j) {
+#pragma GCC unroll 8
+      for (int u = 0; u < L::U; ++u) {
+        V z = logit(tile, i0 + u * L::W, j);
+        if constexpr (Masked) z = kept(tile, i0 + u * L::W, j) ? z : lowest;
+        const I higher = ~(z <= top[u]) & (top[u] == top[u]);
+        top[u] = higher ? z : top[u];
+        id[u] = higher ? I{} + (first + j) : id[u];
+      }
+    }
+    for (int u = 0; u < L::U; ++u) {
+      store(largest + i0 + u * L::W, top[u]);
+      store(which + i0 + u * L::W, id[u]);
+    }
+  }
+}
+
+template <class T>
+void raise_largest(const Tile<T>& tile, typename LaneId<T>::type first, T* largest,
+                   typename LaneId<T>::type* which) {
+  with_flag(tile.masked,
+            [&](auto masked) { raise_largest_of<T, masked()>(tile, first, largest, which); });
+}
+
 template <class T>
 void add_counts(const Tile<T>& tile, const Counts<T>& counts) {
   using V = Vec<T>;
@@ -465,6 +503,7 @@ const TileKernels<T>& kernels() {
       .scaled_tile = scaled_tile<T>,
       .row_max = row_max<T>,
       .raise_key_max = raise_key_max<T>,
+      .raise_largest = raise_largest<T>,
       .forward = forward<T>,
       .backward = backward<T>,
       .prefix_backward = prefix_backward<T>,

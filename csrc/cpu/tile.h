@@ -154,6 +154,10 @@ struct TileKernels {
   void (*row_max)(const Tile<T>& tile, T* out);
   // the same of each key, over the rows with row_valid > 0; raises what is there
   void (*raise_key_max)(const Tile<T>& tile, const T* row_valid, T* out);
+  // raises the largest logit so far of each row, and notes which it was: key j is first + j. Of
+  // equal ones the first counts, and of NaN
+  void (*raise_largest)(const Tile<T>& tile, typename LaneId<T>::type first, T* largest,
+                        typename LaneId<T>::type* which);
   void (*forward)(const Tile<T>& tile, Fold fold, const ForwardSums<T>& sums);
   // replaces logits by dL/dz row_scale key_scale
   void (*backward)(const Tile<T>& tile, Fold fold, const BackwardTile<T>& backward);
