@@ -1051,6 +1051,81 @@ def max_sim(
     return largest.sum(-1)
 
 
+def late_interaction(
+    queries: Tensor,
+    documents: Tensor,
+    *,
+    query_mask: Tensor | None = None,
+    document_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    scale: float | Tensor | None = None,
+    symmetric: bool = False,
+    max_temperature: float | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log softmax over all documents of scale * max_sim, of the first document of each query;
+    `symmetric` averages it with that of these documents over all queries.
+
+    Queries (N, Lq, D), documents (N, K, Ld, D), or (N, Ld, D) for K = 1.
+    """
+    if documents.dim() == 3:
+        documents = documents[:, None]
+        document_mask = None if document_mask is None else document_mask[:, None]
+    n, each = documents.shape[:2]
+    z = (1 / temperature if scale is None else scale) * max_sim(
+        queries,
+        documents.flatten(0, 1),
+        query_mask=query_mask,
+        document_mask=None if document_mask is None else document_mask.flatten(0, 1),
+        temperature=max_temperature,
+        normalize=normalize,
+    )
+    own = torch.arange(n, device=z.device)
+    rows = -z.log_softmax(1)[own, own * each]
+    if symmetric:
+        rows = (rows - z[:, ::each].log_softmax(0).diagonal()) / 2
+    return reduce(rows, reduction)
+
+
+def late_interaction_distill(
+    queries: Tensor,
+    documents: Tensor,
+    teacher_scores: Tensor,
+    *,
+    query_mask: Tensor | None = None,
+    document_mask: Tensor | None = None,
+    objective: str = "kl",
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    normalize_scores: bool = False,
+    max_temperature: float | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Of the scores s of documents (N, K, Ld, D) of each query and those t of a teacher (N, K):
+    "kl": temperature^2 sum_k q_k (log q_k - log p_k), p = softmax(s / temperature), q likewise;
+    "margin_mse": the mean over k > 0 of ((s_0 - s_k) - (t_0 - t_k))^2.
+
+    normalize_scores: (s - min s) / (max s - min s + 1e-8) first, of each query.
+    """
+    s = max_sim(
+        queries, documents, query_mask=query_mask, document_mask=document_mask,
+        temperature=max_temperature, normalize=normalize,
+    )  # fmt: skip
+    t = teacher_scores.to(s.dtype)
+    if normalize_scores:
+        low, high = s.min(1, keepdim=True).values, s.max(1, keepdim=True).values
+        s = (s - low) / (high - low + 1e-8)
+    if objective == "kl":
+        log_p = (s / temperature).log_softmax(1)
+        of_teacher = temperature if teacher_temperature is None else teacher_temperature
+        log_q = (t / of_teacher).log_softmax(1)
+        return reduce(temperature**2 * (log_q.exp() * (log_q - log_p)).sum(1), reduction)
+    difference = (s[:, :1] - s[:, 1:]) - (t[:, :1] - t[:, 1:])
+    return reduce(difference.square().mean(1), reduction)
+
+
 def mi_lower_bound(loss: Tensor, num_negatives: int | Tensor) -> Tensor:
     """log(K + 1) - loss, detached: InfoMin's I_NCE (Tian et al. 2020), in nats. A bound of
     the mutual information for InfoNCE without a margin only."""

@@ -31,6 +31,12 @@ from .cpc import CPC, cpc
 from .gist import GIST, gist
 from .info_nce import EqCo, InfoNCE, eqco, info_nce
 from .koleo import KoLeo, koleo
+from .late_interaction import (
+    LateInteraction,
+    LateInteractionDistill,
+    late_interaction,
+    late_interaction_distill,
+)
 from .mnrl import DIRECTIONS, MNRL, mnrl
 from .nce import NCE, nce
 from .nt_xent import DCL, HCL, Debiased, NTXent, dcl, debiased, hcl, nt_xent
@@ -57,6 +63,8 @@ __all__ = [
     "EqCo",
     "InfoNCE",
     "KoLeo",
+    "LateInteraction",
+    "LateInteractionDistill",
     "NTXent",
     "SigLIPLoss",
     "SupCon",
@@ -74,6 +82,8 @@ __all__ = [
     "info_nce",
     "intl",
     "koleo",
+    "late_interaction",
+    "late_interaction_distill",
     "mnrl",
     "nce",
     "nt_xent",
@@ -252,6 +262,29 @@ GIST_CASES = {
     ),
     "gist nested": Case(
         GUIDED | GUIDED_NEGATIVES, NESTED | {"temperature": 0.2}, grouped=False, backends=FUSED
+    ),
+}
+
+TOKENS = {"queries": features("N T D"), "documents": features("N S D")}
+SEVERAL = TOKENS | {"documents": features("N K S D")}
+LATE_CASES = {
+    "late_interaction": Case(TOKENS, {}, {"S": 4}),
+    "late_interaction negatives": Case(SEVERAL, {"symmetric": True}, {"K": 2}),
+    "late_interaction masked": Case(
+        SEVERAL | {"query_mask": mask("N T"), "scale": number(3.0)}, {"symmetric": True}
+    ),
+    "late_interaction smooth": Case(TOKENS, {"max_temperature": 0.3, "normalize": False}),
+}
+TAUGHT = SEVERAL | {"teacher_scores": features("N K")}
+LATE_DISTILL_CASES = {
+    "late_interaction_distill": Case(TAUGHT),
+    "late_interaction_distill rescaled": Case(
+        TAUGHT | {"query_mask": mask("N T")},
+        {"normalize_scores": True, "temperature": 0.5, "teacher_temperature": 2.0},
+        grouped=False,
+    ),
+    "late_interaction_distill margins": Case(
+        TAUGHT, {"objective": "margin_mse", "max_temperature": 0.5}
     ),
 }
 
@@ -451,6 +484,14 @@ LOSSES = (
         GIST_CASES,
         exchanges=("gather",),
         two_views=("anchor", "positive"),
+        alone=True,
+    ),
+    Row(late_interaction, LateInteraction, LATE_CASES, exchanges=("gather",)),
+    Row(
+        late_interaction_distill,
+        LateInteractionDistill,
+        LATE_DISTILL_CASES,
+        exchanges=(),
         alone=True,
     ),
     Row(nt_xent, NTXent, NT_XENT_CASES, rows="2N", two_views=("z1", "z2")),

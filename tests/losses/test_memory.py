@@ -19,7 +19,10 @@ pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend i
 
 FEATURES = {"D": 16384, "G": 16384, "K": 1}
 # Losses that hold more: docs/design.md says what.
-MORE = ("w_mse", "intl", "gist", "clip_distill", "cpc", "koleo")
+MORE = (
+    "w_mse", "intl", "gist", "clip_distill", "cpc", "koleo", "late_interaction",
+    "late_interaction_distill",
+)  # fmt: skip
 SEVERAL = (
     "info_nce both symmetric margin", "mnrl harder", "mnrl one document, harder", "mnrl defaults",
     "hcl hard", "cacr rbf", "cacr rbf detached", "cacr_views rbf",
