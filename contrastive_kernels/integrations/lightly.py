@@ -216,7 +216,7 @@ def _koleo(self: Any, x: Tensor) -> Tensor | Unfused:
         return Unfused("eps is not one number > 0")
     if x.dim() != 2 or len(x) < 2:
         return Unfused("x is not (N, D) of at least 2 rows")
-    return koleo(F.normalize(x, eps=eps), eps=eps, normalize=False).to(x.dtype)
+    return koleo(F.normalize(x.to(statistics_dtype(x)), eps=eps), eps=eps, normalize=False)
 
 
 @PEER.fused(nearest.NNMemoryBankModule, own=Own(nearest.NNMemoryBankModule))

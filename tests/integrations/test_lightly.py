@@ -183,6 +183,11 @@ def test_koleo(shape):
         assert_conforms(fused.KoLeoLoss(**options), peer.KoLeoLoss(**options), views(*shape)[:1])
 
 
+def test_koleo_of_rows_shorter_than_its_eps():
+    x = 0.01 * views(9, 4)[0]
+    assert_conforms(fused.KoLeoLoss(eps=0.1), peer.KoLeoLoss(eps=0.1), [x])
+
+
 @pytest.mark.filterwarnings("ignore:.*runs unfused")
 @pytest.mark.parametrize("change", [{"p": 1}, {"eps": 0.0}])
 def test_another_koleo_runs_unfused(change):

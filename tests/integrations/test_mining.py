@@ -87,6 +87,19 @@ def test_the_same_data_set(dot, options):
         torch.testing.assert_close(*flat, rtol=1e-5, atol=1e-6)
 
 
+def test_every_name_of_the_package_is_patched(recwarn):
+    import sentence_transformers
+
+    home = util.hard_negatives
+    places = (sentence_transformers, util, home)
+    before = {place.mine_hard_negatives for place in places}
+    with patched("sentence_transformers", "mine_hard_negatives"):
+        assert {place.mine_hard_negatives for place in places} == {fused.mine_hard_negatives}
+        assert status().unreached == ()
+    assert before == {place.mine_hard_negatives for place in places}
+    assert len(before) == 1 and not recwarn
+
+
 def test_no_matrix_is_made(monkeypatch):
     def fail(*_):
         raise AssertionError("the whole matrix")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -222,15 +222,15 @@ def test_memory_is_that_of_one_chunk():
 
 
 class Stateful(nn.Module):
-    """Gives other features every time."""
+    """Gives somewhat other features from a call on."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: int) -> None:
         super().__init__()
-        self.layer, self.calls = nn.Linear(6, D).to(DOUBLE), 0
+        self.layer, self.left = nn.Linear(6, D).to(DOUBLE), last
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.layer(x) * self.calls
+        self.left -= 1
+        return self.layer(x) * (1 if self.left >= 0 else 1.001)
 
 
 def norm(**options) -> nn.Module:
@@ -250,8 +250,22 @@ def test_models_that_cannot_be_run_in_chunks():
     wanted = plain(lambda: ck.nt_xent(model(x), model(2 * x)), model)
     step = partial(ck.cached_step, (model, model), (x, 2 * x), ck.nt_xent, chunk=2)
     assert_same(gradients(step, model), wanted)
-    with pytest.raises(RuntimeError, match="must give the same features each time"):
-        ck.cached_step((model, Stateful()), (x, x), ck.nt_xent, chunk=2)
+    for last in (4, 7):  # of 4 chunks: the first of the second time, or only the last
+        with pytest.raises(RuntimeError, match="must give the same features each time"):
+            ck.cached_step((model, Stateful(last)), (x, x), ck.nt_xent, chunk=2)
+
+
+def test_what_the_loss_returns_comes_without_a_graph():
+    class Output(NamedTuple):
+        loss: Tensor
+        features: Tensor
+        note: str
+
+    out = ck.cached_step(
+        Encoder(), rows(1), lambda t: Output(t.square().mean(), 2 * t, "a"), chunk=2
+    )
+    assert isinstance(out, Output) and out.note == "a"
+    assert not (out.loss.requires_grad or out.features.requires_grad)
 
 
 def test_what_does_not_fit():

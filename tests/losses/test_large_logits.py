@@ -135,6 +135,16 @@ def test_short_features_have_the_logits_of_unit_vectors(name, backend):
     assert_as_dense(fused, definition, given, 100.0, slack=case.slack / 4)
 
 
+@pytest.mark.parametrize("length", [1e17, 1e20])
+def test_long_rows_of_bfloat16(length):
+    """Whose products are no numbers of float32, where those of 1 / norm are, or 0."""
+    x, y = (length * randn(70, 64, seed=s, dtype=torch.float32) for s in (1, 2))
+    x, y = x.bfloat16(), y.bfloat16()
+    for loss in (ck.nt_xent, ck.info_nce):
+        found, right = (loss(x, y, backend=b).item() for b in ("auto", "reference"))
+        assert abs(found - right) <= 1e-5 * abs(right)
+
+
 def short_and_alike(t):
     short = F.normalize(1 + 0.1 * t.detach(), dim=-1) / 8
     return short.requires_grad_(t.requires_grad)

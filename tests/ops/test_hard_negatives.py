@@ -45,6 +45,37 @@ def candidates(
     return lists
 
 
+@parametrize_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scores_of_positives_are_those_of_the_search(backend, dtype, normalize):
+    """So that a copy of a positive is just as near, and no farther by rounding."""
+    if backend == "reference":
+        pytest.skip("products of matrices, whose bits depend on their sizes")
+    queries, keys = randn(67, 98).to(dtype), randn(67, 98, seed=1).to(dtype)
+    found = ck.hard_negatives(
+        queries, torch.cat((keys, keys)), torch.arange(67), absolute_margin=0.0,
+        num_negatives=134, normalize=normalize, backend=backend,
+    )  # fmt: skip
+    is_copy = found.ids == torch.arange(67, 134)[:, None]
+    assert is_copy.any(1).all()
+    assert torch.equal(found.scores[is_copy], found.positive_scores)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_negatives": 1.5}, TypeError, "num_negatives must be a whole number, got 1.5"),
+        ({"range_max": 9.0}, TypeError, "range_max must be a whole number, got 9.0"),
+        ({"positives": torch.ones(N, dtype=torch.bool)}, TypeError, "positives must be numbers"),
+    ],
+)
+def test_what_does_not_fit(options, error, message):
+    queries, keys, positives = data()
+    with pytest.raises(error, match=message):
+        ck.hard_negatives(queries, keys, **{"positives": positives, **options})
+
+
 def data(several=False):
     queries = randn(N, D)
     keys = torch.cat((queries + 0.5 * randn(N, D, seed=1), randn(M - N, D, seed=2)))
