@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _matryoshka
+from . import _matryoshka, _multi_vector
 from ._mining import mine_hard_negatives as mine_hard_negatives
 from ._sentence import (
     CACHED_GIST,
@@ -174,3 +174,6 @@ MultipleNegativesSymmetricRankingLoss: Any = _drop_in(
 CachedMultipleNegativesSymmetricRankingLoss: Any = _drop_in(
     peer.CachedMultipleNegativesSymmetricRankingLoss, cached_symmetric
 )
+
+if PEER.since("6.0"):
+    globals().update(_multi_vector.drop_ins(PEER))

@@ -30,6 +30,7 @@ PEERS = (
     "info_nce",
     "lightly",
     "open_clip",
+    "pylate",
     "pytorch_metric_learning",
     "sentence_transformers",
     "transformers",
