@@ -173,8 +173,9 @@ class Swap:
         if isinstance(self.owner, type):
             return [self.owner]
         root = self.owner.__name__.partition(".")[0]
-        modules = [m for title, m in sys.modules.items() if title.partition(".")[0] == root]
-        return [m for m in modules if getattr(m, "__dict__", {}).get(self.name) is held]
+        modules = {id(m): m for t, m in sys.modules.items() if t.partition(".")[0] == root}
+        modules[id(self.owner)] = self.owner
+        return [m for m in modules.values() if getattr(m, "__dict__", {}).get(self.name) is held]
 
     def _count(self, unfused: Unfused | None) -> None:
         if unfused is None:
