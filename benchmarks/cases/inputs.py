@@ -163,6 +163,18 @@ def views_and_permutations(count: int) -> Inputs:
     return make
 
 
+@of_sizes("nkd")
+def token_sets(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """n queries of 32 tokens of unit length, with k documents of 180 each."""
+    shapes = {"queries": (sizes.n, 32), "documents": (sizes.n, sizes.k, 180)}
+    return {
+        name: torch.nn.functional.normalize(
+            torch.randn(*shape, sizes.d, generator=generator), dim=-1
+        )
+        for name, shape in shapes.items()
+    }
+
+
 @of_sizes("nmd")
 def groups(sizes: Sizes, generator: torch.Generator) -> Tensors:
     """n groups of m samples."""

@@ -14,7 +14,17 @@ from ..baselines.baseline import Baseline, Loss
 from ..baselines.loading import Lazy
 from . import oracle
 from .case import Case
-from .inputs import Inputs, Sizes, image_text, image_text_bias, labelled, of_sizes, pairs, queue
+from .inputs import (
+    Inputs,
+    Sizes,
+    image_text,
+    image_text_bias,
+    labelled,
+    of_sizes,
+    pairs,
+    queue,
+    token_sets,
+)
 from .oracle import Tensors
 
 # build(module with the classes): a loss of them, called with the tensors by name
@@ -189,6 +199,26 @@ def with_guide(sizes: Sizes, generator: torch.Generator) -> Tensors:
     }
 
 
+def multi_vector(module: ModuleType) -> Loss:
+    """The ranking loss of multi-vector encoders, around one that takes token embeddings."""
+
+    class Tokens(nn.Module):
+        def forward(self, features: Tensors, task: str | None = None) -> Tensors:
+            return features
+
+    loss = module.MultiVectorMultipleNegativesRankingLoss(Tokens())
+
+    def call(queries: Tensor, documents: Tensor) -> Tensor:
+        columns = [queries, *documents.unbind(1)]
+        texts = [
+            {"token_embeddings": t, "attention_mask": torch.ones(t.shape[:2], dtype=torch.long)}
+            for t in columns
+        ]
+        return loss(texts)
+
+    return call
+
+
 RETRIEVAL = ("sentence_transformers", "sentence_transformers.sentence_transformer.losses",
              "sentence-transformers")  # fmt: skip
 METRIC = ("pytorch_metric_learning", "pytorch_metric_learning.losses", "pytorch-metric-learning")
@@ -211,6 +241,11 @@ CASES = (
     swap(
         "GISTEmbedLoss", *RETRIEVAL, guided, with_guide, Sizes(1024, 1024), 1 / 50,
         frozen=("anchor_guide", "positive_guide"),
+    ),
+    swap(
+        "MultiVectorMultipleNegativesRankingLoss", "sentence_transformers",
+        "sentence_transformers.multi_vector_encoder.losses", "sentence-transformers",
+        multi_vector, token_sets, Sizes(32, 64, k=2), 0.35,
     ),
     swap("SupConLoss", *METRIC, sup_con, labelled, Sizes(4096, 4096), 1 / 10),
     replace(
