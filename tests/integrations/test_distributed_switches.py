@@ -24,7 +24,19 @@ pytestmark = [
 
 WORLDS = (2, 3)
 LOCAL_DISTILLATION = "distillation with local_loss over several processes"
-WITHOUT_SWITCHES = {"lightly.Whitening2d.forward", "lightly.WMSELoss.forward"}
+WITHOUT_SWITCHES = {
+    "lightly.KoLeoLoss.forward",
+    "lightly.NNMemoryBankModule.forward",
+    "lightly.Whitening2d.forward",
+    "lightly.WMSELoss.forward",
+    "sentence_transformers.CachedLossDecorator.__call__",
+    "sentence_transformers.CachedMultiVectorMultipleNegativesRankingLoss.forward",
+    "sentence_transformers.MatryoshkaLoss.forward",
+    "sentence_transformers.MultiVectorDistillKLDivLoss.forward",
+    "sentence_transformers.MultiVectorMarginMSELoss.forward",
+    "sentence_transformers.MultiVectorMultipleNegativesRankingLoss.forward",
+    "sentence_transformers.mine_hard_negatives",
+}
 CASES = switch_cases.cases()
 TOLERANCE = 1e-10
 
