@@ -9,6 +9,7 @@ import torch
 from oracles import DOUBLE, randn, rms
 from torch import Tensor, nn
 
+from contrastive_kernels.backends import CPU_BFLOAT16
 from contrastive_kernels.integrations.swap import release
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -71,6 +72,11 @@ def assert_conforms(
     rounded = [t.bfloat16() if t.is_floating_point() else t for t in inputs]
     exact = run(peer, rounded, DOUBLE)
     eager, ours = (run(loss, rounded, torch.bfloat16) for loss in (peer, fused))
+    # where ours rounds weights too, its error and eager's are two draws of the same size: of a row
+    # of a few features one may be twice the other
+    draws = 2 if CPU_BFLOAT16 else 1
     for which, (a, b, wanted) in enumerate(zip(ours, eager, exact, strict=True)):
-        budget = rms(b - wanted) + 2**-9 * rms(wanted) + 100 * torch.finfo(torch.float32).eps
+        budget = (
+            draws * rms(b - wanted) + 2**-9 * rms(wanted) + 100 * torch.finfo(torch.float32).eps
+        )
         assert rms(a - wanted) <= budget, f"bfloat16, output {which}: above {budget:.2e}"
