@@ -10,12 +10,13 @@ from torch import Tensor
 from ..types import statistics_dtype
 from . import engine
 from . import max_sim_kernels as kernels
-from .configs import INTERPRETED, arithmetic
+from .configs import INTERPRETED, Tile, arithmetic
 from .engine import cdiv, next_power_of_2
 from .launching import device_of
 
-# Tokens of a query, tokens of a document, features of a slice.
+# Tokens of a query and tokens of a document; features of a slice.
 BLOCK = 64
+SLICES = {"half": 64, "single": 32, "double": 16}
 SUM_BLOCK = 128
 # Programs that share a document's tokens: the kernels go on in strides of so many blocks.
 DOCUMENT_PROGRAMS = 1 if INTERPRETED else 4
@@ -35,7 +36,9 @@ class _Pairs:
         self.rate = 1 / temperature if temperature else 1.0
         self.strides = (*x.stride(), *y.stride())
         self.arithmetic = arithmetic(x, y)
-        self.block_k = min(64, max(16, next_power_of_2(x.shape[1])))
+        most = SLICES[self.arithmetic.kind]
+        self.block_k = min(most, max(16, next_power_of_2(x.shape[1])))
+        self.tile = Tile(BLOCK, BLOCK, self.block_k, 8, 2)
         self.inverse: tuple[Tensor | None, ...] = (None, None)
         if normalize:
             self.inverse = tuple(self._inverse_norms(t) for t in (x, y))
@@ -94,7 +97,7 @@ def max_sim(
         engine.launch(
             kernels.max_sim_kernel, (given.documents, blocks), x, y, *given.inverse, x_ends,
             y_ends, x_kept, y_kept, values, None if temperature else winners, given.tokens, own,
-            given.rate, *given.strides, ZEROS=zeros, **given.constants,
+            given.rate, *given.strides, tile=given.tile, ZEROS=zeros, **given.constants,
         )  # fmt: skip
         engine.launch(
             kernels.max_sim_sum_kernel, (x_ends.shape[0], given.slots), values, x_ends, scores,
@@ -132,12 +135,12 @@ def max_sim_backward(
             engine.launch(
                 kernels.max_sim_queries_kernel, (cdiv(given.tokens, BLOCK), slices), x, y,
                 *given.inverse, owners, y_ends, x_kept, y_kept, *state, dx, *sizes,
-                **given.backward_constants,
+                tile=given.tile, **given.backward_constants,
             )  # fmt: skip
         if needs[1] and y.shape[0]:
             engine.launch(
                 kernels.max_sim_documents_kernel, (given.documents, DOCUMENT_PROGRAMS, slices), x,
                 y, *given.inverse, x_ends, owners, y_ends, x_kept, y_kept, *state, dy, *sizes,
-                **given.backward_constants,
+                tile=given.tile, **given.backward_constants,
             )  # fmt: skip
         return dx, dy

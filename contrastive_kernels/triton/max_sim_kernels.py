@@ -212,7 +212,7 @@ def max_sim_queries_kernel(
                     j = tl.minimum(n, y_last - 1)
                     z = products(
                         x, y, x_inverse, y_inverse, y_kept, i, j, n < y_last, x_stride, x_inner,
-                        y_stride, y_inner, DIM, ACC, DTYPE, PRECISION, BLOCK_N,
+                        y_stride, y_inner, DIM, ACC, DTYPE, PRECISION, BLOCK_K,
                     )  # fmt: skip
                     G = coefficients(z, value, mine, rate)
                     G = tl.where((mine == 0)[:, None], 0.0, G)
@@ -266,7 +266,7 @@ def max_sim_documents_kernel(
             else:
                 z = products(
                     x, y, x_inverse, y_inverse, y_kept, i, j, inside, x_stride, x_inner, y_stride,
-                    y_inner, DIM, ACC, DTYPE, PRECISION, BLOCK_N,
+                    y_inner, DIM, ACC, DTYPE, PRECISION, BLOCK_K,
                 )  # fmt: skip
                 G = coefficients(z, value, g, rate)
                 G = tl.where((g == 0)[:, None], 0.0, G)

@@ -20,7 +20,7 @@ import torch
 from benchmarks.gpu import gates, resources
 from contrastive_kernels import triton as operators
 from contrastive_kernels.__main__ import main
-from contrastive_kernels.triton import configs, top_k, tune
+from contrastive_kernels.triton import configs, max_sim, top_k, tune
 from contrastive_kernels.triton.compile import Compiled, compiling
 from contrastive_kernels.triton.configs import SHARED_KIB, TILES, Tile, row
 from contrastive_kernels.triton.machine_code import Code, Count, code
@@ -98,6 +98,16 @@ def nearest(dim: int):
     top_k.top_k(x, x, ids, ids, None, None, level, level, 16, True)
 
 
+def late(dim: int, *, own: int = 0, temperature: float = 0.0):
+    """Late interaction of tokens that may not count, and its gradients."""
+    x, y = (torch.empty(n, dim, dtype=torch.bfloat16, device=resources.META) for n in (1024, 11520))
+    ends = [torch.empty(n, dtype=torch.int64, device=resources.META) for n in (32, 64)]
+    kept = [torch.empty(len(t), dtype=torch.bool, device=resources.META) for t in (x, y)]
+    given = (x, y, *ends, *kept, own, temperature, True, not temperature)
+    scores, winners, values = max_sim.max_sim(*given)
+    max_sim.max_sim_backward(*given, winners, values, torch.empty_like(scores), [True, True])
+
+
 # What the losses launch beside the commonest case.
 VARIANTS: dict[str, Callable[[int], None]] = {
     "plain": lambda d: forward(d, unit=False),
@@ -128,6 +138,8 @@ VARIANTS: dict[str, Callable[[int], None]] = {
     "runs of keys": lambda d: products(d),
     "runs of keys, float16": lambda d: products(d, half=True),
     "nearest": nearest,
+    "late interaction": late,
+    "late interaction, smooth": lambda d: late(d, own=2, temperature=0.1),
 }
 
 # The engine for Hopper: with a fixed shift, and with the running maximum of float16.
