@@ -33,7 +33,9 @@ class _Pairs:
         self.kept = (x_kept, y_kept)
         self.tokens, self.slots = x.shape[0], own or y_ends.shape[0]
         self.documents, self.own = y_ends.shape[0], own
-        self.rate = 1 / temperature if temperature else 1.0
+        self.rate = None  # in the type of the sums, which a number is not
+        if temperature:
+            self.rate = torch.full((), 1 / temperature, dtype=statistics_dtype(x), device=x.device)
         self.strides = (*x.stride(), *y.stride())
         self.arithmetic = arithmetic(x, y)
         most = SLICES[self.arithmetic.kind]
@@ -101,7 +103,7 @@ def max_sim(
         )  # fmt: skip
         engine.launch(
             kernels.max_sim_sum_kernel, (x_ends.shape[0], given.slots), values, x_ends, scores,
-            given.tokens, given.slots, temperature or 1.0, ACC=given.arithmetic.sum,
+            given.tokens, given.slots, given.rate, ACC=given.arithmetic.sum,
             BLOCK=SUM_BLOCK,
         )  # fmt: skip
         return scores, winners, values

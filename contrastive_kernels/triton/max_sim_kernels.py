@@ -110,7 +110,8 @@ def max_sim_kernel(
             if winners is not None:
                 largest, winner = raise_largest(largest, winner, z, j.to(tl.int32))
             else:
-                state, _weights, _factor = softmax_push(state, z * (rate * LOG2E), False)
+                z2 = z * (tl.load(rate) * LOG2E)
+                state, _weights, _factor = softmax_push(state, z2, False)
         if winners is None:
             top, total, _terms = state
             found = (top + tl.log2(total)) * LOG2
@@ -130,23 +131,26 @@ def max_sim_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "slots"])
 def max_sim_sum_kernel(
-    values, x_ends, scores, tokens, slots, factor, ACC: tl.constexpr, BLOCK: tl.constexpr
+    values, x_ends, scores, tokens, slots, rate, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The sum of factor * values over the tokens of a query, in a slot."""
+    """The sum of values, or of values / rate, over the tokens of a query, in a slot."""
     query, slot = tl.cast(tl.program_id(0), tl.int64), tl.cast(tl.program_id(1), tl.int64)
     first, last = ends_of(x_ends, query)
     total = tl.zeros((BLOCK,), ACC)
     for m0 in range(first, last, BLOCK):
         at = m0 + tl.arange(0, BLOCK)
         total += tl.load(values + slot * tokens + at, mask=at < last, other=0.0)
-    tl.store(scores + query * slots + slot, tl.sum(total, 0) * factor)
+    score = tl.sum(total, 0)
+    if rate is not None:
+        score /= tl.load(rate)
+    tl.store(scores + query * slots + slot, score)
 
 
 @triton.jit
 def coefficients(z, values, grads, rate):
     """dL/dz of a smooth maximum: the gradient of the score times exp(rate z - lse)."""
     lse = tl.where(values == -float("inf"), float("inf"), values)
-    return grads[:, None] * tl.exp2((z * rate - lse[:, None]) * LOG2E)
+    return grads[:, None] * tl.exp2((z * tl.load(rate) - lse[:, None]) * LOG2E)
 
 
 @triton.jit
