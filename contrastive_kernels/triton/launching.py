@@ -91,8 +91,6 @@ def _specialise(args: tuple, key: list[Any]) -> None:
             add(None)
         elif type(arg) is int:
             add(1 if arg == 1 else (not arg & 15, arg >> 31))
-        elif type(arg) is float:  # for which there is one kernel
-            add(float)
         elif isinstance(arg, tuple):
             _specialise(arg, key)
         elif isinstance(arg, Tensor):
