@@ -53,6 +53,8 @@ def forward(
     loss = self.loss
     if isinstance(getattr(loss, "calculate_loss", None), module.CachedLossDecorator):
         return loss(sentence_features, labels)
+    if isinstance(loss, peer.GISTEmbedLoss) and not PEER.since("6.2"):
+        return Unfused("GISTEmbedLoss at prefixes is another loss in older versions", expected=True)
     if isinstance(loss, peer.GISTEmbedLoss):
         reason = _replaced(loss, peer.GISTEmbedLoss, GIST, **_methods(loss, "forward"))
     elif isinstance(loss, peer.MultipleNegativesRankingLoss):
