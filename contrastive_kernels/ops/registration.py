@@ -64,12 +64,11 @@ def row_stats_backward(
         out = RESULTS["row_stats_backward"](*kernel(*given, into))
     if not arguments["together"]:
         return out
-    parts = (
-        out.dx.split([arguments["x"].shape[0], arguments["y"].shape[0]])
-        if len(out.dx)
-        else 2 * (out.dx,)
-    )
-    return out._replace(dx=parts[0], dy=parts[1])
+    if not given.needs[0]:
+        return out._replace(dy=out.dx)
+    rows, keys = (arguments[side].shape[0] for side in ("x", "y"))
+    dx, dy = out.dx.split([rows, keys])
+    return out._replace(dx=dx, dy=dy)
 
 
 def exact_mean(
