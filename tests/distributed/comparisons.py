@@ -130,12 +130,12 @@ def setups(name: str) -> list[Setup]:
 
 
 def share(name: str, settings: Sequence[Any], world: int) -> list[Any]:
-    """Three ranks and four, which take the longest, have half of a case's settings each, but all of
-    a few cases; one and two ranks have all of all."""
+    """Three ranks and four, which take the longest, have a third of a case's settings each, but all
+    of a few cases; one and two ranks have all of all."""
     if world < 3 or name in FEW:
         return list(settings)
     place = list(CASES).index(name) + world
-    return [setting for i, setting in enumerate(settings) if (i + place) % 2]
+    return [setting for i, setting in enumerate(settings) if (i + place) % 3 == 0]
 
 
 def every_setup(name: str) -> Iterator[Setup]:

@@ -39,17 +39,17 @@ def test_loss_and_gradients_are_those_of_one_process(world, name):
                     checked += 1
     _, case = comparisons.CASES[name]
     learned = sum(given.kind in LEARNED for given in case.inputs.values())
-    settings = 3 if case.coupled else 5  # of sizes, exchange and reduction
-    if len(comparisons.share(name, [0, 1], world)) == 1:
-        settings //= 2
-    assert checked >= world * settings * (1 + learned)
+    settings = range(3 if case.coupled else 5)  # of sizes, exchange and reduction, at least
+    assert checked >= world * len(comparisons.share(name, settings, world)) * (1 + learned)
 
 
 @pytest.mark.parametrize("kind", ["losses", "statistics", "bits"])
-def test_three_ranks_and_four_share_the_settings_of_two(kind):
+def test_three_ranks_and_four_share_settings_of_two(kind):
     two, three, four = (set(results(world)[0][kind]) for world in (2, 3, 4))
-    assert three | four == two
+    assert three | four <= two
     assert {setup.name for setup in three & four} <= set(comparisons.FEW)
+    if kind != "bits":
+        assert {setup.name for setup in three | four} == {setup.name for setup in two}
 
 
 @pytest.mark.parametrize("world", WORLDS)

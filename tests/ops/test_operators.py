@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import oracles
 import pytest
@@ -103,8 +104,8 @@ def test_opcheck_with_frozen_keys(backend):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(backend, kind):
-    # own keys of every row: few, since each of their entries is moved twice
-    sizes = (3, 4, 3) if kind == "paired" else (6, 7, 5)
+    # few, since each of their entries is moved twice
+    sizes = (2, 3, 2) if kind == "paired" else (4, 5, 3)
     x, y, scale, bias, *_ = operator_arguments(kind, sizes)
     ids = make_case(kind, sizes)[2]
     dropped = ids[0][:, None] == ids[1]
@@ -117,9 +118,11 @@ def test_gradcheck(backend, kind):
         )  # fmt: skip
         return tuple(t.masked_fill(t == -INFINITY, 0.0) for t in out if t is not None)
 
-    assert torch.autograd.gradcheck(statistics, (x, y, scale, bias))
+    # of kernels that are interpreted, a random combination of the entries
+    gradcheck = partial(torch.autograd.gradcheck, fast_mode=oracles.interpreted(backend))
+    assert gradcheck(statistics, (x, y, scale, bias))
     if kind != "self":
-        assert torch.autograd.gradcheck(
+        assert gradcheck(
             lambda x, y, scale, bias: ops.row_softplus(
                 x, y, scale=scale, bias=bias, exclude=ids, normalize=True, backend=backend
             ),

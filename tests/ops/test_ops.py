@@ -15,7 +15,7 @@ from contrastive_kernels import ops, reference
 pytestmark = needs_fused
 
 # one row, fewer rows than lanes, a tile exactly, one more and one less, primes, several tiles
-SIZES = [(1, 1, 1), (3, 5, 7), (64, 128, 16), (65, 129, 33), (257, 300, 64), (2, 1009, 8)]
+SIZES = [(1, 1, 1), (3, 5, 7), (64, 128, 16), (65, 129, 33), (193, 260, 40), (2, 1009, 8)]
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -25,8 +25,8 @@ def test_sweep_equals_the_reference_in_float64(backend, kind, sizes):
     if kind == "paired" and sizes[1] > 300:
         sizes = (sizes[0], 131, sizes[2])
     seed = sum(sizes)
-    if kind == "paired" and oracles.interpreted(backend):
-        sizes = (sizes[0], min(sizes[1], 131), sizes[2])  # still several tiles, and a part of one
+    if kind == "paired" and oracles.interpreted(backend):  # still tiles, and a part of one
+        sizes = (min(sizes[0], 67), min(sizes[1], 131), sizes[2])
     x, y, ids = make_case(kind, sizes)
     keys = sizes[0] if y is None else sizes[1]
     threshold = oracles.randn(sizes[0], seed=9)
@@ -60,10 +60,11 @@ def test_sweep_equals_the_reference_in_float64(backend, kind, sizes):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("kind", ["shared", "paired"])
 def test_softplus_sweep_equals_the_reference_in_float64(backend, kind):
-    x, y, ids = make_case(kind, (65, 129, 33))
+    sizes = (17, 129, 33) if kind == "paired" else (65, 129, 33)
+    x, y, ids = make_case(kind, sizes)
     for normalize, mask in itertools.product((False, True), ({}, {"exclude": ids}, {"keep": ids})):
         for bias in (torch.tensor(-2.0).double(), oracles.randn(129, seed=7) * 10):
-            options = dict(normalize=normalize, threshold=oracles.randn(65, seed=3), **mask)
+            options = dict(normalize=normalize, threshold=oracles.randn(len(x), seed=3), **mask)
             actual = run(
                 sweeps.softplus_sweep, x, y, 3.0, bias, torch.float64, backend=backend, **options
             )
@@ -91,7 +92,7 @@ def test_row_dot_equals_the_reference_in_float64(backend, normalize):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.07, 0.01])
 def test_error_stays_within_that_of_dense_torch(backend, dtype, kind, temperature):
-    x, y, ids = make_case(kind, (131, 67, 48) if kind == "paired" else (131, 257, 48))
+    x, y, ids = make_case(kind, (67, 35, 48) if kind == "paired" else (67, 131, 48))
     rounded = [x.to(dtype)] + ([] if y is None else [y.to(dtype)])
 
     def statistic(sweep, name, **options):
@@ -225,8 +226,8 @@ def test_ids_too_large_for_a_lane(backend):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_give_equal_bits(backend, kind):
-    keys = 131 if kind == "paired" and oracles.interpreted(backend) else 517
-    x, y, ids = make_case(kind, (301, keys, 40))
+    few = kind == "paired" and oracles.interpreted(backend)
+    x, y, ids = make_case(kind, (67, 131, 40) if few else (301, 517, 40))
     options = dict(exclude=ids, normalize=True, mean=True, columns=kind == "shared")
     runs = [
         run(sweeps.sweep, x, y, 10.0, None, torch.float32, backend=backend, **options)
@@ -237,16 +238,16 @@ def test_two_runs_give_equal_bits(backend, kind):
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.skipif("cpu" not in FUSED, reason="needs the C++ engine")
 @pytest.mark.parametrize("threads", [1, 3, 8])
-def test_any_number_of_threads(backend, threads):
+def test_any_number_of_threads(threads):
     cases = {kind: make_case(kind, (389, 517, 12)) for kind in ("shared", "self")}
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         for kind, (x, y, ids) in cases.items():
             options = dict(exclude=ids, mean=True, columns=kind == "shared", normalize=True)
-            got = run(sweeps.sweep, x, y, 4.0, None, torch.float64, backend=backend, **options)
+            got = run(sweeps.sweep, x, y, 4.0, None, torch.float64, backend="cpu", **options)
             wanted = run(reference.sweep, x, y, 4.0, None, torch.float64, **options)
             for name in wanted[0]:
                 assert_close(got[0][name], wanted[0][name], 1e-12, name)
