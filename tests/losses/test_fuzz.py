@@ -159,10 +159,11 @@ def calls(draw: Callable[..., Any], row: Row) -> Call:
     case = row.cases[name]
     backend = draw(strategies.sampled_from(backends(row, case)))
     dtype = draw(strategies.sampled_from(DTYPES))
-    limit = 9 if interpreted(backend) else 65
+    used = sorted(letters(case))
+    limit = 9 if interpreted(backend) or "T" in used else 65  # pairs of sets are pairs of tokens
     sizes = {
         letter: min(limit, draw(FEW_OF.get(letter, SIZES)))
-        for letter in sorted(letters(case))
+        for letter in used
         if letter not in case.sizes or case.unit == 1
     }
     made = tensors(case, dtype=dtype, seed=draw(strategies.integers(0, 9)), **sizes)
