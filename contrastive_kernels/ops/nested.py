@@ -113,7 +113,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> Any:
     )  # fmt: skip
     made = _RESULTS["nested_stats_backward"](*_CALLS["nested_stats_backward"](*arguments))
     dx, dy = made.dx, made.dy
-    if arguments.together and len(dx):  # of the rows of both
+    if arguments.together and dx.shape[0] > 0:  # of the rows of both
         dx, dy = dx.split([saved["x"].shape[0], saved["y"].shape[0]])
     return none._replace(
         x=dx if needs.x else None,
