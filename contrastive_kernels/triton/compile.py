@@ -103,8 +103,9 @@ def counting(architecture: int) -> Iterator[Counted]:
     ) -> None:
         nonlocal own_key
         counted.launches.append(kernel.fn.__name__)
-        last = launching.in_order(kernel, args, constants)
-        own_key = launching.key_of(kernel, architecture, args, tile, last)
+        found = launching.key_of(kernel, architecture, tile, constants)
+        launching.numbers(args, found)
+        own_key = tuple(found)
         kernel.warmup(*args, **constants, **_options(tile), grid=grid)
 
     with (

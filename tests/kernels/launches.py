@@ -1,13 +1,14 @@
 """What each case of the table of losses launches in forward and backward, without a GPU.
 
-Run as a program: prints a line of JSON for each case and dtype, one for each loss of BATCHES, and
-one of changed arguments. Triton binds and specialises the arguments of every launch as on an sm_90;
-nothing is compiled, and nothing runs.
+Run as a program: prints a line of JSON for each case and dtype, one for each loss of BATCHES, one
+of changed arguments, and one of what no loss launches. Triton binds and specialises the arguments
+of every launch as on an sm_90; nothing is compiled, and nothing runs.
 """
 
 from benchmarks.gpu import stand_in  # noqa: F401, I001  first of all
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive_kernels as ck
-from contrastive_kernels import checks
+from contrastive_kernels import checks, ops
 from contrastive_kernels import triton as operators
 from contrastive_kernels.losses.cases import call, tensors
 from contrastive_kernels.losses.table import CASES
@@ -30,6 +31,7 @@ from contrastive_kernels.triton.compile import Counted, counting
 ARCHITECTURE = 90
 # Rows of batches that one kernel of each kind should serve, as far as it can.
 BATCHES = {"info_nce": (), "clip_loss": (10.0,), "nt_xent": ()}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 POWERS = [2**k for k in range(8, 14)]
 # What starts no kernel, though it returns no view.
 WITHOUT = {"empty", "empty_strided", "empty_like", "new_empty", "detach"}
@@ -91,6 +93,34 @@ def watched() -> Iterator[Operators]:
         yield found
 
 
+@contextmanager
+def elsewhere() -> Iterator[list[str]]:
+    """Tensors are on another device than the current one: the kernels that are launched without
+    making theirs current."""
+    wrong: list[str] = []
+    current = 0
+    launch = engine.launch
+
+    @contextmanager
+    def device_of(_: Tensor) -> Iterator[None]:
+        nonlocal current
+        before, current = current, 1
+        yield
+        current = before
+
+    def checked(kernel, *arguments, **options) -> None:
+        if current == 0:
+            wrong.append(kernel.fn.__name__)
+        launch(kernel, *arguments, **options)
+
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("contrastive_kernels.triton") and hasattr(module, "device_of"):
+                stack.enter_context(patch.object(module, "device_of", device_of))
+        stack.enter_context(patch.object(engine, "launch", checked))
+        yield wrong
+
+
 def step(name: str, dtype: torch.dtype) -> Tensor:
     """The value of a case, whose gradients are taken."""
     row, case = CASES[name]
@@ -99,19 +129,35 @@ def step(name: str, dtype: torch.dtype) -> Tensor:
     return value
 
 
+def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
+    """Those of a case: the first of a loss has all, the others one each in turn."""
+    row, _ = CASES[name]
+    place = list(row.cases).index(name)
+    return DTYPES if place == 0 else (DTYPES[place % len(DTYPES)],)
+
+
 def results() -> Iterator[dict]:
     for name, (row, case) in CASES.items():
         if "triton" not in (case.backends or row.backends):
             continue
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in dtypes_of(name):
             found = {"name": name, "dtype": str(dtype)[6:]}
-            with counting(ARCHITECTURE) as counted, watched() as own:
+            with counting(ARCHITECTURE) as counted, watched() as own, elsewhere() as unguarded:
                 try:
                     step(name, dtype)
                 except Exception as failure:
                     found["error"] = f"{type(failure).__name__}: {failure}"
             found |= {"launches": counted.launches, "waits": sorted(own.waiting)}
-            yield found | {"kernels": list(counted.kernels), "mixed": mixed(counted)}
+            found |= {"unguarded": unguarded, "mixed": mixed(counted)}
+            yield found | {"kernels": list(counted.kernels)}
+
+
+def beside() -> dict:
+    """What no loss of the table launches."""
+    x, y = (torch.randn(n, 32).bfloat16() for n in (64, 100))
+    with counting(ARCHITECTURE) as counted, elsewhere() as unguarded:
+        ops.top_k(x, y, 4, backend="triton")
+    return {"beside": counted.launches, "unguarded": unguarded}
 
 
 def mixed(counted: Counted) -> list[str]:
@@ -179,5 +225,5 @@ def batches() -> Iterator[dict]:
 
 
 if __name__ == "__main__":
-    for result in chain(results(), batches(), [specialised()]):
+    for result in chain(results(), batches(), [specialised(), beside()]):
         print(json.dumps(result), flush=True)

@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from loss_calls import FIRST
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from contrastive_kernels.backends import TRITON_ERROR
 from contrastive_kernels.losses.table import CASES
@@ -29,6 +32,9 @@ OF_ANY_CASE = 45  # three prefixes, in four directions each
 OF_1024 = {"info_nce": (6, 9), "clip_loss": (6, 17), "nt_xent": (6, 11)}
 # Those that are compiled and launched here. CK_PROOF=1: one case of every loss.
 LAUNCHED = ["info_nce", "siglip_loss", "info_nce own"]
+TIMED = "info_nce"
+# of a launch: functions of Python and of C that are called, and the host's time
+FUNCTIONS, MICROSECONDS = 120, 15.0
 if os.environ.get("CK_PROOF") == "1":
     LAUNCHED = [name for name in FIRST.values() if name in NAMES]
 
@@ -52,7 +58,8 @@ def counted() -> list[dict]:
 
 def test_every_loss_binds_its_kernels(counted):
     cases = [found for found in counted if "name" in found]
-    assert [found["name"] for found in cases] == [name for name in NAMES for _ in range(3)]
+    assert list(dict.fromkeys(found["name"] for found in cases)) == NAMES
+    assert {found["dtype"] for found in cases} == {"bfloat16", "float16", "float32"}
     assert not [found for found in cases if "error" in found]
     assert all(found["launches"] for found in cases)
 
@@ -90,23 +97,80 @@ def test_a_kept_kernel_is_started_for_what_it_was_compiled_for(counted):
     assert found["changed"] > found["made"] > 100 and not found["mixed"]
 
 
-def test_launchers_of_other_versions_are_left_to_triton():
+def test_kernels_are_launched_on_the_device_of_their_tensors(counted):
+    assert not {str(found): found["unguarded"] for found in counted if found.get("unguarded")}
+    (beside,) = [found["beside"] for found in counted if "beside" in found]
+    assert "top_k_kernel" in beside
+
+
+def test_the_device_of_tensors_is_made_current():
     from contrastive_kernels.triton import launching
 
-    def known(gridX, gridY, gridZ, stream, function, *args):  # noqa: N803
-        pass
-
-    def other(grid, stream, function, *args):
-        pass
-
-    assert launching._is_known(known) and not launching._is_known(other)
+    with FakeTensorMode():
+        second = torch.empty(3, device="cuda:1")
+    made = launching.device_of(second)
+    assert isinstance(made, torch.cuda.device) and made.idx == 1
+    assert not isinstance(launching.device_of(torch.empty(3)), torch.cuda.device)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real driver")
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="the driver is built by gcc")
-def test_kernels_are_launched():
-    found = printed("fake_cuda.py", *LAUNCHED)
-    assert [one["name"] for one in found] == LAUNCHED
-    for one in found:
-        assert one["launched"] == one["again"] == len(one["asked"]) > 0, one
-        assert not one["bound again"], one  # past Triton's binder
+class Launcher:
+    """As Triton's, which hands its function in C more than it was given."""
+
+    def __init__(self, handed: Callable[..., tuple]):
+        self.handed, self.started = handed, []
+
+    def launch(self, *given) -> None:
+        self.started.append(given)
+
+    def __call__(self, x, y, z, stream, function, metadata, *rest) -> None:
+        self.launch(*self.handed((x, y, z, stream, function), (metadata,), rest[:3], rest[3:]))
+
+
+@pytest.mark.parametrize(
+    ("handed", "spread"),
+    [
+        (lambda first, metadata, hooks, args: (*first, 0, *metadata, *hooks, *args), True),
+        (lambda first, metadata, hooks, args: (*first, *metadata, *hooks, b"i", args), False),
+        (lambda first, metadata, hooks, args: (*first[::-1], *metadata, *hooks, *args), None),
+        (lambda first, metadata, hooks, args: (*first, *metadata, *args, *hooks), None),
+        (lambda first, *_: (*first, torch.empty(3), *_[-1]), None),  # a workspace of each launch
+        (lambda first: (), None),
+    ],
+)
+def test_launchers_of_other_versions_are_left_to_triton(handed, spread):
+    from contrastive_kernels.triton import launching
+
+    compiled = SimpleNamespace(run=Launcher(handed), function=7, packed_metadata=(4, 1, 0))
+    kept = launching.learned(compiled, [128])
+    assert (kept is None) == (spread is None)
+    assert not compiled.run.started  # nothing ran
+    if kept is not None:
+        assert kept.spread == spread and kept.constants == [128]
+        kept.start(*"xyzs", *kept.fixed, *((1,) if spread else ((1,),)))
+        assert compiled.run.started == [handed((*"xyzs", 7), ((4, 1, 0),), (None,) * 3, (1,))]
+
+
+@pytest.fixture(scope="module")
+def launched() -> dict[str, dict]:
+    if torch.cuda.is_available():
+        pytest.skip("there is a real driver")
+    if shutil.which("gcc") is None:
+        pytest.skip("the driver is built by gcc")
+    found = printed("fake_cuda.py", *LAUNCHED, f"{TIMED}:1024")
+    return {one.get("name", "host"): one for one in found}
+
+
+def test_kernels_are_launched(launched):
+    for name in LAUNCHED:
+        first, again, elsewhere = (launched[name][k] for k in ("first", "again", "on another"))
+        assert first["launched"] == again["launched"] == len(first["asked"]) > 0, name
+        assert not again["bound"], name  # past Triton's binder
+        assert elsewhere["launched"] == first["launched"] and elsewhere["bound"], name
+
+
+def test_a_launch_takes_the_host_little(launched):
+    """A bound of what does not depend on the machine, and of the shortest of many on a busy one."""
+    host = launched["host"]
+    assert host["loss"] == TIMED and len(host["functions"]) == len(host["microseconds"]) == 5
+    assert max(host["functions"].values()) <= FUNCTIONS
+    assert max(host["microseconds"].values()) <= 4 * MICROSECONDS
