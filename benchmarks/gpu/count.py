@@ -22,6 +22,7 @@ from ..cases.case import Case
 from ..cases.step import DTYPES
 from . import smoke
 from .cases import CASES
+from .families import FAMILIES, Inputs
 from .plan import TUNED
 
 ARCHITECTURE = 90
@@ -36,14 +37,15 @@ def many() -> Iterator[None]:
         yield
 
 
-def of_smoke() -> dict[str, int]:
-    """For each process: its dtype and number of features."""
+def of_smoke(names: set[str]) -> dict[str, int]:
+    """For each process: its dtype and number of features. Adds the names of its kernels."""
     counts = {}
     for name, dim in product(smoke.NAMES, smoke.DIMS):
         with counting(ARCHITECTURE) as counted, many():
-            for family in smoke.chosen(list(smoke.FAMILIES), DTYPES[name], dim):
-                smoke.FAMILIES[family](smoke.Inputs(DTYPES[name], dim, "cpu", exact=False))
+            for family in smoke.chosen(list(FAMILIES), DTYPES[name], dim):
+                FAMILIES[family](Inputs(DTYPES[name], dim, "cpu", exact=False))
         counts[f"{name} {dim}"] = len(counted.kernels)
+        names |= {kernel for kernel, _ in counted.kernels}
     return counts
 
 
@@ -71,8 +73,10 @@ def of_tune() -> int:
 
 def counts() -> dict:
     seen: set[tuple[str, str]] = set()
+    names: set[str] = set()
     return {
-        "smoke": of_smoke(),
+        "smoke": of_smoke(names),
+        "names": sorted(names),
         "cases": {name: of_case(case, seen) for name, case in CASES.items()},
         "tune": of_tune(),
     }

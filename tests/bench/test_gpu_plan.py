@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import run as bench
-from benchmarks.gpu import alone, plan, runner, smoke
+from benchmarks.gpu import alone, families, plan, runner, smoke
 from benchmarks.gpu.__main__ import main, table
 from benchmarks.gpu.cases import CASES
 from benchmarks.harness.paths import ROOT
@@ -48,6 +49,11 @@ def test_the_plan_keeps_its_limits(steps, counts):
 def test_every_kernel_that_is_shown_is_counted(counts):
     assert len(counts["smoke"]) == len(smoke.NAMES) * len(smoke.DIMS)
     assert min(counts["smoke"].values()) > 40
+    sources = "".join(
+        path.read_text() for path in (ROOT / "contrastive_kernels/triton").glob("*.py")
+    )
+    kernels = set(re.findall(r"^@\w+\.jit.*\ndef (\w+_kernel)\(", sources, re.MULTILINE))
+    assert kernels == set(counts["names"]) and len(kernels) > 15
     assert set(counts["cases"]) == set(CASES) and counts["cases"]["info_nce"] > 5
     assert counts["tune"] > 0
 
@@ -215,14 +221,14 @@ def test_a_process_that_is_not_needed_ends():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu runs it")
 def test_families_against_float64(monkeypatch):
     """All of them, interpreted, with few rows."""
-    monkeypatch.setattr(smoke, "ROWS", 21)
-    monkeypatch.setattr(smoke, "KEYS", 70)
+    for name, size in (("ROWS", 21), ("KEYS", 70), ("TOKENS", (5, 9))):
+        monkeypatch.setattr(families, name, size)
     for dtype, dim in ((torch.bfloat16, 16), (torch.float16, 272), (torch.float32, 16)):
-        families = smoke.chosen(list(smoke.FAMILIES), dtype, dim)
-        made = list(smoke.here(families, dtype, dim, "cpu"))
-        assert [one["family"] for one in made] == families
+        names = smoke.chosen(list(smoke.FAMILIES), dtype, dim)
+        made = list(smoke.here(names, dtype, dim, "cpu"))
+        assert [one["family"] for one in made] == names
         assert not [one for one in made if "failed" in one]
-    assert "lse" in smoke.line(made[0]) and "whitening" in families
+    assert "lse" in smoke.line(made[0]) and "whitening" in names
 
 
 def test_a_family_that_is_wrong_or_breaks_off_is_named(monkeypatch):
