@@ -16,7 +16,8 @@ from unittest.mock import patch
 import torch
 
 from contrastive_kernels import triton as operators
-from contrastive_kernels.triton.compile import Compiled, compiling
+from contrastive_kernels.triton import stored
+from contrastive_kernels.triton.compile import L2, Compiled, compiling
 from contrastive_kernels.triton.machine_code import Loops, loops
 
 from ..harness.markdown import table
@@ -25,7 +26,8 @@ from .model import H200, Prediction, Sweep, Tile, arithmetic_cycles, predicted, 
 
 NAME = "predict"
 ARCHITECTURE = 90
-ITEMSIZE = 2
+ITEMSIZE, LOGIT = 2, 4
+RATE = H200.products * H200.clock * H200.processors
 N, MILLION = 65536, 2**20
 
 
@@ -135,7 +137,7 @@ def compiled(case: Workload, schedule: str, hopper: bool = False) -> tuple[Compi
 
     with (
         patch.dict(os.environ, CK_HOPPER=str(int(hopper))),
-        compiling(ARCHITECTURE, kernel, look) as made,
+        compiling(ARCHITECTURE, kernel, look, l2=L2) as made,
     ):
         case.run(Inputs(case.n, case.m, case.dim))
     if made and made[0].error:
@@ -145,32 +147,36 @@ def compiled(case: Workload, schedule: str, hopper: bool = False) -> tuple[Compi
 
 def sweep(case: Workload, schedule: str, share: float, made: Compiled, issued: Loops) -> Sweep:
     """A chain is one warpgroup; those of a program meet at barriers, but not those of the engine
-    for Hopper, which fill a multiprocessor."""
+    for Hopper, which fill a multiprocessor. What multiplies nothing reads logits of a library."""
     block_m, block_n, block_k, warps, _ = made.tile
     alone = made.kernel in HOPPER.values()
     groups = block_m // 64 if alone else warps // 4
     slices = math.ceil(case.dim / block_k)
-    count = issued.of_tile(slices)
+    by_library = not made.instruction
+    count = issued.of_tile(1 if by_library else slices)
+    if not count.all:  # without a loop
+        count = issued.outer
     lanes = 128 if alone else 32 * warps / groups
     plain, special = lanes * (count.all - count.special), lanes * count.special
     columns = block_m * block_n // groups // 64
-    products = wgmma_cycles(H200, 64, columns, case.dim, True)
+    products = 0.0 if by_library else wgmma_cycles(H200, 64, columns, case.dim, True)
     if schedule in ("attend", "gradient"):
         products += wgmma_cycles(H200, 64, case.dim, columns, False)
     # own vectors stay, unless they are read in slices
     vectors = block_m + block_n if slices > 1 else block_m if schedule == "two_way" else block_n
-    tile = Tile(
-        products, arithmetic_cycles(H200, plain, special),
-        bytes=vectors * case.dim * ITEMSIZE / groups,
-    )  # fmt: skip
+    asked = block_m * block_n * LOGIT if by_library else vectors * case.dim * ITEMSIZE
+    tile = Tile(products, arithmetic_cycles(H200, plain, special), bytes=asked / groups)
     tiles = share * math.ceil(case.n / block_m) * math.ceil(case.m / block_n)
     programs = math.prod(made.grid)
     if schedule == "coefficient":  # launched for each chunk
         programs = int(tiles)
-    stored = case.n * case.m * ITEMSIZE if schedule == "coefficient" else 0
+    elif by_library:  # and for each piece
+        rows, columns = stored.of_bytes(stored.SHARE * L2)
+        programs *= math.ceil(case.n / rows) * math.ceil(case.m / columns)
+    written = case.n * case.m * ITEMSIZE if schedule == "coefficient" else 0
     resident = 1 if alone else made.programs(ARCHITECTURE)
     chains = groups if alone else 1 + (groups - 1) / 2
-    return Sweep(tile, programs, groups * tiles / programs, resident, chains, stored)
+    return Sweep(tile, programs, groups * tiles / programs, resident, chains, written)
 
 
 def beside(case: Workload) -> float:
@@ -178,18 +184,28 @@ def beside(case: Workload) -> float:
     packed = case.packings * (case.n + case.m) * case.dim * ITEMSIZE / H200.memory
     flops = 2 * case.library * case.n * case.m * case.dim
     read = case.library * case.n * case.m * ITEMSIZE
-    rate = H200.products * H200.clock * H200.processors
-    return 1e3 * (packed + max(flops / rate, read / H200.memory))
+    return 1e3 * (packed + max(flops / RATE, read / H200.memory))
+
+
+def of_logits(case: Workload) -> float:
+    """Milliseconds of the products that a library stores in L2."""
+    flops, written = 2 * case.n * case.m * case.dim, case.n * case.m * LOGIT
+    return 1e3 * max(flops / RATE, written / H200.l2)
 
 
 def predictions(case: Workload, hopper: bool) -> dict[str, Prediction]:
     """Of each sweep that an engine runs."""
-    made = {schedule: compiled(case, schedule, hopper) for schedule in case.sweeps}
-    return {
-        schedule: predicted(H200, sweep(case, schedule, case.sweeps[schedule], *one))
-        for schedule, one in made.items()
-        if one is not None
-    }
+    found = {}
+    for schedule, share in case.sweeps.items():
+        made = compiled(case, schedule, hopper)
+        if made is not None:
+            one = predicted(H200, sweep(case, schedule, share, *made))
+            if not made[0].instruction:
+                logits = share * of_logits(case)
+                limit = f"{logits:.2f} ms a library's products, then {one.limit}"
+                one = Prediction(one.milliseconds + logits, limit)
+            found[schedule] = one
+    return found
 
 
 HEAD = ("case", "bound", "Triton engine", "with the engine for Hopper", "what limits each sweep",

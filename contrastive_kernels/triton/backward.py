@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import known
-from . import engine, folds, forward, row_dots
+from . import engine, folds, forward, row_dots, stored
 from .configs import Tile
 from .engine import COLUMNS, ROWS, Needs, Problem, cdiv, next_power_of_2
 from .gradient import coefficient_kernel, finish_kernel, gradient_kernel
@@ -225,7 +226,10 @@ def stored_gradients(
 ) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
     """Gradients by chunks of dL/dz that are stored: 2 N M D, and 2 more by a library's products for
     each side. Returns them by side, the derivative by the scale, and sums of dL/dz."""
-    chosen = problem.tile("coefficient")
+    # with sums of softplus there is so much else to do that it hides behind products of one kernel
+    piece = stored.shape(problem) if upstream.values is None else None
+    chosen = problem.tile("coefficient") if piece is None else stored.TILE
+    buffer = None if piece is None else problem.empty(math.prod(piece))
     own, other = problem.side(which), problem.side(1 - which)
     float16_scale = problem.float16_scale(upstream.largest, own, other)
     operand = problem.inputs[which].dtype
@@ -251,20 +255,27 @@ def stored_gradients(
             end = min(begin + width, m)
             columns = problem.part(other, 1 - which, begin, end)
             c = chunk[: mine.size * columns.size].view(mine.size, columns.size)
-            tiles_here = cdiv(columns.size, chosen.block_n)
-            bias_sums = problem.empty(tiles_here, mine.size) if with_bias else None
-            values = None if upstream.values is None else problem.empty(tiles_here, mine.size)
-            coefficients(
-                problem, upstream, mine, columns, float16_scale, c, values, bias_sums, chosen
-            )
-            for total_of, sums in ((bias, bias_sums), (upstream.values, values)):
-                if total_of is not None and sums is not None:
-                    total_of[start:stop] += sums.sum(0)
+            for here, across in stored.pieces(piece, slice(start, stop), slice(begin, end)):
+                rows = problem.part(own, which, here.start, here.stop)
+                others = problem.part(other, 1 - which, across.start, across.stop)
+                target = c[here.start - start :, across.start - begin :]
+                shape = cdiv(others.size, chosen.block_n), rows.size
+                bias_sums = problem.empty(*shape) if with_bias else None
+                values = None if upstream.values is None else problem.empty(*shape)
+                if buffer is not None:
+                    rows, others = stored.products(rows, others, buffer)
+                coefficients(
+                    problem, upstream, rows, others, float16_scale, target, values, bias_sums,
+                    chosen, 0 if piece else problem.dim,
+                )  # fmt: skip
+                for total_of, sums in ((bias, bias_sums), (upstream.values, values)):
+                    if total_of is not None and sums is not None:
+                        total_of[here] += sums.sum(0)
             add_product(total, c, columns.features)
             if both:
                 add_product(known(other_sum)[begin:end], c.T, mine.features)
-        here = Parts(mine, start, total.unsqueeze(0), None, 1, 0)
-        finish(problem, upstream, [work], [here], scaled=True)
+        whole_rows = Parts(mine, start, total.unsqueeze(0), None, 1, 0)
+        finish(problem, upstream, [work], [whole_rows], scaled=True)
     results: list[Tensor | None] = [None, None]
     results[which] = gradient
     if other_sum is not None:
@@ -279,13 +290,14 @@ def stored_gradients(
 
 def coefficients(
     problem: Problem, upstream: Upstream, own: Side, other: Side, float16_scale: Tensor | None,
-    c: Tensor, values: Tensor | None, bias_sums: Tensor | None, chosen: Tile,
+    c: Tensor, values: Tensor | None, bias_sums: Tensor | None, chosen: Tile, dim: int,
 ) -> None:  # fmt: skip
+    """dL/dz into c; `dim` is 0 where the sides have inner products in the place of features."""
     tiles_here = cdiv(own.size, chosen.block_m) * cdiv(other.size, chosen.block_n)
     engine.launch(
-        coefficient_kernel, (tiles_here,), own, other, problem.scale, float16_scale, c, values,
-        bias_sums, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
-        DONE=folds.softplus_done, **problem.constants(chosen),
+        coefficient_kernel, (tiles_here,), own, other, problem.scale, float16_scale, c, c.stride(0),
+        values, bias_sums, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
+        DONE=folds.softplus_done, **problem.constants(chosen) | {"DIM": dim},
     )  # fmt: skip
 
 
@@ -306,7 +318,7 @@ def paired_gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Grad
     own, other = problem.side(ROWS), problem.side(COLUMNS)
     products = known(problem.products)
     c = torch.empty_like(products)
-    coefficients(problem, upstream, own, other, None, c, None, None, chosen)
+    coefficients(problem, upstream, own, other, None, c, None, None, chosen, 0)
     dbias = c.sum(0) if needs.bias else problem.empty(0)
     dscale = (c * products).sum() if needs.scale else problem.empty(0)
     dx, dy = row_dots.products_backward(

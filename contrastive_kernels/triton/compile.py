@@ -26,6 +26,7 @@ from .configs import Properties, Tile
 
 # Multiprocessors of a GPU that is compiled for: they decide into how many parts work is split.
 PROCESSORS = 132
+L2 = 50 << 20  # bytes, of the GPUs that products of a library are compiled for
 INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
 TENSOR_COLUMNS = 512  # of tensor memory, for each multiprocessor of sm_100
 
@@ -117,10 +118,12 @@ def counting(architecture: int) -> Iterator[Counted]:
 
 @contextmanager
 def compiling(
-    architecture: int, only: str = "", look: Callable[[Compiled, Any], None] | None = None
-) -> Iterator[list[Compiled]]:
+    architecture: int, only: str = "", look: Callable[[Compiled, Any], None] | None = None,
+    l2: int = 0,
+) -> Iterator[list[Compiled]]:  # fmt: skip
     """Host code that is called within it compiles its kernels, or the one of a name; each is listed
-    once, and `look` sees it with what Triton has made."""
+    once, and `look` sees it with what Triton has made. `l2`: bytes of the GPU's, 0 where no library
+    is to multiply long vectors."""
     made: list[Compiled] = []
     seen: set[Any] = set()
 
@@ -143,7 +146,7 @@ def compiling(
             if look is not None and not result.error:
                 look(result, found)
 
-    with _in_place(architecture, launch):
+    with _in_place(architecture, launch, l2):
         yield made
 
 
@@ -154,10 +157,10 @@ def _options(tile: Tile | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _in_place(architecture: int, launch: Callable[..., None]) -> Iterator[None]:
+def _in_place(architecture: int, launch: Callable[..., None], l2: int = 0) -> Iterator[None]:
     """A launch in the place of the engine's, and a GPU in that of the machine's."""
     triton.runtime.driver.set_active(Driver(architecture))
-    properties = Properties(architecture, PROCESSORS)
+    properties = Properties(architecture, PROCESSORS, l2)
     with (
         patch.object(engine, "launch", launch),
         patch.object(configs, "properties", lambda device: properties),

@@ -126,10 +126,12 @@ TILES: dict[int, dict[str, dict[str, dict[int, Tile]]]] = {
 
 
 class Properties(NamedTuple):
-    """What the schedules know of a device: the row of TILES, and the number of multiprocessors."""
+    """What the schedules know of a device: the row of TILES, the number of multiprocessors, and the
+    bytes of L2, 0 if that is not known."""
 
     architecture: int
     processors: int
+    l2: int = 0
 
 
 def row_of(major: int, minor: int) -> int:
@@ -149,7 +151,8 @@ def properties(device: torch.device) -> Properties:
     if device.type != "cuda":  # the interpreter; few, so that work is split there too
         return Properties(0, 2)
     found = torch.cuda.get_device_properties(device)
-    return Properties(row_of(found.major, found.minor), found.multi_processor_count)
+    row, l2 = row_of(found.major, found.minor), getattr(found, "L2_cache_size", 0)
+    return Properties(row, found.multi_processor_count, l2)
 
 
 def processors(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import engine, folds, hopper, sweep
+from . import engine, folds, hopper, stored, sweep
 from .configs import Tile, bucket, processors
 from .engine import COLUMNS, ROWS, SUM_EXPONENT, SUM_EXPONENT_WEIGHTED, Problem, cdiv
 from .sweep import Outputs, Partial
@@ -177,10 +177,13 @@ def merge(
 
 def two_way(problem: Problem) -> tuple[Outputs, Outputs]:
     """lse of rows and of columns of unit vectors in one sweep, 2 N M D; N^2 D for x with itself."""
-    chosen = problem.tile("two_way")
     own, other = problem.side(COLUMNS), problem.side(ROWS)
-    other_tiles = cdiv(other.size, chosen.block_m)
-    own_tiles = cdiv(own.size, chosen.block_n)
+    piece = None if problem.symmetric else stored.shape(problem)
+    chosen = problem.tile("two_way") if piece is None else stored.TILE
+    buffer = None if piece is None else problem.empty(math.prod(piece))
+    height, width = piece or (other.size, own.size)
+    other_tiles = cdiv(min(height, other.size), chosen.block_m)
+    own_tiles = cdiv(min(width, own.size), chosen.block_n)
     programs = engine.WAVES * processors(problem.device)
     if problem.symmetric:
         own_each = cdiv(own_tiles, min(own_tiles, math.isqrt(2 * programs)))
@@ -196,11 +199,18 @@ def two_way(problem: Problem) -> tuple[Outputs, Outputs]:
         grid = (own_groups, cdiv(other_tiles, other_each))
         own_sums, other_sums = problem.zeros(grid[1], own.size), problem.zeros(grid[0], other.size)
     terms = max(own.size, other.size)
-    engine.launch(
-        sweep.two_way_kernel, grid, own, other, problem.scale, own_sums, other_sums, own_each,
-        other_each, terms, HALF=problem.symmetric, SUM_EXPONENT=SUM_EXPONENT,
-        **problem.constants(chosen),
-    )  # fmt: skip
+    whole = slice(0, other.size), slice(0, own.size)
+    for rows, columns in stored.pieces(piece, *whole):
+        here = problem.part(other, ROWS, rows.start, rows.stop)
+        across = problem.part(own, COLUMNS, columns.start, columns.stop)
+        if buffer is not None:
+            here, across = stored.products(here, across, buffer)
+        engine.launch(
+            sweep.two_way_kernel, grid, across, here, problem.scale, own_sums[:, columns.start :],
+            other_sums[:, rows.start :], own.size, other.size, own_each, other_each, terms,
+            HALF=problem.symmetric, SUM_EXPONENT=SUM_EXPONENT,
+            **problem.constants(chosen) | {"DIM": 0 if piece else problem.dim},
+        )  # fmt: skip
     if problem.symmetric:
         (lse,) = two_way_lse(problem, [sums], terms)
         return lse, lse

@@ -159,12 +159,13 @@ def block_and_part(program, own, BLOCK: tl.constexpr):
 
 @triton.jit
 def coefficient_kernel(
-    rows, columns, scale_ptr, float16_scale, chunk, sums, bias_sums, DIM: tl.constexpr,
+    rows, columns, scale_ptr, float16_scale, chunk, pitch, sums, bias_sums, DIM: tl.constexpr,
     COEFFICIENT: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dL/dz of the whole matrix, times 1 / norm of both sides, as an operand of products.
+    """dL/dz of the whole matrix, times 1 / norm of both sides, as an operand of products, into rows
+    that are `pitch` apart.
 
     Also the sums over each tile's columns of dL/dz, and of the fold, (column tiles, rows).
     """
@@ -191,7 +192,7 @@ def coefficient_kernel(
         tl.store(bias_sums + at, tl.sum(c, 1), mask=inside)
     if rows.inverse is not None:
         c *= weight_factor(rows, row_start, BLOCK_M, DTYPE)[:, None]
-    pointers = chunk + (tl.cast(i, tl.int64) * columns.size)[:, None] + j[None, :]
+    pointers = chunk + (tl.cast(i, tl.int64) * pitch)[:, None] + j[None, :]
     mask = inside[:, None] & (j < columns.size)[None, :]
     c = weigh(c, columns, column_start, float16_scale, BLOCK_N, DTYPE)
     tl.store(pointers, c, mask=mask)

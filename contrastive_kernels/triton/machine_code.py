@@ -30,9 +30,9 @@ class Count(NamedTuple):
 
 
 class Loops(NamedTuple):
-    """Once through the innermost loop with products, and once through what is around it: the next
-    loop, or the whole kernel. By the shortest way, without what few tiles need. A loop that was
-    unrolled counts as what is around it."""
+    """Once through the innermost loop with products, of a kernel without any with exponentials, and
+    once through what is around it: the next loop, or the whole kernel. By the shortest way, without
+    what few tiles need. A loop that was unrolled counts as what is around it."""
 
     inner: Count
     outer: Count
@@ -99,8 +99,9 @@ def read(text: str) -> Loops:
     )
     ranges = [(start, end) for start, end in ranges if start <= end]
     found: dict[tuple[int, int], int] = {}
+    counted = "products" if any(line.issued.products for line in lines) else "special"
     for a, b in ranges:  # the shortest first; others may begin or end in code that is moved away
-        products = sum(line.issued.products for line in lines[a : b + 1])
+        products = sum(getattr(line.issued, counted) for line in lines[a : b + 1])
         if products and all(b < start or end < a for start, end in found):
             found[a, b] = products
     if not found:

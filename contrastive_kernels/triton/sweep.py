@@ -280,13 +280,14 @@ def merge_block(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["own_tiles", "other_tiles", "terms"])
+@triton.jit(do_not_specialize=["own_pitch", "other_pitch", "own_tiles", "other_tiles", "terms"])
 def two_way_kernel(
-    own, other, scale_ptr, own_sums, other_sums, own_tiles, other_tiles, terms,
-    DIM: tl.constexpr, HALF: tl.constexpr, SUM_EXPONENT: tl.constexpr, BLOCK_M: tl.constexpr,
+    own, other, scale_ptr, own_sums, other_sums, own_pitch, other_pitch, own_tiles, other_tiles,
+    terms, DIM: tl.constexpr, HALF: tl.constexpr, SUM_EXPONENT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exp(z - shift) over both sides, each exponential taken once.
+    """Adds sums of exp(z - shift) over both sides, each exponential taken once, to those of groups,
+    (groups, size), that are a pitch apart.
 
     BLOCK_N counts own vectors, BLOCK_M the others.
     A program has `own_tiles` tiles of own vectors and `other_tiles` of the other side. It keeps the
@@ -331,15 +332,17 @@ def two_way_kernel(
             else:
                 sums += tl.sum(p, 0)
             i = start + tl.arange(0, BLOCK_M)
-            pointers = other_sums + tl.cast(own_group, tl.int64) * other.size + i
+            pointers = other_sums + tl.cast(own_group, tl.int64) * other_pitch + i
             inside = i < other.size
             if HALF:
                 inside = inside & (i < own_start)  # the square on the diagonal is its own mirror
             tl.store(pointers, tl.load(pointers, mask=inside) + tl.sum(p, 1), mask=inside)
         j = own_start + tl.arange(0, BLOCK_N)
-        pointers = own_sums + tl.cast(other_group, tl.int64) * own.size + j
+        pointers = own_sums + tl.cast(other_group, tl.int64) * own_pitch + j
         if BLOCK_K >= DIM:
             sums = tl.sum(sums, 0)
+        if DIM == 0:  # a piece after others
+            sums += tl.load(pointers, mask=j < own.size, other=0.0)
         tl.store(pointers, sums, mask=j < own.size)
         tl.debug_barrier()  # what one thread has added, another may read for the next tile
 

@@ -204,10 +204,11 @@ def drop(
 def load_products(
     rows, columns, row_start, column_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Stored inner products, finite beyond the end."""
-    i = tl.minimum(row_start + tl.arange(0, BLOCK_M), rows.size - 1)
-    j = tl.minimum(column_start + tl.arange(0, BLOCK_N), columns.size - 1)
-    return tl.load(rows.features + (tl.cast(i, tl.int64) * rows.stride)[:, None] + j[None, :])
+    """Stored inner products, 0 beyond the end."""
+    i, j = row_start + tl.arange(0, BLOCK_M), column_start + tl.arange(0, BLOCK_N)
+    inside = (i < rows.size)[:, None] & (j < columns.size)[None, :]
+    pointers = rows.features + (tl.cast(i, tl.int64) * rows.stride)[:, None] + j[None, :]
+    return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit

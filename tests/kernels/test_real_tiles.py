@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from types import SimpleNamespace
 
 import oracles
 import pytest
@@ -124,3 +125,55 @@ def test_tiles_of_a_gpu(as_on, monkeypatch, architecture, kind, schedule):
             error = (a - b).norm() / b.norm().clamp(min=1.0)
             assert error <= TOLERANCE[kind], f"output {which}, {sizes}, D={dim}: {error:.1e}"
     assert len(used) >= 3, used
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> list[tuple[int, int]]:
+    """Logits by a library's products, of 256 x 256 at a time; their sizes."""
+    from contrastive_kernels.triton import configs, stored
+
+    seen: list[tuple[int, int]] = []
+    products = stored.products
+    l2 = configs.Properties(0, 2, int((256 * 256 * 4 + 1) / stored.SHARE))
+
+    def watched(rows, columns, buffer):
+        seen.append((rows.size, columns.size))
+        return products(rows, columns, buffer.fill_(float("nan")))
+
+    monkeypatch.setattr(configs, "properties", lambda device: l2)
+    monkeypatch.setattr(stored, "LEAST_BYTES", 0)
+    monkeypatch.setattr(stored, "products", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sizes", "dtype"),
+    [("two ways", (257, 520), torch.bfloat16), ("one way", (300, 255), torch.float16),
+     ("itself", (270, 270), torch.bfloat16)],
+)  # fmt: skip
+def test_long_vectors_by_a_library(pieces, schedule, sizes, dtype):
+    got = results(True, schedule, sizes, 260, dtype)
+    wanted = results(False, schedule, sizes, 260, dtype)
+    assert (256, min(sizes[1], 256)) in pieces and len(pieces) >= 2
+    for which, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        error = (a.double() - b).norm() / b.norm().clamp(min=1.0)
+        assert error <= TOLERANCE["half"], f"output {which}: {error:.1e}"
+
+
+def test_a_piece_stays_in_l2(monkeypatch):
+    from contrastive_kernels.triton import configs, stored
+
+    half = SimpleNamespace(
+        paired=False, few=False, dim=512, resident=256, device=None, scale=torch.ones(()),
+        arithmetic=SimpleNamespace(kind="half"),
+    )  # fmt: skip
+    for megabytes, shape in (
+        (50, (2048, 4096)),
+        (40, (2048, 2048)),
+        (126, (4096, 4096)),
+        (6, None),
+    ):
+        properties = configs.Properties(90, 132, megabytes << 20)
+        monkeypatch.setattr(configs, "properties", lambda device, found=properties: found)
+        assert stored.shape(half) == shape
+    assert stored.shape(SimpleNamespace(**vars(half) | {"dim": 256})) is None

@@ -4,6 +4,7 @@ Run as a program, in a process without Triton's interpreter, this file compiles 
 JSON for each kernel; the tests judge what it printed.
 """
 
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from benchmarks.gpu import gates, resources
 from contrastive_kernels import triton as operators
 from contrastive_kernels.__main__ import main
 from contrastive_kernels.triton import configs, max_sim, top_k, tune
-from contrastive_kernels.triton.compile import Compiled, compiling
+from contrastive_kernels.triton.compile import L2, Compiled, compiling
 from contrastive_kernels.triton.configs import SHARED_KIB, TILES, Tile, row
 from contrastive_kernels.triton.machine_code import Code, Count, code
 from contrastive_kernels.triton.tune import Entry, Trial
@@ -151,6 +152,13 @@ SHORT = {
 }
 SHORT |= {"pairs", *(name for name in VARIANTS if "late" in name)}
 
+# What reads long vectors' products that a library has stored.
+LIBRARY = {
+    "rows and columns keep": "two_way_kernel",
+    "rows and columns with mean backward": "coefficient_kernel",
+    "rows and columns backward": "coefficient_kernel",
+}
+
 # The engine for Hopper: with a fixed shift, and with the running maximum of float16.
 HOPPER = [("hopper", 64, False), ("hopper", 128, False), ("hopper", 256, False),
           ("hopper float16", 128, True)]  # fmt: skip
@@ -199,6 +207,11 @@ def results() -> Iterator[tuple]:
             with compiling(90) as made:
                 run(dim)
             yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
+    for architecture, name in itertools.product((80, 90, 100), LIBRARY):
+        with compiling(architecture, LIBRARY[name], l2=L2) as made:
+            VARIANTS[name](768)
+        label = f"sm_{architecture} {name} by a library"
+        yield from ((label, architecture, one) for one in made)
     with patch.dict(os.environ, CK_HOPPER="1"):
         for name, dim, half in HOPPER:
             attend = partial(forward, dim, drop=True, attend=True, half=half)
@@ -272,7 +285,11 @@ def test_the_folds_are_inlined(compiled):
 
 
 def test_tensor_cores_are_used(compiled):
-    swept = [found for found in compiled if found[2].kernel in resources.KERNELS.values()]
+    swept = [found for found in compiled if found[2].kernel in resources.KERNELS.values()
+             and "by a library" not in found[0]]  # fmt: skip
+    assert not [
+        one.instruction for label, _, one in compiled if "library" in label if one.instruction
+    ]
     judged(
         f"{label}: {one.kernel} multiplies by {one.instruction or 'no tensor core'}"
         for label, architecture, one in swept
