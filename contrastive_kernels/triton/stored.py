@@ -68,5 +68,8 @@ def products(rows: Side, columns: Side, buffer: Tensor) -> tuple[Side, Side]:
         torch.mm(x, y, out_dtype=z.dtype, out=z)
     else:
         torch.mm(x.to(z.dtype), y.to(z.dtype), out=z)
-    stored = {"features": z, "stride": columns.size, "inner": 1}
-    return rows._replace(**stored), columns._replace(**stored)
+    width = columns.size
+    return (
+        rows._replace(features=z, stride=width, inner=1),
+        columns._replace(features=z, stride=width, inner=1),
+    )
