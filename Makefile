@@ -94,6 +94,7 @@ report: setup
 	@$(RUN) -m benchmarks.grid
 	@$(RUN) -m benchmarks.negatives --plot --report
 	@$(RUN) -m benchmarks.infomin --plot --report
+	@$(RUN) -m benchmarks.claims --plot --report
 
 # For this Python and any torch >= 2.10, of what is built; auditwheel finds the platform's tag.
 wheel: setup

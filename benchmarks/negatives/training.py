@@ -13,15 +13,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 import contrastive_kernels as ck
-from contrastive_kernels.demo.data import (
-    LEAST_CONTRAST,
-    PATCH,
-    PHOTOGRAPHS,
-    ImageSet,
-    photographs,
-    sides,
-)
+from contrastive_kernels.demo.data import PHOTOGRAPHS, ImageSet, photographs
 from contrastive_kernels.demo.train import Method, Run, fit
+
+from ..claims import probe
+from ..claims.data import Crops, crops
+from ..claims.probe import Pull
 
 BATCH = 64
 DIM = 32
@@ -51,33 +48,6 @@ def loss_of(name: str, query: Tensor, keys: Tensor, negatives: Tensor) -> Tensor
     raise ValueError(f"name must be one of {', '.join(POSITIVES)}, got {name}")
 
 
-class Crops:
-    """All windows (PATCH, PATCH) with something to see of grey images (H, W), and their labels."""
-
-    def __init__(self, images: list[Tensor]):
-        starts, widths, labels, offset = [], [], [], 0
-        for label, image in enumerate(images):
-            mean, square = (F.avg_pool2d(x[None], PATCH, 1)[0] for x in (image, image.square()))
-            row, column = (square - mean.square() > LEAST_CONTRAST**2).nonzero(as_tuple=True)
-            starts.append(offset + row * image.shape[1] + column)
-            widths.append(torch.full_like(row, image.shape[1]))
-            labels.append(torch.full_like(row, label))
-            offset += image.numel()
-        self.pixels = torch.cat([image.flatten() for image in images])
-        self.starts, self.widths, self.labels = map(torch.cat, (starts, widths, labels))
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def draw(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Random windows (count, 1, PATCH, PATCH) and their labels, all positions alike."""
-        chosen = torch.randint(len(self), (count,), generator=generator)
-        step = torch.arange(PATCH)
-        corner = self.starts[chosen, None, None]
-        rows = self.widths[chosen, None, None] * step[:, None]
-        return self.pixels[corner + rows + step][:, None], self.labels[chosen]
-
-
 class Scenes(NamedTuple):
     """Training crops of the left sides of the photographs, and what the encoders are tested on."""
 
@@ -87,10 +57,9 @@ class Scenes(NamedTuple):
 
 def scenes() -> Scenes:
     """The demo's patches to fit the classifiers on, and random crops of the right sides as test."""
-    left, right = zip(*(map(torch.from_numpy, sides(name)) for name in PHOTOGRAPHS), strict=True)
-    test, labels = Crops(list(right)).draw(TEST, Generator().manual_seed(0))
+    test, labels = crops("right").draw(TEST, Generator().manual_seed(0))
     images = photographs(0)._replace(test=test, test_labels=labels.numpy())
-    return Scenes(Crops(list(left)), images)
+    return Scenes(crops("left"), images)
 
 
 class CropRun(Run):
@@ -162,13 +131,6 @@ def begun(start: CropRun, name: str, count: int) -> CropRun:
     return run
 
 
-class Pull(NamedTuple):
-    """The gradient of the loss of a query with respect to the unit query, over random negatives."""
-
-    length: float  # of its expectation, as the root mean square over the queries
-    noise: float  # the share of its mean square that is variance over the draws of the negatives
-
-
 @torch.no_grad()
 def pulls(run: CropRun, counts: Iterable[int], draws: int) -> Iterator[tuple[int, str, Pull]]:
     """Of every number and loss, on the same queries and with the same draws from the queue."""
@@ -184,11 +146,4 @@ def pulls(run: CropRun, counts: Iterable[int], draws: int) -> Iterator[tuple[int
 
 def pull(name: str, query: Tensor, keys: Tensor, draws: list[Tensor]) -> Pull:
     """Of one loss, from each draw (K, D) of the negatives; at least two draws."""
-    query = query.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = (loss_of(name, query, keys, negatives).sum() for negatives in draws)
-        gradients = torch.stack([torch.autograd.grad(loss, query)[0] for loss in losses])
-    square = gradients.square().sum(2).mean()
-    # |E g|^2 = E |g|^2 - var g: the square of the mean of a few draws would be too large
-    variance = gradients.var(0).sum(1).mean()
-    return Pull((square - variance).clamp(min=0).sqrt().item(), (variance / square).item())
+    return probe.pull(lambda query, negatives: loss_of(name, query, keys, negatives), query, draws)

@@ -27,24 +27,27 @@ def side_by_side(
     task: Callable[..., Result],
     arguments: list[tuple],
     on_progress: Callable[[int], None],
+    on_result: Callable[[int, Result], None] = lambda index, result: None,
 ) -> list[Result]:
     """Run a task once per tuple of arguments; the results come in the same order.
 
     There are as many processes as torch would use threads, with one thread each: small networks
     gain little from more, and the results do not depend on the number of cores. A task calls
     `count_step`; `on_progress` gets the number of such calls so far, a few times a second.
+    `on_result` gets the place of each task and its result once it is done, in any order.
     """
     context = _context()
     steps, stop = context.Value("i", 0), context.Event()
     workers = min(torch.get_num_threads(), len(arguments))
     with ProcessPoolExecutor(workers, context, _start_worker, (steps, stop)) as pool:
         futures = [pool.submit(task, *values) for values in arguments]
+        pending = {future: index for index, future in enumerate(futures)}
         try:
             while True:
-                done, pending = wait(futures, timeout=0.2)
+                done, _ = wait(pending, timeout=0.2)
                 on_progress(steps.value)
                 for future in done:
-                    future.result()  # raises what the task raised
+                    on_result(pending.pop(future), future.result())  # raises what the task raised
                 if not pending:
                     return [future.result() for future in futures]
         finally:

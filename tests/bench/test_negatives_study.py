@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracles import DOUBLE, randn
 
+from benchmarks.claims.data import Crops
 from benchmarks.negatives import report, training
 from benchmarks.negatives import run as study
 from benchmarks.negatives.training import Scenes
@@ -29,7 +30,7 @@ def start(scenes) -> training.CropRun:
 def test_crops_are_the_windows_with_contrast():
     images = [torch.rand(30, 41), torch.rand(PATCH, 29)]
     images[0][:, :30] = 0.5  # 7 positions in a row that see nothing but grey
-    crops = training.Crops(images)
+    crops = Crops(images)
     assert len(crops) == 7 * (18 - 7) + 6
     drawn, labels = crops.draw(200, torch.Generator().manual_seed(0))
     windows = [
