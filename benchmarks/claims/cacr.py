@@ -37,7 +37,7 @@ FULL = {
     "steps": 500,
     "seeds": 5,
     "rate": 5e-3,
-    "weights": 400,  # images whose weights are shown
+    "weights": 200,  # images whose weights are shown
 }
 QUICK = FULL | {
     "losses": ["InfoNCE", "CACR"], "negatives": [4, 16], "steps": 6, "seeds": 2, "weights": 40,
@@ -160,7 +160,7 @@ def weights(views: Tensor, labels: Tensor, t_neg: float) -> dict[str, list]:
     far = torch.cdist(query, unit[1]).square()
     far.fill_diagonal_(float("inf"))
     push = (-t_neg * far).softmax(1) * (len(far) - 1)
-    shown = slice(0, 8)
+    shown = slice(0, 4)
     others = ~torch.eye(len(far), dtype=torch.bool)[shown]
     same = (labels[shown, None] == labels)[others]
 
@@ -168,8 +168,8 @@ def weights(views: Tensor, labels: Tensor, t_neg: float) -> dict[str, list]:
         return [round(value, 3) for value in x.flatten().tolist()]
 
     return {
-        "positive_distance": rounded(near[:100]),
-        "positive_weight": rounded(pull[:100]),
+        "positive_distance": rounded(near[:50]),
+        "positive_weight": rounded(pull[:50]),
         "negative_distance": rounded(far[shown][others]),
         "negative_weight": rounded(push[shown][others]),
         "negative_same": same.int().tolist(),

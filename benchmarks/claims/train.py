@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from contrastive_kernels.demo.data import ImageSet
+from contrastive_kernels.demo.processes import count_step
 from contrastive_kernels.demo.train import encoder, head
 
 WIDTH = 16
@@ -79,6 +80,7 @@ def fit(
         schedule.step()
         if after is not None:
             after()
+        count_step()  # where a run is stopped, its trainings end too
         values.append(value.item())
     return curve(values)
 

@@ -122,7 +122,8 @@ def measure(task: Task, settings: dict, chosen: dict) -> dict:
         shares = {"features": spectrum(features), "embeddings": spectrum(net[1](features))}
     for space, share in shares.items():
         result[f"rank_{space}"] = effective_rank(share)
-        result[f"spectrum_{space}"] = [float(f"{x:.3g}") for x in share]
+        if seed == 0:  # for the picture
+            result[f"spectrum_{space}"] = [float(f"{x:.3g}") for x in share]
     return result
 
 

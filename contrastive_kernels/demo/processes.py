@@ -56,7 +56,10 @@ def side_by_side(
 
 
 def count_step() -> None:
-    """Report one step of a task in `side_by_side`; raises `Stopped` when it should end."""
+    """Report one step of a task in `side_by_side`; raises `Stopped` when it should end. Elsewhere
+    it does nothing."""
+    if not _worker:
+        return
     if _worker["stop"].is_set():
         raise Stopped
     with _worker["steps"].get_lock():
