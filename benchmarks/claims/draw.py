@@ -32,6 +32,7 @@ def curve(
     factor: float = 100,
     label: str | None = None,
     style: str = "-",
+    marker: str = "o",
     **where: object,
 ) -> None:
     """Mean and deviation over the seeds, where there are records."""
@@ -40,8 +41,10 @@ def curve(
     if points:
         means = [factor * statistics.fmean(values) for _, values in points]
         bars = [factor * spread(values) for _, values in points]
-        axes.errorbar([x for x, _ in points], means, bars, marker="o", capsize=2, linestyle=style,
-                      color=COLORS[name], label=label or name)  # fmt: skip
+        axes.errorbar(
+            [x for x, _ in points], means, bars,
+            marker=marker, linestyle=style, capsize=2, color=COLORS[name], label=label or name,
+        )  # fmt: skip
 
 
 def log_axis(axes: Axes, xs: list[int], base: int, label: str) -> None:
@@ -51,17 +54,15 @@ def log_axis(axes: Axes, xs: list[int], base: int, label: str) -> None:
     axes.set_xlabel(label)
 
 
-def bars(axes: Axes, rows: list[tuple[str, list[float]]], colors: list[str]) -> None:
-    """Horizontal bars with the deviation over the seeds, in per cent."""
+def dots(axes: Axes, rows: list[tuple[str, list[float]]], colors: list[str]) -> None:
+    """A row for each name, with the deviation over the seeds, in per cent."""
     for place, ((_, values), color) in enumerate(zip(rows, colors, strict=True)):
         if values:
-            axes.barh(place, 100 * statistics.fmean(values), xerr=100 * spread(values),
-                      color=color, height=0.7, error_kw={"elinewidth": 1})  # fmt: skip
+            middle, width = 100 * statistics.fmean(values), 100 * spread(values)
+            axes.errorbar(middle, place, xerr=width, marker="o", capsize=2, color=color)
     axes.set_yticks(range(len(rows)), [text for text, _ in rows], fontsize=7)
-    axes.invert_yaxis()
-    drawn = [100 * v for _, values in rows for v in values]
-    if drawn:
-        axes.set_xlim(max(0.0, min(drawn) - 5), max(drawn) + 2)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", color="#e4e4e4")
 
 
 def eqco(study: Study, settings: dict) -> object:
@@ -96,15 +97,16 @@ def cacr(study: Study, settings: dict) -> object:
                 tail = "balanced" if ratio == 1 else f"tail {ratio}"
                 rows.append((f"{loss}, K = {k}, {tail}", values))
                 colors.append(COLORS[loss])
-    bars(axes[0, 0], rows, colors)
+    dots(axes[0, 0], rows, colors)
     axes[0, 0].set_title(KNN)
     counts = settings["negatives"]
     for loss in ("InfoNCE", "CACR"):
         for choice, style in (("all", "-"), ("one photograph", ":")):
             where = {"kind": "negatives", "loss": loss, "choice": choice}
-            label = loss if choice == "all" else f"{loss}, of one photograph"
-            curve(axes[0, 1], study, "neighbours", loss, "negatives", counts, label=label,
-                  style=style, **where)  # fmt: skip
+            alike = choice == "all"
+            curve(axes[0, 1], study, "neighbours", loss, "negatives", counts,
+                  label=loss if alike else f"{loss}, of one photograph", style=style,
+                  marker="o" if alike else "x", **where)  # fmt: skip
     axes[0, 1].set_title(KNN)
     log_axis(axes[0, 1], counts, 4, "negatives given")
     axes[0, 1].legend(fontsize=7)
@@ -135,7 +137,7 @@ def infomin(study: Study, settings: dict) -> object:
             rows.append((" + ".join(shared) or "untrained", values))
             alone = shared == [task]
             colors.append(pictures.OURS if alone else pictures.OTHERS[0 if task in shared else 6])
-        bars(one, rows, colors)
+        dots(one, rows, colors)
         one.set_title(f"probe for the {task}, %")
     xs = settings["strengths"]
     for field, color, text in (("neighbours", "digit", "neighbours"), ("probe", "place", "probe")):
@@ -162,7 +164,7 @@ def wmse(study: Study, settings: dict) -> object:
                 for record in study.find(seed=0, **where):
                     share = [max(x, 1e-8) for x in record["spectrum_embeddings"]]
                     axes[0, 3].plot(range(1, len(share) + 1), share, color=COLORS[loss], label=loss)
-    bars(axes[0, 0], rows, colors)
+    dots(axes[0, 0], rows, colors)
     axes[0, 0].set_title(KNN)
     for loss in ("W-MSE", "InfoNCE"):
         where = {"loss": loss, "positives": 2, "kind": "training"}
@@ -173,6 +175,8 @@ def wmse(study: Study, settings: dict) -> object:
     where = {"loss": "W-MSE", "positives": 2, "batch": usual, "kind": "training"}
     curve(axes[0, 2], study, "neighbours", "W-MSE", "group", settings["groups"], **where)
     log_axis(axes[0, 2], settings["groups"], 2, "group size of W-MSE")
+    for one in axes[0, 1:3]:
+        one.set_title(KNN)
     axes[0, 3].set(yscale="log", xlabel="dimension", title="spectrum of embeddings, shares")
     axes[0, 3].legend(fontsize=8)
     return made
