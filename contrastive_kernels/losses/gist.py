@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +19,15 @@ from ..checks import (
     resolve_scale,
     scalar,
 )
-from ..distributed import join
-from ..ops import NAMESPACE, full_precision, row_dot
+from ..distributed import Shards, join
+from ..ops import NAMESPACE, full_precision, positives, row_dot
 from ..reference import masked_softmax_stats
-from ..types import Group, Loss, LossStats
-from .algebra import gather_only, log_add, row_blocks, unit
+from ..types import Group, Loss, LossStats, known
+from .algebra import gather_only, log_add, unit
 from .base import ContrastiveLoss, loss
 from .nested import nested
 from .stats import tie_limit
+from .units import row_and_column_blocks, units
 
 MARGINS = ("absolute", "relative")
 
@@ -68,11 +69,11 @@ def gist(
     anchors, and positive i with all positives. A pair of a feature with itself is dropped as all
     others are: not where the guide calls the positive as similar.
 
-    No sweep knows the guide: similarities are made for blocks of rows, about 2**20 pairs at a time,
-    in the forward and again in the backward pass, by torch's products on every backend but
-    "reference". That takes a few times 4 MiB (float32) whatever N is. With a `group` each rank also
-    holds anchors, positives and their guides of all ranks, O(N (D + G)): there is no
-    exchange="ring".
+    No sweep knows the guide: similarities are made for blocks of at most 2**20 pairs, in the
+    forward and again in the backward pass, by torch's products on every backend but "reference".
+    That takes a few times 4 MiB (float32) whatever N is, and gradients of half features are summed
+    in float32. With a `group` each rank also holds anchors, positives and their guides of all
+    ranks, O(N (D + G)): there is no exchange="ring".
 
     Args:
         anchor, positive: (N, D), row i of one belongs to row i of the other.
@@ -117,32 +118,28 @@ def gist(
         positive_guide=positive_guide.detach(), replicated=not sharded_negatives,
     )  # fmt: skip
 
-    anchor, positive = unit(anchor, normalize), unit(positive, normalize)
-    with torch.no_grad():
-        anchor_guide = unit(anchor_guide, normalize)
-        positive_guide = unit(positive_guide, normalize)
-        similar = row_dot(anchor_guide, positive_guide, backend=backend)
-        # a pair as similar as the positive stays; the products of pairs are torch's
-        limit = tie_limit(similar, anchor_guide, positive_guide, 1.0, normalize, "reference")
-        limit = limit - margin * (similar.abs() if margin_strategy == "relative" else 1)
-    dot = row_dot(anchor, positive, backend=backend)
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
+    dot, anchor, positive = positives(anchor, positive, **options)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=dot.dtype, device=dot.device)
     pos = scale * dot
+    guides = (anchor_guide.detach(), positive_guide.detach())
+    similar = row_dot(*guides, **options)
+    # a pair as similar as the positive stays; the products of pairs are torch's
+    limit = tie_limit(similar, *guides, 1.0, normalize, "reference")
+    limit = limit - margin * (similar.abs() if margin_strategy == "relative" else 1)
 
-    lse = _dense_guided_lse if backend == "reference" else _guided_lse
-    anchors, positives = (scale * anchor, anchor_guide), (scale * positive, positive_guide)
-    every_positive = batch.gather_keys(positive), batch.gather_keys(positive_guide)
-    contrasts = [lse(*anchors, *every_positive, limit, batch.own.start)]
-    if contrast_anchors:
-        every_anchor = batch.gather_keys(anchor), batch.gather_keys(anchor_guide)
-        contrasts.append(lse(*anchors, *every_anchor, limit, None))
-    if contrast_positives:
-        contrasts.append(lse(*positives, *every_positive, limit, None))
-    if negatives is not None and negatives_guide is not None:
-        keys, keys_guide = unit(negatives, normalize), unit(negatives_guide.detach(), normalize)
+    features: list[Tensor | None] = [anchor, positive, negatives, None, None]
+    of_guide: list[Tensor | None] = [*guides, negatives_guide, None, None]
+    for given in (features, of_guide):
+        if isinstance(batch, Shards):
+            given[3:] = [batch.gather_keys(known(t).to(dot.dtype)) for t in given[:2]]
         if sharded_negatives:  # else every rank has them all
-            keys, keys_guide = others.gather_keys(keys), others.gather_keys(keys_guide)
-        contrasts.append(lse(*anchors, keys, keys_guide, limit, None))
-    rows = log_add(torch.zeros_like(pos), *(part - pos for part in contrasts))
+            given[2] = others.gather_keys(known(given[2]).to(dot.dtype))
+    lse = _dense_guided_lse if backend == "reference" else _guided_lse
+    kinds = [contrast_anchors, contrast_positives, normalize]
+    contrasts = lse(*features, *of_guide, limit, scale.to(dot.dtype), batch.own.start, kinds)
+    rows = log_add(torch.zeros_like(pos), *(part - pos for part in contrasts.unbind()))
     value = batch.reduce_rows(rows, reduction)
     if not return_stats:
         return value
@@ -163,88 +160,178 @@ def _check_guide(name: str, features: Tensor, guide: Tensor) -> None:
         )
 
 
+class _Contrast(NamedTuple):
+    """Anchors or positives x against keys y, by their places among features. first: key first + i
+    is the positive of row i, which is left out; None: it is not among them."""
+
+    x: int
+    y: int
+    first: int | None = None
+
+
+def _contrasts(features: Sequence[Tensor | None], first: int, kinds: Sequence[bool]) -> list:
+    anchors, positives = (0, 1) if features[3] is None else (3, 4)
+    found = [_Contrast(0, positives, first)]
+    if kinds[0]:
+        found.append(_Contrast(0, anchors))
+    if kinds[1]:
+        found.append(_Contrast(1, positives))
+    if features[2] is not None:
+        found.append(_Contrast(0, 2))
+    return found
+
+
 @define(_library)
 def _guided_lse(
-    x: Tensor, x_guide: Tensor, y: Tensor, y_guide: Tensor, limit: Tensor, first: int | None
+    anchor: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None,
+    anchors: Tensor | None,
+    positives: Tensor | None,
+    anchor_guide: Tensor,
+    positive_guide: Tensor,
+    negatives_guide: Tensor | None,
+    anchors_guide: Tensor | None,
+    positives_guide: Tensor | None,
+    limit: Tensor,
+    scale: Tensor,
+    first: int,
+    kinds: Sequence[bool],
 ) -> Tensor:
-    """lse_i = log sum_j exp(<x_i, y_j>) over the pairs with <x_guide_i, y_guide_j> <= limit_i, with
-    `first` without j = first + i; -inf and no gradient for a row without a pair."""
-    lse = torch.empty_like(limit, dtype=x.dtype)
-    with full_precision(x):
-        for rows in row_blocks(len(x), len(y)):
-            lse[rows] = _logits(rows, x, x_guide, y, y_guide, limit, first).logsumexp(1)
+    """(C, N), for each contrast lse_i = log sum_j exp(scale <x_i, y_j>) over the pairs with
+    <x_guide_i, y_guide_j> <= limit_i; -inf and no gradient for a row without a pair.
+
+    anchors, positives: those of all ranks, None: the same. kinds: whether anchors and positives are
+    contrasted among themselves; whether all are normalised.
+    """
+    features = (anchor, positive, negatives, anchors, positives)
+    guides = (anchor_guide, positive_guide, negatives_guide, anchors_guide, positives_guide)
+    contrasts = _contrasts(features, first, kinds)
+    lse = scale.new_full((len(contrasts), len(anchor)), -torch.inf)
+    for i, rows, _, x, y, dropped in _blocks(features, guides, limit, contrasts, kinds[2]):
+        z = (scale * x @ y.T).masked_fill_(dropped, -torch.inf)
+        lse[i, rows] = torch.logaddexp(lse[i, rows], z.logsumexp(1))
     return lse
 
 
 @define(_library)
 def _guided_lse_backward(
-    x: Tensor,
-    x_guide: Tensor,
-    y: Tensor,
-    y_guide: Tensor,
+    anchor: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None,
+    anchors: Tensor | None,
+    positives: Tensor | None,
+    anchor_guide: Tensor,
+    positive_guide: Tensor,
+    negatives_guide: Tensor | None,
+    anchors_guide: Tensor | None,
+    positives_guide: Tensor | None,
     limit: Tensor,
-    first: int | None,
+    scale: Tensor,
+    first: int,
+    kinds: Sequence[bool],
     lse: Tensor,
     grad: Tensor,
-) -> tuple[Tensor, Tensor]:
-    dx, dy = torch.empty_like(x), torch.zeros_like(y)
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    features = (anchor, positive, negatives, anchors, positives)
+    guides = (anchor_guide, positive_guide, negatives_guide, anchors_guide, positives_guide)
+    contrasts = _contrasts(features, first, kinds)
+    normalize = kinds[2]
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # no pair: exp(-inf) below, not exp(nan)
-    with full_precision(x):
-        for rows in row_blocks(len(x), len(y)):
-            weights = _logits(rows, x, x_guide, y, y_guide, limit, first)
-            weights.sub_(lse[rows, None]).exp_().mul_(grad[rows, None])
-            torch.mm(weights, y, out=dx[rows])
-            dy.addmm_(weights.T, x[rows])
-    return dx, dy
+    made = [
+        units(t, False).zeros() if need and t is not None else None
+        for t, need in zip(features, needs, strict=False)
+    ]
+    of_scale = torch.zeros_like(scale)
+    for i, rows, columns, x, y, dropped in _blocks(features, guides, limit, contrasts, normalize):
+        scaled = scale * x
+        weights = (scaled @ y.T).masked_fill_(dropped, -torch.inf)
+        weights.sub_(lse[i, rows, None]).exp_().mul_(grad[i, rows, None])
+        to_x, to_y = made[contrasts[i].x], made[contrasts[i].y]
+        if to_x is not None or needs[5]:
+            attended = weights @ y
+            of_scale += (attended * x).sum()
+            if to_x is not None:
+                to_x[rows].addcmul_(attended, scale)
+        if to_y is not None:
+            to_y[columns].addmm_(weights.T, scaled)
+    found = [
+        scale.new_empty(0) if total is None else units(known(t), normalize).gradient(total)
+        for t, total in zip(features, made, strict=True)
+    ]
+    return found[0], found[1], found[2], found[3], found[4], of_scale
+
+
+def _blocks(
+    features: Sequence[Tensor | None],
+    guides: Sequence[Tensor | None],
+    limit: Tensor,
+    contrasts: list[_Contrast],
+    normalize: bool,
+) -> Iterator[tuple[int, slice, slice, Tensor, Tensor, Tensor]]:
+    """(number of the contrast, rows, columns, x and y of these, which of their pairs are dropped)
+    of one block of pairs after another."""
+    all_units = [None if t is None else units(t, normalize) for t in features]
+    all_guides = [None if t is None else units(t, normalize) for t in guides]
+    dim = max(known(t).shape[1] for t in (features[0], guides[0]))
+    with full_precision(limit):
+        for i, contrast in enumerate(contrasts):
+            x, y = (known(all_units[k]) for k in contrast[:2])
+            x_guide, y_guide = (known(all_guides[k]) for k in contrast[:2])
+            sizes = len(x.features), len(y.features)
+            for rows, blocks in row_and_column_blocks(*sizes, dim):
+                x_rows, guide_rows = x.of(rows), x_guide.of(rows)
+                for columns in blocks:
+                    dropped = guide_rows @ y_guide.of(columns).T > limit[rows, None]
+                    if contrast.first is not None:
+                        shift = contrast.first + rows.start - columns.start
+                        if -dropped.shape[0] < shift < dropped.shape[1]:
+                            dropped.diagonal(shift).fill_(True)
+                    yield i, rows, columns, x_rows, y.of(columns), dropped
 
 
 @precise
-def _dense_guided_lse(
-    x: Tensor, x_guide: Tensor, y: Tensor, y_guide: Tensor, limit: Tensor, first: int | None
-) -> Tensor:
-    """The same from the whole matrix, differentiable any number of times."""
-    dropped = _dropped(slice(0, len(x)), x_guide, y_guide, limit, first)
-    return masked_softmax_stats(x @ y.T, ~dropped)[0]
-
-
-def _dropped(
-    rows: slice, x_guide: Tensor, y_guide: Tensor, limit: Tensor, first: int | None
-) -> Tensor:
-    drop = x_guide[rows] @ y_guide.T > limit[rows, None]
-    if first is not None:
-        drop.diagonal(first + rows.start).fill_(True)
-    return drop
-
-
-def _logits(
-    rows: slice,
-    x: Tensor,
-    x_guide: Tensor,
-    y: Tensor,
-    y_guide: Tensor,
-    limit: Tensor,
-    first: int | None,
-) -> Tensor:
-    drop = _dropped(rows, x_guide, y_guide, limit, first)
-    return (x[rows] @ y.T).masked_fill_(drop, -torch.inf)
+def _dense_guided_lse(*given: Any) -> Tensor:
+    """The same from whole matrices, differentiable any number of times."""
+    features, guides, (limit, scale, first, kinds) = given[:5], given[5:10], given[10:]
+    contrasts = _contrasts(features, first, kinds)
+    found = []
+    for contrast in contrasts:
+        x, y = (unit(features[k], kinds[2]) for k in contrast[:2])
+        x_guide, y_guide = (unit(guides[k], kinds[2]) for k in contrast[:2])
+        dropped = x_guide @ y_guide.T > limit[:, None]
+        if contrast.first is not None:
+            dropped.diagonal(contrast.first).fill_(True)
+        found.append(masked_softmax_stats(scale * x @ y.T, ~dropped)[0])
+    return torch.stack(found)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.first = inputs
+    *tensors, ctx.first, ctx.kinds = inputs
     ctx.save_for_backward(*tensors, output)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, lse = ctx.saved_tensors
-    dx, dy = _guided_lse_backward(*tensors, ctx.first, lse, grad)
-    return dx, None, dy, None, None, None
+    needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[11]]
+    made = _guided_lse_backward(*tensors, ctx.first, ctx.kinds, lse, grad, needs)
+    found = [t if need else None for t, need in zip(made, needs, strict=True)]
+    return *found[:5], *6 * (None,), found[5], None, None
 
 
-register_rules(
-    _library, _guided_lse, lambda x, x_guide, y, y_guide, limit, first: x.new_empty(x.shape[0]),
-    _backward, _setup,
-)  # fmt: skip
-register_rules(
-    _library, _guided_lse_backward,
-    lambda x, x_guide, y, *_: (torch.empty_like(x), torch.empty_like(y)), no_second_order,
-)  # fmt: skip
+def _fake(*given: Any) -> Tensor:
+    features, (first, kinds) = given[:5], given[12:]
+    return given[11].new_empty(len(_contrasts(features, first, kinds)), given[0].shape[0])
+
+
+def _fake_backward(*given: Any) -> tuple[Tensor, ...]:
+    features, scale, needs = given[:5], given[11], given[-1]
+    return *(
+        t.new_empty(t.shape) if need and t is not None else scale.new_empty(0)
+        for t, need in zip(features, needs, strict=False)
+    ), torch.empty_like(scale)  # fmt: skip
+
+
+register_rules(_library, _guided_lse, _fake, _backward, _setup)
+register_rules(_library, _guided_lse_backward, _fake_backward, no_second_order)

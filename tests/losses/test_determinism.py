@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 from loss_calls import FIRST, by_rows, inputs, ours, with_backends
 from oracles import randn, value_and_gradients
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive_kernels as ck
+from contrastive_kernels.autograd import define
 from contrastive_kernels.losses.table import CASES
 from contrastive_kernels.ops import rows
 from contrastive_kernels.ops.registration import NAMESPACE
+from contrastive_kernels.whitening import operators
 
 # What features can meet of the lists in help(torch.use_deterministic_algorithms), torch 2.13, by
 # the operators that it comes to: index_add is the backward of index_select, scatter_add of gather.
@@ -29,7 +28,7 @@ FEW = ("info_nce", "info_nce symmetric", "siglip_loss", "nt_xent", "sup_con", "c
 
 
 class Recorded(TorchDispatchMode):
-    """The operators that run, those within custom operators of this package included."""
+    """The operators that run, those within operators of this package included."""
 
     def __init__(self):
         super().__init__()
@@ -39,13 +38,9 @@ class Recorded(TorchDispatchMode):
         kwargs = kwargs or {}
         name = operator.name().split(".")[0]
         if operator.namespace == NAMESPACE:
-            inside = OPDEFS[name]._init_fn if name in OPDEFS else None
-            if name.endswith("_triton"):
-                made_of = import_module("contrastive_kernels.triton")
-                inside = getattr(made_of, name.split("::")[1].removesuffix("_triton"))
-            if inside is not None:
-                with self:
-                    return inside(*args, **kwargs)
+            key = torch._C._dispatch_keys(next(t for t in args if isinstance(t, Tensor)))
+            with self:
+                return torch.library.get_kernel(operator, "CPU").call_boxed(key, *args, **kwargs)
         base = name.split("::")[1].rstrip("_")
         floats = any(isinstance(t, Tensor) and t.is_floating_point() for t in args)
         if base in ANY or (base in OF_FLOATS and floats):
@@ -57,6 +52,7 @@ class Recorded(TorchDispatchMode):
 def as_on_a_gpu(monkeypatch):
     """Sums that CPUs make in another way are made as on a GPU."""
     monkeypatch.setattr(rows, "_adds_in_order", lambda x: False)
+    monkeypatch.setattr(operators, "_use_cpu_kernel", lambda x: False)
 
 
 def assert_ordered(function, given: list[Tensor]) -> None:
@@ -72,15 +68,24 @@ def test_operators_of_a_loss(name, backend, as_on_a_gpu):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("method", ["cholesky", "zca", "newton_schulz"])
-def test_operators_of_whitening(method, backend):
+def test_operators_of_whitening(method, backend, as_on_a_gpu):
     x = randn(2, 24, 5)
     assert_ordered(lambda x: ck.whiten(x, method=method, backend=backend), [x])
     assert_ordered(ck.Whitening(5, method=method), [x[0]])
 
 
 def test_what_is_recorded():
-    """An operator that is listed is found, also in a backward."""
+    """An operator that is listed is found, also in a backward, and in an operator of ours."""
     which = torch.tensor([0, 2, 0])
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+    @define(library)
+    def _added_anyhow(x: Tensor, which: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_add(0, which, x)
+
+    with Recorded() as recorded:
+        _added_anyhow(randn(3, 2), which)
+    assert recorded.found == {"aten::index_add"}
     for function in (lambda x: x.index_select(0, which), lambda x: x[which]):
         with Recorded() as recorded:
             value_and_gradients(function, [randn(4, 3)])

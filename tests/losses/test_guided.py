@@ -203,8 +203,17 @@ def test_bad_input(changes, message):
         gist(**arguments)
 
 
-def test_operators():
-    x, y = (randn(5, 3, seed=i).requires_grad_() for i in (1, 2))
-    guides, limit = [randn(5, 2, seed=i) for i in (3, 4)], randn(5, seed=5)
-    arguments = (x, guides[0], y, guides[1], limit, True)
+@pytest.mark.parametrize("whole", [True, False])
+def test_operators(whole):
+    """Of one process, and as a rank has them, without negatives."""
+    anchor, positive, negatives = (randn(5, 3, seed=i).requires_grad_() for i in (1, 2, 3))
+    guides = [randn(5, 2, seed=i) for i in (4, 5, 6)]
+    limit, scale = randn(5, seed=7), torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)
+    more, more_guides = ((negatives, None, None), (guides[2], None, None)) if whole else (
+        (None, randn(7, 3, seed=8), randn(7, 3, seed=9)),
+        (None, randn(7, 2, seed=8), randn(7, 2, seed=9)),
+    )  # fmt: skip
+    arguments = (
+        anchor, positive, *more, *guides[:2], *more_guides, limit, scale, 1, [True, False, whole]
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.contrastive_kernels.guided_lse.default, arguments)

@@ -1,0 +1,72 @@
+"""Features of unit length that are made block by block, where a product takes them, for losses
+whose pairs no sweep knows. Nothing here is a node of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import statistics_dtype
+from . import algebra
+
+SHORTEST = 1e-12  # what F.normalize divides shorter rows by
+BLOCK_ROWS = 1024
+
+
+class Units(NamedTuple):
+    """Features (N, D) in the type of the statistics, divided by their lengths (N, 1), None: as
+    they are."""
+
+    features: Tensor
+    lengths: Tensor | None
+
+    def of(self, rows: slice) -> Tensor:
+        """A block of rows, which is not to be written to."""
+        x = self.features[rows]
+        x = x.to(statistics_dtype(x))
+        return x if self.lengths is None else x / self.lengths[rows]
+
+    def zeros(self) -> Tensor:
+        """A sum of gradients to begin with."""
+        return torch.zeros_like(
+            self.features, dtype=statistics_dtype(self.features),
+            memory_format=torch.contiguous_format,
+        )  # fmt: skip
+
+    def gradient(self, of_units: Tensor) -> Tensor:
+        """That of the features, from that of the units, which is overwritten."""
+        if self.lengths is not None:
+            size = max(1, algebra.BLOCK_PAIRS // max(1, of_units.shape[1]))
+            for start in range(0, len(of_units), size):
+                rows = slice(start, start + size)
+                unit, lengths, grad = self.of(rows), self.lengths[rows], of_units[rows]
+                along = (grad * unit).sum(1, keepdim=True)
+                along.masked_fill_(lengths <= SHORTEST, 0.0)  # whose length is no part of it
+                grad.addcmul_(unit, along, value=-1).div_(lengths)
+        return of_units.to(self.features.dtype)
+
+
+def units(features: Tensor, normalize: bool) -> Units:
+    if not normalize:
+        return Units(features, None)
+    lengths = torch.linalg.vector_norm(
+        features, dim=1, keepdim=True, dtype=statistics_dtype(features)
+    )
+    return Units(features, lengths.clamp_min_(SHORTEST))
+
+
+def row_and_column_blocks(
+    rows: int, columns: int, dim: int
+) -> Iterator[tuple[slice, Iterator[slice]]]:
+    """Blocks of at most BLOCK_PAIRS pairs, whose rows of `dim` features have no more numbers: of
+    rows, and for each those of columns."""
+    height = max(1, min(rows, BLOCK_ROWS, algebra.BLOCK_PAIRS // dim))
+    width = max(1, algebra.BLOCK_PAIRS // max(height, dim))
+    for i in range(0, rows, height):
+        yield (
+            slice(i, min(i + height, rows)),
+            (slice(j, min(j + width, columns)) for j in range(0, columns, width)),
+        )
