@@ -538,7 +538,6 @@ LOSSES = (
         },
         exchanges=(),
         backends=BATCHED,
-        second_order=BATCHED,
     ),
     Row(nce, NCE, NCE_CASES, exchanges=(), two_views=("query", "key"), alone=True),
 )

@@ -23,11 +23,17 @@ class Units(NamedTuple):
     features: Tensor
     lengths: Tensor | None
 
-    def of(self, rows: slice) -> Tensor:
+    def of(self, rows: slice | Tensor) -> Tensor:
         """A block of rows, which is not to be written to."""
         x = self.features[rows]
         x = x.to(statistics_dtype(x))
         return x if self.lengths is None else x / self.lengths[rows]
+
+    def blocks(self) -> Iterator[slice]:
+        """Blocks of rows of at most BLOCK_PAIRS numbers."""
+        count, dim = self.features.shape
+        size = max(1, algebra.BLOCK_PAIRS // dim)
+        return (slice(i, i + size) for i in range(0, count, size))
 
     def zeros(self) -> Tensor:
         """A sum of gradients to begin with."""
@@ -39,9 +45,7 @@ class Units(NamedTuple):
     def gradient(self, of_units: Tensor) -> Tensor:
         """That of the features, from that of the units, which is overwritten."""
         if self.lengths is not None:
-            size = max(1, algebra.BLOCK_PAIRS // max(1, of_units.shape[1]))
-            for start in range(0, len(of_units), size):
-                rows = slice(start, start + size)
+            for rows in self.blocks():
                 unit, lengths, grad = self.of(rows), self.lengths[rows], of_units[rows]
                 along = (grad * unit).sum(1, keepdim=True)
                 along.masked_fill_(lengths <= SHORTEST, 0.0)  # whose length is no part of it

@@ -20,7 +20,7 @@ from .primitives import (
 )
 from .registration import NAMESPACE
 from .row_operators import class_dot, has_row_kernels, row_distance, row_distance_gradients
-from .rows import sum_rows, take_rows
+from .rows import add_rows, sum_rows, take_rows
 from .rowwise import BLOCK_ELEMENTS, can_tie, own_gradient, tied
 from .token_sets import TokenSets, check_token_sets, equal_sets, uneven_sets
 from .top_k import top_k
@@ -32,6 +32,7 @@ __all__ = [
     "KeyBias",
     "Part",
     "TokenSets",
+    "add_rows",
     "can_nest",
     "can_tie",
     "check_token_sets",
