@@ -807,11 +807,12 @@ def repulsion(
     one number log mean_i sum_j w e^{-rbf_t d} ("rbf", where the log couples the rows)."""
     squares = query.square().sum(1)[:, None] + negatives.square().sum(1)[None, :]
     distance = squares - 2 * query @ negatives.T
-    weight = (-t_neg * distance).masked_fill(~kept, -torch.inf).softmax(1)
-    weight = weight.detach() if detach else weight
+    log_weight = (-t_neg * distance).masked_fill(~kept, -torch.inf).log_softmax(1)
+    log_weight = log_weight.detach() if detach else log_weight
     if cost == "euclidean":
-        return -(weight * distance).sum(1)
-    return (weight * torch.exp(-rbf_t * distance)).sum(1).mean().log()
+        return -(log_weight.exp() * distance).sum(1)
+    rows = (log_weight - rbf_t * distance).logsumexp(1)  # whose exp may be 0
+    return rows.logsumexp(0) - math.log(len(rows))
 
 
 def check_cost(cost: str, reduction: str) -> None:

@@ -246,8 +246,7 @@ def check(drawn: Call, defined: Callable[..., Tensor]) -> None:
         return
     exact, eager = dense(wide), dense(drawn.inputs)
     assert not isinstance(exact, str) and not isinstance(eager, str), (exact, eager)
-    largest = max(t.abs().max().item() for t in exact if t.numel())
-    assume(largest < torch.finfo(drawn.dtype).max / 8)  # also no nan
+    assume(all(bool((t.abs() < torch.finfo(drawn.dtype).max / 8).all()) for t in exact))  # no nan
     options = {**case.options, **drawn.options}
     logits = 1 / options.get("temperature", 0.01)  # their size, by which rounding grows
     if not options.get("normalize", True):
