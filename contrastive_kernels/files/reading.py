@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -31,7 +32,8 @@ class FileNegatives:
         path: the file; a name that ends in .npy is a NumPy file.
         dim: D.
         dtype: float32, float64, bfloat16 or float16.
-        chunk_rows: rows of a chunk, of which two are held; by default those of 16 MiB.
+        chunk_rows: rows of a chunk; by default those of 16 MiB. Three chunks are held, and those
+            that the user keeps: their memory is not used again before.
         progress: called with (rows done, rows of the pass), first with 0 and then when a chunk has
             been used. What it raises ends the pass.
 
@@ -93,7 +95,7 @@ class FileNegatives:
     def _read(self, first: int, last: int) -> Iterator[Tensor]:
         starts = range(first, last, self.chunk_rows)
         size = self.chunk_rows * self._row_bytes
-        buffers = [memoryview(bytearray(size)) for _ in starts[:2]]
+        buffers: list[bytearray] = []
         # unbuffered: straight into the chunk, and no page of the file counts as ours
         with open(self.path, "rb", buffering=0) as file:
             self._check(file)
@@ -101,17 +103,20 @@ class FileNegatives:
 
             def read(step: int) -> Tensor:
                 rows = min(self.chunk_rows, last - starts[step])
-                chunk = buffers[step % 2][: rows * self._row_bytes]
-                _fill(chunk, file, self.path)
+                memory = _unused(buffers, size)
+                _fill(memoryview(memory)[: rows * self._row_bytes], file, self.path)
                 self._check(file)
                 _read_ahead(file.fileno(), file.tell(), size)
-                return torch.frombuffer(chunk, dtype=self.dtype).view(rows, -1)
+                count = rows * self.shape[1]
+                return torch.frombuffer(memory, dtype=self.dtype, count=count).view(rows, -1)
 
             done = 0
             self._report(done, last - first)
             for chunk in made_ahead(read, len(starts)):
+                rows = len(chunk)
                 yield chunk
-                done += len(chunk)
+                del chunk  # else its memory would not be free for the next but one
+                done += rows
                 self._report(done, last - first)
 
     def _report(self, done: int, rows: int) -> None:
@@ -161,6 +166,15 @@ def made_ahead(make: Callable[[int], T], steps: int) -> Iterator[T]:
             made = make(step) if coming is None else coming.result()
             coming = pool.submit(make, step + 1) if step + 1 < steps else None
             yield made
+
+
+def _unused(buffers: list[bytearray], size: int) -> bytearray:
+    """One of the buffers that no tensor holds, or a new one."""
+    for i in range(len(buffers)):
+        if sys.getrefcount(buffers[i]) <= 2:  # the list, and the argument
+            return buffers[i]
+    buffers.append(bytearray(size))
+    return buffers[-1]
 
 
 def _state(status: os.stat_result) -> tuple[int, int]:

@@ -75,13 +75,15 @@ def _add(file: Any, path: str, batches: Any, dtype: torch.dtype | None) -> None:
             raise ValueError(f"dtype must be that of {path}, {layout.dtype}, got {dtype}")
         rows = size // layout.row_bytes
         file.truncate(rows * layout.row_bytes)
+    told = layout is not None
     for batch in batches(rows) if callable(batches) else batches:
         found = _layout_of(batch, dtype if layout is None else layout.dtype)
-        if layout is None:
-            layout = found
-            write_layout(path, layout)
+        layout = layout or found
         if found != layout:
             raise ValueError(f"batches must have rows as those of {path}, {layout}, got {found}")
+        if not told and len(batch):
+            write_layout(path, layout)
+            told = True
         _write(file, batch, layout.dtype)
     os.fsync(file.fileno())
 

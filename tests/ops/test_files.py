@@ -80,6 +80,15 @@ def test_a_pass_that_is_left_leaves_no_thread(tmp_path):
     assert no_thread()
 
 
+def test_chunks_that_are_kept_stay_as_they_are(tmp_path):
+    source = file_of(tmp_path / "rows", chunk_rows=3)
+    assert torch.equal(torch.cat(list(source)), ROWS)
+    addresses = [chunk.data_ptr() for chunk in source]
+    assert len(set(addresses)) <= 3  # of 8 chunks, none of which was kept
+    views = [chunk[1:, 2:] for chunk in source]
+    assert torch.equal(torch.cat(views), torch.cat([t[1:, 2:] for t in ROWS.split(3)]))
+
+
 def test_progress(tmp_path):
     seen: list[tuple[int, int]] = []
     source = file_of(tmp_path / "rows", chunk_rows=9, progress=lambda *done: seen.append(done))
@@ -209,7 +218,7 @@ def test_what_does_not_fit_a_file(tmp_path):
     ):
         with pytest.raises(error, match=message):
             ck.write_negatives(path, batches)
-        assert not path.exists()
+        assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="must be a file of rows alone, got .*npy"):
         ck.write_negatives(tmp_path / "rows.npy", [ROWS])
     with pytest.raises(TypeError, match="dtype must be float32, .* got torch.int8"):
