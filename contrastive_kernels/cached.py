@@ -171,10 +171,17 @@ class _Tower:
                 found.append({key: t.detach().clone() for key, t in made.items()})
         for key, first in found[0].items():
             every = [each[key] for each in found]
-            if first.dim() == 0 and not all(torch.equal(first, t) for t in every):
+            same = first.dim() == 0 and bool((torch.stack(every) == first).all())
+            if first.dim() == 0 and not same:
                 raise ValueError(
                     "model must return features (n, ...) of its n rows, and what is 0-d must be "
                     "the same for every chunk"
+                )
+            if _looks_like_a_scale(every, self.rows):
+                raise ValueError(
+                    "model must return 0-d what does not depend on the rows, as a learned scale: "
+                    "got shape (1,), the same for every chunk of one row; numbers of rows that are "
+                    "all the same take a chunk of 2"
                 )
             leaf = torch.cat(every) if first.dim() else first
             self.leaves[key] = leaf.requires_grad_(leaf.is_floating_point())
@@ -182,6 +189,7 @@ class _Tower:
     def backward(self, last: list[Any]) -> None:
         """Passes the gradients of the leaves on, chunk by chunk; `last`: replicas that meet no
         further chunk, of another tower, after these."""
+        unlike: list[Tensor] = []
         for step, (part, random) in enumerate(zip(self.parts, self.random, strict=True)):
             ends = step + 1 == len(self.parts)
             with ExitStack() as stack:
@@ -190,7 +198,10 @@ class _Tower:
                         stack.enter_context(replica.no_sync())
                 with random.again():
                     made = self._run(part)
-                self._compare(made, part)
+                unlike += self._differences(made, part)
+                if not self.devices:  # of which each look is a wait
+                    _refuse_if(unlike)
+                    unlike = []
                 outputs, grads = [], []
                 for key, t in made.items():
                     grad = self.leaves[key].grad
@@ -202,7 +213,8 @@ class _Tower:
                 if outputs:
                     torch.autograd.backward(outputs, grads)
             if not any(t.requires_grad for t in made.values()):
-                return  # a frozen encoder
+                break  # a frozen encoder
+        _refuse_if(unlike)
 
     def _run(self, part: slice) -> dict[int | str, Tensor]:
         def cut(t: Any) -> Any:
@@ -224,17 +236,14 @@ class _Tower:
                 )
         return outputs
 
-    def _compare(self, made: dict[int | str, Tensor], part: slice) -> None:
+    def _differences(self, made: dict[int | str, Tensor], part: slice) -> Iterator[Tensor]:
+        """Whether what was made again is not what it was, 0-d."""
         for key, t in made.items():
             before = self.leaves[key].detach()
             before = before[part] if t.dim() else before
             # as far as the same kernels may differ, with sums in another order
             bound = min(1e-2, torch.finfo(t.dtype).eps ** 0.5) if t.is_floating_point() else 0.0
-            if (t.detach() - before).double().norm() > bound * before.double().norm():
-                raise RuntimeError(
-                    "model must give the same features each time it gets the same rows: it keeps "
-                    "state from call to call, or draws random numbers that are not torch's own"
-                )
+            yield (t.detach() - before).double().norm() > bound * before.double().norm()
 
     @contextmanager
     def _seen(self) -> Iterator[None]:
@@ -250,6 +259,22 @@ class _Tower:
 
         with torch.nn.modules.module.register_module_forward_pre_hook(see):
             yield
+
+
+def _looks_like_a_scale(every: list[Tensor], rows: int) -> bool:
+    """Whether outputs (1,) of chunks of one row may be no features of rows."""
+    first = every[0]
+    if rows == 1 or first.shape != (1,) or not first.is_floating_point():
+        return False
+    return all(t.shape == first.shape for t in every) and bool((torch.stack(every) == first).all())
+
+
+def _refuse_if(unlike: list[Tensor]) -> None:
+    if unlike and bool(torch.stack(unlike).any()):
+        raise RuntimeError(
+            "model must give the same features each time it gets the same rows: it keeps "
+            "state from call to call, or draws random numbers that are not torch's own"
+        )
 
 
 class _Random:

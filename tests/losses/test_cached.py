@@ -39,6 +39,9 @@ class Encoder(nn.Module):
         return {"image_features": features, "logit_scale": self.log_scale.exp()}
 
 
+SCALE = nn.Parameter(torch.tensor([2.0], dtype=DOUBLE))
+
+
 def rows(seed: int, n: int = N) -> Tensor:
     return randn(n, 6, seed=seed)
 
@@ -285,6 +288,11 @@ def test_what_does_not_fit():
         (lambda: step(one, x, lambda f: f), ValueError, r"return a 0-d tensor, .* got \(7, 4\)"),
         (lambda: step(one, x, lambda f: 3.0), ValueError, "return a 0-d tensor, .* got float"),
         (lambda: step(nothing, x, None), ValueError, "0-d must be the same for every chunk"),
+        (
+            lambda: ck.cached_step(lambda t: (t, SCALE), x, None, chunk=1),
+            ValueError,
+            r"return 0-d what does not depend on the rows, as a learned scale: got shape \(1,\)",
+        ),
         (lambda: step(lambda t: t[:2], x, None), ValueError, r"rows as it gets, .* got shape \(2"),
         (lambda: step(lambda t: [t, 3], x, None), ValueError, "rows as it gets, .* got int"),
         (
