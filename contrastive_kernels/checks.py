@@ -217,6 +217,11 @@ def check_id_pair(name: str, pair: Any, rows: int, keys: int, device: torch.devi
     for which, ids, size in (("row_ids", pair[0], rows), ("col_ids", pair[1], keys)):
         checked.append(check_ids(f"{name}: {which}", ids, (size,)))
         check_device(f"{name}: {which}", ids, device)
+    if len({ids.dtype == torch.uint64 for ids in pair}) > 1:  # which may be beyond the others
+        raise TypeError(
+            f"{name}: row_ids and col_ids must both be uint64 or neither, got {pair[0].dtype} and "
+            f"{pair[1].dtype}"
+        )
     return checked[0], checked[0] if pair[0] is pair[1] else checked[1]
 
 

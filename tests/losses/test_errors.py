@@ -280,6 +280,12 @@ BAD_TYPES = [
     (
         ck.info_nce,
         PAIR,
+        {"exclude": (IDS, IDS.to(torch.uint64))},
+        "exclude: row_ids and col_ids must both be uint64 or neither, got torch.int64 and",
+    ),
+    (
+        ck.info_nce,
+        PAIR,
         {"negatives": x(5, 3, dtype=torch.float64)},
         "query and negatives must both be float64 or neither",
     ),

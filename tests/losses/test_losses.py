@@ -244,12 +244,19 @@ HAS_IDS = [
 
 
 @with_backends(HAS_IDS, interpreted=[name for name in HAS_IDS if name in FIRST.values()])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.int32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.uint16, torch.int32, torch.uint64], ids=str
+)
 def test_ids_of_any_type(name, backend, dtype):
-    """Equal ids are equal whatever they are stored as: with bools there are two of them."""
+    """Equal ids are equal whatever they are stored as: with bools there are two of them, and those
+    of uint64 are beyond int64."""
+
+    def stored(t: torch.Tensor) -> torch.Tensor:
+        return (t.long() - 2**63).view(dtype) if dtype == torch.uint64 else t.to(dtype)
+
     given = inputs(name)
     ids = [t if t.is_floating_point() else (t % 2 if dtype == torch.bool else t) for t in given]
-    same = {id(t): t.to(dtype) for t in ids if not t.is_floating_point()}  # one tensor stays one
+    same = {id(t): stored(t) for t in ids if not t.is_floating_point()}  # one tensor stays one
     assert_equal_in_double(
         lambda *x: ours(name, backend=backend)(*(same.get(id(t), t) for t in x)),
         lambda *x: ours(name, backend=backend)(*x),
