@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import once_differentiable
 from ..backends import resolve_backend
 from ..checks import (
     check_choice,
@@ -17,11 +18,11 @@ from ..checks import (
     resolve_scale,
 )
 from ..distributed import Batch, join
-from ..ops import operands, row_dot, sweep
+from ..ops import can_tie, operands, positives, sweep
 from ..types import Group, IdPair, Loss
 from .algebra import softplus
 from .base import ContrastiveLoss, loss
-from .stats import mi_lower_bound, pair_stats, tie_limit
+from .stats import mi_lower_bound, norm, pair_stats, tie_limit
 
 SOURCES = ("sequences", "times", "both")
 
@@ -83,20 +84,21 @@ def cpc(
     if negatives_from == "sequences" and batch.total < 2:
         raise ValueError('negatives_from="sequences" needs at least 2 sequences, got 1')
 
-    queries = torch.cat([predictions[:, : times - 1 - s, s] for s in range(steps)], 1)
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
+    queries = _queries(predictions, steps, backend)
     count = queries.shape[1]
-    queries = queries.flatten(0, 1)
-    of_queries = _of_queries(targets, steps).flatten(0, 1)
-    dot = row_dot(queries, of_queries, **options)
+    numbers = torch.arange(n * times, device=targets.device).view(n, times)
+    which = _of_queries(numbers, steps).flatten()
+    x, y = queries.flatten(0, 1), targets.flatten(0, 1)
+    dot, x, y = positives(x, y, which=which, **options)
     pos = scale * dot
     every_target = batch.times(times)
     exclude, keep = _ids(batch, every_target, times, steps, negatives_from, targets.device)
-    pairs = operands(
-        queries, targets.flatten(0, 1), scale=scale, exclude=exclude, keep=keep,
-        batch=every_target, **options,
-    )  # fmt: skip
-    threshold = tie_limit(pos, queries, of_queries, scale, **options) if return_stats else None
+    pairs = operands(x, y, scale=scale, exclude=exclude, keep=keep, batch=every_target, **options)
+    threshold = None
+    if return_stats:
+        size = None if normalize else torch.as_tensor(scale).abs() * norm(x) * norm(y)[which]
+        threshold = tie_limit(pos, x, y, scale, size=size, **options)
     out = sweep(pairs, threshold=threshold)
     rows = softplus(out.lse - pos)
     every_query = batch.times(count)
@@ -112,6 +114,37 @@ def cpc(
 
 class CPC(ContrastiveLoss):
     function = staticmethod(cpc)
+
+
+def _queries(predictions: Tensor, steps: int, backend: str) -> Tensor:
+    """The predictions (N, T, S, D) that have a target, (N, P, D): by step, then by time."""
+    if can_tie(backend, predictions, 0) and predictions.requires_grad:
+        return _Queries.apply(predictions, steps)
+    return torch.cat(_with_target(predictions, steps), 1)
+
+
+def _with_target(of_predictions: Tensor, steps: int) -> list[Tensor]:
+    times = of_predictions.shape[1]
+    return [of_predictions[:, : times - 1 - s, s] for s in range(steps)]
+
+
+class _Queries(torch.autograd.Function):
+    """`_queries`, whose gradient autograd would lay out whole for every step."""
+
+    @staticmethod
+    def forward(ctx: Any, predictions: Tensor, steps: int) -> Tensor:
+        ctx.shape, ctx.steps = predictions.shape, steps
+        return torch.cat(_with_target(predictions, steps), 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.new_zeros(ctx.shape)
+        start = 0
+        for part in _with_target(total, ctx.steps):
+            part.copy_(grad[:, start : start + part.shape[1]])
+            start += part.shape[1]
+        return total, None
 
 
 def _of_queries(of_targets: Tensor, steps: int) -> Tensor:

@@ -185,7 +185,7 @@ class _ViewDistances(NamedTuple):
                 x[:, i], x[:, j : j + 1], values[:, p : p + 1], grad[:, p : p + 1], (True, True)
             )
             if total is None:
-                total = torch.zeros_like(x, dtype=known(of_i).dtype)
+                total = known(of_i).new_zeros(x.shape)
             total[:, i] += known(of_i)
             total[:, j : j + 1] += known(of_j)
         return total, None

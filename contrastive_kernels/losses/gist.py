@@ -20,7 +20,7 @@ from ..checks import (
     scalar,
 )
 from ..distributed import Shards, join
-from ..ops import NAMESPACE, full_precision, positives, row_dot
+from ..ops import NAMESPACE, can_tie, full_precision, row_dot, tied
 from ..reference import masked_softmax_stats
 from ..types import Group, Loss, LossStats, known
 from .algebra import gather_only, log_add, unit
@@ -119,7 +119,11 @@ def gist(
     )  # fmt: skip
 
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
-    dot, anchor, positive = positives(anchor, positive, **options)
+    if can_tie(backend, anchor):
+        dot, anchor, tied_positive = tied(_UnitDots(**options), anchor, positive)
+        dot, positive = dot.squeeze(1), known(tied_positive)
+    else:
+        dot = row_dot(unit(anchor, normalize), unit(positive, normalize), backend=backend)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=dot.dtype, device=dot.device)
     pos = scale * dot
@@ -158,6 +162,27 @@ def _check_guide(name: str, features: Tensor, guide: Tensor) -> None:
             f"{name}_guide must have the {features.shape[0]} rows of {name} on {features.device}, "
             f"got {guide.shape[0]} on {guide.device}"
         )
+
+
+class _UnitDots(NamedTuple):
+    """<x_i, y_i> of the very vectors that the other pairs are products of, whose rounding then is
+    the same in both."""
+
+    normalize: bool
+    backend: str
+
+    def values(self, x: Tensor, y: Tensor | None) -> Tensor:
+        pair = (unit(t, self.normalize) for t in (x, known(y).squeeze(1)))
+        return row_dot(*pair, backend=self.backend).unsqueeze(1)
+
+    def gradients(
+        self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        of_x, of_y = (units(t, self.normalize) for t in (x, known(y).squeeze(1)))
+        every = slice(None)
+        dx = of_x.gradient(grad * of_y.of(every)) if needs[0] else None
+        dy = of_y.gradient(grad * of_x.of(every)) if needs[1] else None
+        return dx, None if dy is None else dy.unsqueeze(1)
 
 
 class _Contrast(NamedTuple):
@@ -240,7 +265,7 @@ def _guided_lse_backward(
     normalize = kinds[2]
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # no pair: exp(-inf) below, not exp(nan)
     made = [
-        units(t, False).zeros() if need and t is not None else None
+        units(t, False).zeros(grad) if need and t is not None else None
         for t, need in zip(features, needs, strict=False)
     ]
     of_scale = torch.zeros_like(scale)

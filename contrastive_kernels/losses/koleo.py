@@ -89,7 +89,7 @@ class _Distance(torch.autograd.Function):
         eps, normalize, backend = ctx.given
         x = units(features, normalize)
         grad = (grad / distance).masked_fill_(distance == 0, 0.0)
-        total = x.zeros()
+        total = x.zeros(grad)
         for rows in x.blocks():
             each = (x.of(rows) - x.of(nearest[rows]) + eps) * grad[rows, None]
             total[rows] += each

@@ -49,7 +49,7 @@ def tie_limit(
     if bound is None:
         bound = scale.detach().abs() if isinstance(scale, Tensor) else abs(scale)
         if not normalize:
-            bound = bound * _norm(x) * _norm(y)
+            bound = bound * norm(x) * norm(y)
     eps = torch.finfo(logit.dtype).eps
     share = (0.5 * x.shape[-1] + 8) * eps + 2 * product_rounding(backend, x, y)
     return logit + (share * bound + 4 * eps * logit.abs())
@@ -92,5 +92,5 @@ def pair_stats(
     )
 
 
-def _norm(x: Tensor) -> Tensor:
+def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=statistics_dtype(x))

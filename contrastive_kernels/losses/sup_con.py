@@ -255,7 +255,7 @@ class _ClassProducts(torch.autograd.Function):
         if grad is None:
             return grad_x, None, None, None
         x, place, norm = ctx.saved_tensors
-        grad_x = own_gradient(x, grad_x)
+        grad_x = own_gradient(x, grad_x, grad)
         blocks, weight = _column_blocks(x), grad.unsqueeze(1)
         made = None
         along = torch.zeros_like(weight)
@@ -270,7 +270,7 @@ class _ClassProducts(torch.autograd.Function):
             if norm is not None:  # a norm that was raised to 1e-12 is a constant
                 made = torch.addcmul(made, z, along.masked_fill(norm <= TINY, 0.0), value=-1)
                 made /= norm.clamp(min=TINY)
-            grad_x[:, columns] += made
+            grad_x.narrow(1, columns.start, made.shape[1]).add_(made)
         return grad_x, None, None, None
 
 

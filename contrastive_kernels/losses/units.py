@@ -35,12 +35,9 @@ class Units(NamedTuple):
         size = max(1, algebra.BLOCK_PAIRS // dim)
         return (slice(i, i + size) for i in range(0, count, size))
 
-    def zeros(self) -> Tensor:
-        """A sum of gradients to begin with."""
-        return torch.zeros_like(
-            self.features, dtype=statistics_dtype(self.features),
-            memory_format=torch.contiguous_format,
-        )  # fmt: skip
+    def zeros(self, like: Tensor) -> Tensor:
+        """A sum of gradients to begin with; of several at once where `like` is several."""
+        return like.new_zeros(self.features.shape, dtype=statistics_dtype(self.features))
 
     def gradient(self, of_units: Tensor) -> Tensor:
         """That of the features, from that of the units, which is overwritten."""

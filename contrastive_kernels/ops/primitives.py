@@ -37,7 +37,7 @@ from ..types import (
     known,
     statistics_dtype,
 )
-from . import chunked, nested, own, pairs, registration, sharded
+from . import chunked, nested, own, pairs, registration, rows, sharded
 from .pairs import KeyBias, Needs, Pairs, Part, row_dot
 from .rowwise import by_rows, can_tie, tied
 
@@ -243,15 +243,20 @@ class _Squares(NamedTuple):
 
 
 def positives(
-    x: Tensor, y: Tensor, *, normalize: bool = False, backend: str
+    x: Tensor, y: Tensor, *, which: Tensor | None = None, normalize: bool = False, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(`row_dot` of x (N, D) and y, x, y): x and y for sweeps and nothing else, which then share
-    their gradients' memory. y (N, D), (N, K, D), or (K N, D): K blocks of a vector for each row."""
-    if not can_tie(backend, x):
-        own = y if y.shape == x.shape else by_rows(x, y) if len(x) else y
+    their gradients' memory. y (N, D), (N, K, D), or (K N, D): K blocks of a vector for each row; or
+    (M, D), `which` (N,) of it."""
+    if not can_tie(backend, x) or (which is not None and not rows.adds_in_order(x)):
+        if which is not None:
+            own = rows.take_rows(y, which, backend)
+        else:
+            own = y if y.shape == x.shape else by_rows(x, y) if len(x) else y
         return row_dot(x, own, normalize=normalize, backend=backend), x, y
-    dot, tied_x, tied_y = tied(_Dots(normalize, backend), x, y)
-    return dot.squeeze(1) if y.shape == x.shape else dot, tied_x, known(tied_y)
+    dot, tied_x, tied_y = tied(_Dots(normalize, backend), x, y, which)
+    single = which is not None or y.shape == x.shape
+    return dot.squeeze(1) if single else dot, tied_x, known(tied_y)
 
 
 def swept_positives(

@@ -17,7 +17,7 @@ from .registration import NAMESPACE
 
 def take_rows(x: Tensor, which: Tensor, backend: str) -> Tensor:
     """x[which] (N, D), for x (M, D) and indices (N,)."""
-    if _adds_in_order(x):
+    if adds_in_order(x):
         return x.index_select(0, which)
     if backend == "reference":
         return precise(reference.take_rows)(x, which)
@@ -26,7 +26,7 @@ def take_rows(x: Tensor, which: Tensor, backend: str) -> Tensor:
 
 def sum_rows(x: Tensor, which: Tensor, count: int, backend: str) -> Tensor:
     """(count, D): for every index the sum of the rows of x (M, D) that `which` (M,) gives it."""
-    if _adds_in_order(x):
+    if adds_in_order(x):
         return x.new_zeros(count, x.shape[1]).index_add(0, which, x)
     if backend == "reference":
         return precise(reference.sum_rows)(x, which, count)
@@ -35,13 +35,13 @@ def sum_rows(x: Tensor, which: Tensor, count: int, backend: str) -> Tensor:
 
 def add_rows(total: Tensor, which: Tensor, x: Tensor, backend: str) -> None:
     """Adds the rows of x (M, D) in place to those of `total` (N, D) that `which` (M,) names."""
-    if _adds_in_order(x):
+    if adds_in_order(x):
         total.index_add_(0, which, x)
     else:
         total += sum_rows(x, which, len(total), backend)
 
 
-def _adds_in_order(x: Tensor) -> bool:
+def adds_in_order(x: Tensor) -> bool:
     """Whether index_add goes from row to row, as it does on CPUs."""
     return x.device.type == "cpu"
 

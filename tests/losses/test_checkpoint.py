@@ -1,10 +1,11 @@
-"""What else autograd does with a graph: activation checkpointing, several gradients at once."""
+"""What else is done with a graph: activation checkpointing, several gradients at once, losses that
+are changed in place."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from loss_calls import backends, inputs, ours
+from loss_calls import FIRST, backends, by_rows, inputs, ours
 from oracles import differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +31,20 @@ def test_checkpointed(name):
     assert all(map(torch.equal, got, expected))
 
 
-@pytest.mark.parametrize("name", ["info_nce", "clip_loss", "siglip_loss", "nt_xent", "mnrl"])
+@pytest.mark.parametrize("name", NAMES)
+def test_changed_in_place(name):
+    """`loss *= 2` and `loss /= steps` before the backward, as with a loss that is dense."""
+    given = inputs(name)
+    leaves, loss = differentiable(given), ours(name, reduction=by_rows(name))
+    expected = torch.autograd.grad((loss(*given) * 3 / 2).sum(), leaves)
+    value = loss(*given)
+    value *= 3
+    got = torch.autograd.grad(value.div_(2).sum(), leaves)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", FIRST.values())
 def test_several_gradients_at_once(name):
     given = inputs(name)
     leaves, loss = differentiable(given), ours(name)(*given)

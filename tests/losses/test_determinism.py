@@ -51,7 +51,7 @@ class Recorded(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Sums that CPUs make in another way are made as on a GPU."""
-    monkeypatch.setattr(rows, "_adds_in_order", lambda x: False)
+    monkeypatch.setattr(rows, "adds_in_order", lambda x: False)
     monkeypatch.setattr(operators, "_use_cpu_kernel", lambda x: False)
 
 
@@ -113,6 +113,6 @@ def test_deterministic_algorithms_run_every_loss(name, backend):
 def test_sums_over_classes_as_on_a_gpu(name, backend, monkeypatch):
     function, given = ours(name, backend=backend), inputs(name)
     wanted = value_and_gradients(function, given)
-    monkeypatch.setattr(rows, "_adds_in_order", lambda x: False)
+    monkeypatch.setattr(rows, "adds_in_order", lambda x: False)
     for a, b in zip(value_and_gradients(function, given), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)

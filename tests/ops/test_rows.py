@@ -29,7 +29,7 @@ def by_hand(x, which, count):
 def backend(request, monkeypatch):
     """CPUs add in order by themselves; else sums are made as on a GPU."""
     if request.param != "cpu":
-        monkeypatch.setattr(rows, "_adds_in_order", lambda x: False)
+        monkeypatch.setattr(rows, "adds_in_order", lambda x: False)
     return request.param
 
 
