@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,12 @@ from torch import Tensor
 from ..autograd import in_forward_mode, in_transform, once_differentiable, precise
 from ..backends import resolve_backend, runs_dense
 from ..checks import check_other_rows, check_reduction, check_views, scalar
-from ..distributed import join
+from ..distributed import Shards, join
 from ..ops import full_precision
-from ..types import Group
+from ..types import Group, statistics_dtype
 from .algebra import add_up, gather_only, row_blocks, unit
 from .base import ContrastiveLoss, loss
+from .units import Units, units
 
 
 @loss
@@ -85,19 +85,27 @@ def clip_distill(
     check_other_rows("image_features", batch.total)
 
     summed = reduction != "none"
-    image, text = scale * unit(image_features, normalize), unit(text_features, normalize)
-    teacher_image = teacher_scale * unit(teacher_image_features, normalize, image.dtype)
-    teacher_text = unit(teacher_text_features, normalize, image.dtype)
+    dtype = statistics_dtype(image_features)
+    features = [
+        t.to(dtype)
+        for t in (
+            image_features, text_features, teacher_image_features, teacher_text_features
+        )
+    ]  # fmt: skip
+    if isinstance(batch, Shards):
+        features += [batch.gather_keys(t) for t in features]
+    scales = [
+        s.to(image_features.device, dtype)
+        if isinstance(s, Tensor)
+        else torch.full((), s, dtype=dtype, device=image_features.device)
+        for s in (scale, teacher_scale)
+    ]
     if runs_dense(backend) or in_transform():
-        cross_entropy = functools.partial(_dense, summed)
+        total = _dense(summed, normalize, scales, features)
     else:
-        cross_entropy = functools.partial(_SoftCrossEntropy.apply, summed, torch.is_grad_enabled())
-    all_images, all_texts, all_teacher_images, all_teacher_texts = (
-        batch.gather_keys(x) for x in (image, text, teacher_image, teacher_text)
-    )
-    rows = cross_entropy(image, all_texts, teacher_image, all_teacher_texts)
-    columns = cross_entropy(text, all_images, teacher_text, all_teacher_images)
-    total = 0.5 * (rows + columns)
+        total = _SoftCrossEntropy.apply(
+            summed, torch.is_grad_enabled(), normalize, *scales, *features
+        )
     return batch.reduce(total, reduction == "mean") if summed else total
 
 
@@ -105,15 +113,40 @@ class CLIPDistill(ContrastiveLoss):
     function = staticmethod(clip_distill)
 
 
-def _dense(summed: bool, x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor) -> Tensor:
+class _Direction(NamedTuple):
+    """Rows x against y, of the student and of the teacher, by their places among the features."""
+
+    x: int
+    y: int
+    teacher_x: int
+    teacher_y: int
+
+
+def _directions(features: Sequence[Tensor]) -> tuple[_Direction, _Direction]:
+    """From images to texts and back; the second half of the features, if there is one, is of all
+    ranks."""
+    every = len(features) - 4
+    return _Direction(0, 1 + every, 2, 3 + every), _Direction(1, every, 3, 2 + every)
+
+
+def _dense(
+    summed: bool, normalize: bool, scales: Sequence[Tensor], features: Sequence[Tensor]
+) -> Tensor:
     reduction = "sum" if summed else "none"
-    if not in_forward_mode():
-        return _dense_cross_entropy(x, y, teacher_x, teacher_y, reduction)
-    parts = [
-        _dense_cross_entropy(x[rows], y, teacher_x[rows], teacher_y, reduction)
-        for rows in row_blocks(x.shape[0], y.shape[0])
-    ]
-    return add_up(parts) if summed else torch.cat(parts)
+    made = [unit(t, normalize) for t in features]
+    found = []
+    for direction in _directions(features):
+        x, y, teacher_x, teacher_y = (made[place] for place in direction)
+        x, teacher_x = scales[0] * x, scales[1] * teacher_x
+        if not in_forward_mode():
+            found.append(_dense_cross_entropy(x, y, teacher_x, teacher_y, reduction))
+            continue
+        parts = [
+            _dense_cross_entropy(x[rows], y, teacher_x[rows], teacher_y, reduction)
+            for rows in row_blocks(x.shape[0], y.shape[0])
+        ]
+        found.append(add_up(parts) if summed else torch.cat(parts))
+    return 0.5 * (found[0] + found[1])
 
 
 @precise
@@ -124,95 +157,119 @@ def _dense_cross_entropy(
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """-sum_j q_ij log p_ij, p and q being the softmax of <x_i, y_j>, student and teacher.
+    """-1/2 sum_j q_ij log p_ij of both directions, p and q being the softmax of
+    scale <x_i, y_j>, student and teacher.
 
     (N,); or `summed`, and then the gradient is taken in the same pass, if it is to be `recorded`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, summed: bool, recorded: bool,
-        x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor,
-    ) -> Tensor:  # fmt: skip
-        features = x, y, teacher_x, teacher_y
+        ctx: Any, summed: bool, recorded: bool, normalize: bool, *tensors: Tensor
+    ) -> Tensor:
         ctx.summed = ctx.ready_made = summed
-        needs = ctx.needs_input_grad[2:] if summed and recorded else (False,) * 4
-        grads = _zeros(features, needs)
-        loss = x.new_empty(x.shape[0])
-        for rows, log_p, q, spare in _blocks(*features):
-            loss[rows] = -torch.mul(q, log_p, out=spare).sum(1)
-            _add_gradients(rows, log_p, q, spare, None, features, grads)
-        ctx.save_for_backward(*(grads if summed else features))
+        ctx.normalize = normalize
+        needs = ctx.needs_input_grad[3:] if summed and recorded else (False,) * len(tensors)
+        sums = _Sums(tensors, needs, normalize)
+        loss = tensors[0].new_zeros(tensors[2].shape[0])
+        for direction, rows, log_p, q, spare in sums.blocks():
+            loss[rows] -= 0.5 * torch.mul(q, log_p, out=spare).sum(1)
+            sums.add(direction, rows, log_p, q, spare, None)
+        ctx.save_for_backward(*(sums.gradients() if summed else tensors))
         return loss.sum() if summed else loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.summed:
-            return None, None, *(None if g is None else g * grad for g in ctx.saved_tensors)
-        features = ctx.saved_tensors
-        grads = _zeros(features, ctx.needs_input_grad[2:])
-        for rows, log_p, q, spare in _blocks(*features):
+            return *3 * (None,), *(None if g is None else g * grad for g in ctx.saved_tensors)
+        sums = _Sums(ctx.saved_tensors, ctx.needs_input_grad[3:], ctx.normalize)
+        for direction, rows, log_p, q, spare in sums.blocks():
             torch.mul(q, log_p, out=spare)
-            _add_gradients(rows, log_p, q, spare, grad[rows, None], features, grads)
-        return None, None, *grads
+            sums.add(direction, rows, log_p, q, spare, grad[rows, None])
+        return *3 * (None,), *sums.gradients()
 
 
-def _zeros(features: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    pairs = zip(features, needs, strict=True)
-    return [torch.zeros_like(t) if need else None for t, need in pairs]
+class _Sums:
+    """The gradients of both scales and all features, from block to block."""
 
+    def __init__(self, tensors: Sequence[Tensor], needs: Sequence[bool], normalize: bool) -> None:
+        self.scales, features = tensors[:2], tensors[2:]
+        self.units = [units(t, normalize) for t in features]
+        self.directions = _directions(features)
+        made = [
+            torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=True)
+        ]
+        self.of_scales, self.of_units = made[:2], made[2:]
 
-def _blocks(
-    x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """(rows, log p, q, spare memory of their size) of block after block, in one workspace: blocks
-    allocated one by one would scatter over the heap."""
-    workspace = None
-    for rows in row_blocks(x.shape[0], y.shape[0]):
-        if workspace is None:  # the first block is the largest
-            workspace = x.new_empty(3, rows.stop, y.shape[0])
-        logits, log_p, q = workspace[:, : rows.stop - rows.start]
-        with full_precision(x):
-            torch.mm(x[rows], y.T, out=logits)
-            torch.log_softmax(logits, 1, out=log_p)
-            torch.mm(teacher_x[rows], teacher_y.T, out=logits)
-            torch.softmax(logits, 1, out=q)
-        yield rows, log_p, q, logits
+    def blocks(self) -> Iterator[tuple[_Direction, slice, Tensor, Tensor, Tensor]]:
+        """(direction, rows, log p, q, spare memory of their size) of block after block, in one
+        workspace: blocks allocated one by one would scatter over the heap."""
+        workspace = None
+        for direction in self.directions:
+            x, y, teacher_x, teacher_y = (self.units[place] for place in direction)
+            columns = y.features.shape[0]
+            for rows in row_blocks(x.features.shape[0], columns):
+                if workspace is None:  # the first block is the largest
+                    workspace = y.features.new_empty(3, rows.stop, columns)
+                logits, log_p, q = workspace[:, : rows.stop - rows.start]
+                self._products(0, x, y, rows, logits)
+                torch.log_softmax(logits, 1, out=log_p)
+                self._products(1, teacher_x, teacher_y, rows, logits)
+                torch.softmax(logits, 1, out=q)
+                yield direction, rows, log_p, q, logits
 
+    def _products(self, which: int, x: Units, y: Units, rows: slice, out: Tensor) -> None:
+        with full_precision(out):
+            torch.mm(self.scales[which] * x.of(rows), y.features.T, out=out)
+        if y.lengths is not None:
+            out.div_(y.lengths.T)
 
-def _add_gradients(
-    rows: slice,
-    log_p: Tensor,
-    q: Tensor,
-    product: Tensor,
-    weight: Tensor | None,
-    features: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-) -> None:
-    """Add what a block gives, `weight` being the gradient of its rows; `product` is q log p. Both
-    `log_p` and `product` are overwritten."""
-    student, teacher = grads[:2], grads[2:]
-    if any(g is not None for g in teacher):
-        # d/dt of -sum q log p is -q (log p - sum q log p)
-        product.addcmul_(q, product.sum(1, keepdim=True), value=-1).neg_()
-        _add_products(rows, product, weight, features[2:], teacher)
-    if any(g is not None for g in student):
-        _add_products(rows, log_p.exp_().sub_(q), weight, features[:2], student)
+    def add(
+        self,
+        direction: _Direction,
+        rows: slice,
+        log_p: Tensor,
+        q: Tensor,
+        product: Tensor,
+        weight: Tensor | None,
+    ) -> None:
+        """Add what a block gives, `weight` being the gradient of its rows; `product` is q log p.
+        Both `log_p` and `product` are overwritten."""
+        if self._need(1, direction.teacher_x, direction.teacher_y):
+            # d/dt of -sum q log p is -q (log p - sum q log p)
+            product.addcmul_(q, product.sum(1, keepdim=True), value=-1).neg_()
+            self._add(1, direction.teacher_x, direction.teacher_y, rows, product, weight)
+        if self._need(0, direction.x, direction.y):
+            self._add(0, direction.x, direction.y, rows, log_p.exp_().sub_(q), weight)
 
+    def _need(self, which: int, *places: int) -> bool:
+        made = (self.of_scales[which], *(self.of_units[place] for place in places))
+        return any(t is not None for t in made)
 
-def _add_products(
-    rows: slice,
-    logit_grad: Tensor,
-    weight: Tensor | None,
-    features: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-) -> None:
-    (x, y), (x_grad, y_grad) = features, grads
-    if weight is not None:
-        logit_grad.mul_(weight)
-    with full_precision(x):
-        if x_grad is not None:
-            torch.mm(logit_grad, y, out=x_grad[rows])
-        if y_grad is not None:
-            y_grad.addmm_(logit_grad.T, x[rows])
+    def _add(
+        self, which: int, x: int, y: int, rows: slice, logit_grad: Tensor, weight: Tensor | None
+    ) -> None:
+        scale, of_scale = self.scales[which], self.of_scales[which]
+        to_x, to_y, of_x, of_y = self.of_units[x], self.of_units[y], self.units[x], self.units[y]
+        logit_grad.mul_(0.5 if weight is None else 0.5 * weight)
+        block = of_x.of(rows)
+        with full_precision(logit_grad):
+            if to_y is not None:
+                to_y.addmm_(logit_grad.T, scale * block)
+            if to_x is None and of_scale is None:
+                return
+            if of_y.lengths is not None:
+                logit_grad.div_(of_y.lengths.T)
+            attended = logit_grad @ of_y.features
+        if of_scale is not None:
+            of_scale += (attended * block).sum()
+        if to_x is not None:
+            to_x[rows].addcmul_(attended, scale)
+
+    def gradients(self) -> list[Tensor | None]:
+        of_features = [
+            None if total is None else of.gradient(total)
+            for of, total in zip(self.units, self.of_units, strict=True)
+        ]
+        return [*self.of_scales, *of_features]

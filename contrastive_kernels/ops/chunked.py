@@ -28,6 +28,7 @@ from ..sources import NegativeSource, checked
 from ..types import Counts, IdPair, SoftplusSweep, Sweep, known, statistics_dtype
 from . import pairs
 from .pairs import Gradients, KeyBias, Needs, Pairs, exact, merge, operand_dtype, rounded
+from .rowwise import BLOCK_ELEMENTS
 
 Columns = slice  # the place of a chunk among the keys
 
@@ -168,9 +169,9 @@ class _Softmax(torch.autograd.Function):
                 sums += t
             mean = None if out.mean is None else exact(out.mean, out.mean_low)
             found = (exact(out.lse, out.lse_low), mean, out.attended, out.slope)
-            made = [t.double().view(len(rows), -1) for t in found if t is not None and len(t)]
-            part = torch.cat(made, 1)
-            stats = part if stats is None else merge(stats, part)
+            made = [t.view(len(rows), -1) for t in found if t is not None and len(t)]
+            part = torch.cat(made, 1)  # in the type of lse
+            stats = part if stats is None else _merge_into(stats, part)
         width = 1 + chunks.mean + chunks.attend * (x.shape[1] + 1)
         if stats is None:  # there are no rows, or no keys
             stats = _zeros(x, len(rows), width)
@@ -284,6 +285,14 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None, Ids, list[Tensor | 
     exclude = None if exclude_rows is None else (exclude_rows, exclude_cols)
     keep = None if keep_rows is None else (keep_rows, keep_cols)
     return x, scale, bias, Ids(exclude, keep), more
+
+
+def _merge_into(stats: Tensor, part: Tensor) -> Tensor:
+    """`merge` in the memory of the first, which holds as much as the features."""
+    size = max(1, BLOCK_ELEMENTS // stats.shape[1])
+    for rows in (slice(i, i + size) for i in range(0, len(stats), size)):
+        stats[rows] = merge(stats[rows], part[rows])
+    return stats
 
 
 def _second_pass(
