@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from ..checks import (
     check_pair,
     finite,
 )
+from ..distributed import GroupCall, GroupLike, Shards, collective, join
 from ..sources import NegativeSource, as_source, is_source
 from ..types import HardNegatives, IdPair, statistics_dtype
 from .top_k import top_k
@@ -23,6 +26,7 @@ from .top_k import top_k
 PAIRS = 64  # whose scores are taken at a time, of their square
 
 
+@collective
 @torch.no_grad()
 def hard_negatives(
     queries: Tensor,
@@ -41,6 +45,7 @@ def hard_negatives(
     exclude: IdPair | None = None,
     keep: IdPair | None = None,
     normalize: bool = True,
+    group: GroupLike = None,
     backend: str = "auto",
 ) -> HardNegatives:
     """Hard negatives of each query, by one sweep over the keys that stores no similarities.
@@ -68,6 +73,8 @@ def hard_negatives(
         generator: for "random".
         exclude, keep: integer ids, as `top_k` takes them.
         normalize: cosine similarities; False: inner products.
+        group: as `top_k` takes it: queries with their positives, and keys, are this rank's part of
+            those of all, ids count the keys of all ranks, and each rank draws for its queries.
         backend: as `top_k` takes it.
 
     Returns:
@@ -79,11 +86,12 @@ def hard_negatives(
         TypeError, ValueError: arguments that do not fit; the message names them.
         RuntimeError: the backend cannot run here, with the reason.
     """
-    check_features("queries", queries, (2,))
+    whole = group is None
+    check_features("queries", queries, (2,), whole=whole)
     keys = as_source("keys", keys)
-    check_keys("keys", keys, (2,))
+    check_keys("keys", keys, (2,), whole=whole)
     check_pair(queries, keys, "queries", "keys")
-    positives = _check_positives(positives, queries, keys.shape[0])
+    positives = _check_positives(positives, queries, whole)
     for name, value in (
         ("absolute_margin", absolute_margin), ("relative_margin", relative_margin),
         ("min_score", min_score), ("max_score", max_score),
@@ -93,9 +101,20 @@ def hard_negatives(
     _check_range(num_negatives, range_min, range_max, sampling)
     name = resolve_backend(backend, queries.device)
 
-    of_query = positives.view(len(queries), -1)
+    if isinstance(group, GroupCall):  # one generator is as good as another
+        group.arguments["generator"] = None
+    batch, key_batch = join(group, len(queries), keys.shape[0])
+    strange = ((positives < -1) | (positives >= key_batch.total)).sum()
+    if bool(batch.total_of(strange) > 0):
+        raise ValueError(f"positives must be ids of the {key_batch.total} keys, or -1")
+    of_query = positives if positives.dim() == 2 else positives.unsqueeze(1)
     count = of_query.shape[1]
-    scores = _scores(queries, keys, of_query, normalize, name)
+    if isinstance(batch, Shards):  # each rank has the scores of its keys
+        start = cast(Shards, key_batch).own.start
+        every = batch.gather(queries), keys, batch.gather(of_query) - start
+        scores = batch.home(_scores(*every, normalize, name)).amax(0)
+    else:
+        scores = _scores(queries, keys, of_query, normalize, name)
     nearest = scores.masked_fill(of_query < 0, torch.inf).amin(1)
     limit = torch.full_like(nearest, torch.inf if max_score is None else max_score)
     if absolute_margin is not None:
@@ -110,7 +129,7 @@ def hard_negatives(
         threshold = torch.nextafter(limit, torch.full_like(limit, torch.inf))
     found, ids = top_k(
         queries, keys, last + count, exclude=exclude, keep=keep, threshold=threshold,
-        normalize=normalize, backend=backend,
+        normalize=normalize, group=group, backend=backend,
     )  # fmt: skip
     no_candidate = (ids[:, :, None] == of_query[:, None]).any(2)
     no_candidate |= ~((found <= limit[:, None]) | found.isnan())
@@ -127,9 +146,10 @@ def hard_negatives(
     )
 
 
-def _check_positives(positives: Tensor, queries: Tensor, keys: int) -> Tensor:
+def _check_positives(positives: Tensor, queries: Tensor, whole: bool) -> Tensor:
     shape = positives.shape if isinstance(positives, Tensor) else ()
-    if len(shape) not in (1, 2) or shape[0] != len(queries) or 0 in shape:
+    empty = 0 in (shape if whole else shape[1:])
+    if len(shape) not in (1, 2) or shape[0] != len(queries) or empty:
         raise ValueError(
             f"positives must be ids of shape ({len(queries)},) or ({len(queries)}, P), got "
             f"{tuple(shape) if shape else type(positives).__name__}"
@@ -138,8 +158,6 @@ def _check_positives(positives: Tensor, queries: Tensor, keys: int) -> Tensor:
         raise TypeError("positives must be numbers of keys, got a mask")
     positives = check_ids("positives", positives, shape).long()
     check_device("positives", positives, queries.device)
-    if bool(((positives < -1) | (positives >= keys)).any()):
-        raise ValueError(f"positives must be ids of the {keys} keys, or -1")
     return positives
 
 

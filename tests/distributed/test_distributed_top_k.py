@@ -69,13 +69,38 @@ def errors(k: int, backend: str, options: tuple[str, ...], chunks: bool = False)
     }
 
 
+def mined(backend: str, keep: bool) -> dict:
+    """Whether hard negatives are those of one process; positives may be other ranks' keys."""
+    rank, (x, y, every) = dist.get_rank(), whole()
+    y[12] = torch.nan
+    positives = torch.stack((torch.arange(len(x)), torch.arange(len(x)) - 4), 1).clamp(min=-1)
+    options = {"num_negatives": 4, "relative_margin": -0.5, "range_min": 1, "backend": backend}
+    ids = {} if keep else {"exclude": every["exclude"]}
+    wanted = ck.hard_negatives(x, y, positives, **options, **ids)
+    sizes = (QUERIES, KEYS)
+    own = {name: tuple(map(part, pair, sizes, [rank] * 2)) for name, pair in ids.items()}
+    found = ck.hard_negatives(
+        part(x, QUERIES, rank), part(y, KEYS, rank), part(positives, QUERIES, rank),
+        group="world", generator=torch.Generator(), **options, **own,
+    )  # fmt: skip
+    return {
+        name: torch.allclose(a, part(b, QUERIES, rank), rtol=1e-12, equal_nan=True)
+        for name, a, b in zip(found._fields, found, wanted, strict=True)
+    } | {"some": bool((wanted.ids >= 0).any() and (wanted.ids < 0).any())}
+
+
 def refused() -> list[str]:
-    """What is said of an argument that differs, and of no keys at all."""
+    """What is said of an argument that differs, of no keys at all, and of an id on one rank."""
     x, y, _ = whole()
     said = []
-    for k, keys in ((1 + dist.get_rank(), y), (2, y[:0])):
+    strange = torch.full((len(x),), 3 * len(y) - 1 + (dist.get_rank() == 1))
+    for call in (
+        lambda: ck.top_k(x, y, 1 + dist.get_rank(), group="world"),
+        lambda: ck.top_k(x, y[:0], 2, group="world"),
+        lambda: ck.hard_negatives(x, y, strange, group="world"),
+    ):
         try:
-            ck.top_k(x, keys, k, group="world")
+            call()
         except ValueError as error:
             said.append(str(error))
     return said
@@ -88,7 +113,8 @@ def everything() -> dict:
         for k, options in ((3, ()), (20, ("exclude",)), (2, ("exclude", "threshold")))
         for chunks in (False, True)
     }
-    return {"runs": runs, "refused": refused()}
+    negatives = [mined(backend, keep) for backend in NAMES for keep in (False, True)]
+    return {"runs": runs, "refused": refused(), "mined": negatives}
 
 
 @cache
@@ -105,8 +131,16 @@ def test_what_ranks_find_is_what_one_process_finds():
             assert max(outcome["errors"]) < 1e-11, (rank, setup)
 
 
+def test_hard_negatives_are_those_of_one_process():
+    for rank, report in enumerate(results()):
+        assert len(report["mined"]) == 2 * len(NAMES)
+        for outcome in report["mined"]:
+            assert all(outcome.values()), (rank, outcome)
+
+
 def test_what_does_not_fit_is_said_on_every_rank():
     for report in results():
-        differing, nothing = report["refused"]
+        differing, nothing, strange = report["refused"]
+        assert strange == "positives must be ids of the 45 keys, or -1"
         assert "k must be the same on every rank of group" in differing
         assert nothing == "a rank of group must have keys, got none on any"
