@@ -1014,6 +1014,49 @@ def koleo(
     return reduce(-(distance + eps).log(), reduction)
 
 
+def triplet(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    mining: str = "hard",
+    margin: float | None = 0.2,
+    distance: str = "euclidean",
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Hinge of d_ip - d_in + margin, of all positives p of an anchor, or of the farthest one.
+
+    "hard": Hermans et al. 2017, eq. 5, n the nearest negative. "semihard": Schroff et al. 2015,
+    sec. 3.2, n the nearest of those farther than p, else the farthest; times rows over pairs.
+    """
+    x = promote(features)
+    x = F.normalize(x, dim=-1) if normalize else x
+    losses, pairs = [x.nan_to_num().sum(1) * 0], 0
+    for i in range(len(x)):
+        d = (x[i] - x).norm(dim=1)
+        d = {"euclidean": d, "squared_euclidean": d**2, "cosine": d**2 / 2}[distance]
+        same = labels == labels[i]
+        others = torch.arange(len(x), device=x.device) != i
+        pos, neg = d[same & others], d[~same]
+        pairs += len(pos)
+        chosen = []
+        if len(pos) and len(neg) and mining == "hard":
+            chosen = [pos.max(0).values - neg.min(0).values]
+        elif len(neg):
+            chosen = [
+                p - (neg[neg > p].min(0) if (neg > p).any() else neg.max(0)).values for p in pos
+            ]
+        if chosen and d.isnan().any():
+            chosen = [d.sum()]
+        for each in chosen:
+            value = F.softplus(each) if margin is None else (each + margin).relu()
+            losses.append(torch.where(others, 0.0, value))
+    rows = torch.stack(losses).sum(0)
+    if mining == "semihard":
+        rows = rows * (len(x) / max(1, pairs))
+    return reduce(rows, reduction)
+
+
 def max_sim(
     queries: Tensor,
     documents: Tensor,

@@ -42,6 +42,7 @@ from .nce import NCE, nce
 from .nt_xent import DCL, HCL, Debiased, NTXent, dcl, debiased, hcl, nt_xent
 from .rince import RINCE, rince
 from .sup_con import SupCon, sup_con
+from .triplet import Triplet, triplet
 from .whitening import INTL, WMSE, intl, w_mse
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "NTXent",
     "SigLIPLoss",
     "SupCon",
+    "Triplet",
     "cacr",
     "cacr_views",
     "cct",
@@ -90,6 +92,7 @@ __all__ = [
     "rince",
     "siglip_loss",
     "sup_con",
+    "triplet",
     "w_mse",
 ]
 
@@ -326,6 +329,21 @@ SUP_CON_CASES = {
     ),
     "sup_con lonely": Case(LABELLED, {"temperature": 0.5}, {"N": 2}, grouped=False),
 }
+TRIPLET_CASES = {
+    "triplet": Case(
+        LABELLED, benchmark=Benchmark({}, inputs={"labels": ids("N", tuple(range(100)))})
+    ),
+    "triplet soft": Case(LABELLED, {"margin": None, "distance": "squared_euclidean"}),
+    "triplet cosine": Case(LABELLED, {"distance": "cosine"}, grouped=False),
+    "triplet on the plane": Case(LABELLED, {"normalize": False, "margin": 1.0}, grouped=False),
+    "triplet semihard": Case(LABELLED, {"mining": "semihard"}, compiled=True),
+    "triplet semihard on the plane": Case(
+        LABELLED,
+        {"mining": "semihard", "distance": "squared_euclidean", "normalize": False, "margin": 1.0},
+        {"N": 13},
+        grouped=False,
+    ),
+}
 
 NCE_CASES = {
     "nce": Case(
@@ -538,6 +556,14 @@ LOSSES = (
         },
         exchanges=(),
         backends=BATCHED,
+    ),
+    Row(
+        triplet,
+        Triplet,
+        TRIPLET_CASES,
+        exchanges=(),
+        backends=BATCHED,
+        second_order=BATCHED,
     ),
     Row(nce, NCE, NCE_CASES, exchanges=(), two_views=("query", "key"), alone=True),
 )

@@ -188,6 +188,29 @@ BAD_VALUES = [
         {},
         f"labels and features must be on one device, got meta and {HERE}",
     ),
+    # triplet
+    (ck.triplet, (x(1, 3), labels(1)), {}, "features must have at least 2 rows"),
+    (ck.triplet, (x(4, 3), labels(3)), {}, r"labels must have shape \(4,\), got \(3,\)"),
+    (ck.triplet, (x(4, 3), labels(4)), {"mining": "easy"}, "mining must be one of hard, semihard"),
+    (ck.triplet, (x(4, 3), labels(4)), {"margin": NAN}, "margin must be a finite number, got nan"),
+    (
+        ck.triplet,
+        (x(4, 3), labels(4)),
+        {"margin": None, "mining": "semihard"},
+        'margin must be a number with mining="semihard", got None',
+    ),
+    (
+        ck.triplet,
+        (x(4, 3), labels(4)),
+        {"distance": "cosine", "normalize": False},
+        "distance must be a Euclidean one with normalize=False",
+    ),
+    (
+        ck.triplet,
+        (x(4, 3), torch.zeros(4, dtype=torch.long, device="meta")),
+        {},
+        f"labels must be on {HERE}, got meta",
+    ),
     # nce
     (ck.nce, (*PAIR, x(5, 3)), {"num_data": 0}, "num_data must be a finite number > 0, got 0"),
     (ck.nce, (*PAIR, x(5, 3)), {"num_data": 9, "Z": -1.0}, "Z must be a finite number > 0"),

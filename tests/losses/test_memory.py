@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend i
 
 FEATURES = {"D": 16384, "G": 16384, "K": 1}
 # Losses that hold more: docs/design.md says what.
-MORE = ("w_mse", "intl", "late_interaction", "late_interaction_distill")
+MORE = ("w_mse", "intl", "triplet", "late_interaction", "late_interaction_distill")
 # (loss, vectors that it holds for each row, pairs of a block): the queries that have a target; what
 # is gradient once it is multiplied by the one from above.
 IN_BLOCKS = [

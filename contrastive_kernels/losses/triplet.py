@@ -1,0 +1,251 @@
+"""The triplet loss, of triplets that are mined in the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import define, no_second_order, precise, register_rules
+from ..backends import resolve_backend
+from ..checks import (
+    check_choice,
+    check_device,
+    check_features,
+    check_ids,
+    check_other_rows,
+    check_reduction,
+    finite,
+)
+from ..distributed import Batch, join
+from ..ops import NAMESPACE, full_precision, take_rows, top_k
+from ..types import Group
+from .algebra import count_equal_ids, row_blocks, softplus, unit
+from .base import ContrastiveLoss, loss
+
+MINING = ("hard", "semihard")
+DISTANCES = ("euclidean", "squared_euclidean", "cosine")
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@loss
+def triplet(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    mining: str = "hard",
+    margin: float | None = 0.2,
+    distance: str = "euclidean",
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Group | None = None,
+) -> Tensor:
+    """Triplet loss of the hard or the semi-hard triplets of a batch.
+
+    "hard" (Hermans et al. 2017, eq. 5): loss_i = max(d_ip - d_in + margin, 0), p the farthest other
+    row of the label of i and n the nearest row of another label; without a margin
+    log(1 + exp(d_ip - d_in)), their soft margin.
+
+    "semihard" (Schroff et al. 2015, FaceNet, sec. 3.2): loss_i = N / P sum_p max(d_ip - d_in(p) +
+    margin, 0) over all p of the label of i, n(p) the nearest of those rows of another label that
+    are farther than p, or where none is the farthest of all; P is the number of pairs (i, p) in the
+    batch, so that the mean is over these.
+
+    A row with no p or no n has loss 0. Of equals the first is taken.
+
+    "hard" is `top_k` twice. "semihard" needs for each pair a row of its own in such a sweep, so
+    that distances are made and sorted for blocks of rows, 2**18 pairs at a time, in the
+    forward and again in the backward pass, by torch on every backend.
+
+    Args:
+        features: (N, D).
+        labels: integers or bools (N,).
+        mining: "hard" or "semihard".
+        margin: a number; None: the soft margin, of "hard" only.
+        distance: "euclidean"; "squared_euclidean" (FaceNet's); or "cosine", 1 - cos, which needs
+            normalize=True.
+    """
+    check_features("features", features, (2,), whole=group is None)
+    labels = check_ids("labels", labels, features.shape[:1]).contiguous()
+    check_device("labels", labels, features.device)
+    check_choice("mining", mining, MINING)
+    check_choice("distance", distance, DISTANCES)
+    check_reduction(reduction)
+    if margin is not None:
+        finite("margin", margin)
+    elif mining != "hard":
+        raise ValueError(f'margin must be a number with mining="{mining}", got None')
+    if distance == "cosine" and not normalize:
+        raise ValueError('distance must be a Euclidean one with normalize=False, got "cosine"')
+    backend = resolve_backend(backend, features.device)
+    batch, _ = join(group, features.shape[0])
+    check_other_rows("features", batch.total)
+    x = unit(features, normalize)
+    if mining == "hard":
+        rows = _hard(x, labels, margin, distance, batch, backend)
+        return batch.reduce_rows(rows, reduction)
+    every = batch.all_ids(labels)
+    given = (x, batch.gather_keys(x), labels, every, batch.own.start, float(margin or 0), distance)
+    rows = _dense_semi_hard(*given) if backend == "reference" else _semi_hard(*given)
+    pairs = batch.total_of(count_equal_ids(labels, every).sum()) - batch.total
+    rows = rows * (batch.total / pairs.clamp(min=1).to(rows.dtype))
+    return batch.reduce_rows(rows, reduction)
+
+
+class Triplet(ContrastiveLoss):
+    function = staticmethod(triplet)
+
+
+def _hard(
+    x: Tensor, labels: Tensor, margin: float | None, distance: str, batch: Batch, backend: str
+) -> Tensor:
+    ids, every = batch.own_ids(x.device), batch.all_ids(labels)
+    keys, places = batch.gather_keys(x), batch.all_ids(ids)
+    if len(x) == 0:  # a rank without rows
+        return keys[:0].sum(1)
+    with torch.no_grad():
+        # the order of <x_i, y_j> - |y_j|^2 / 2 is that of distances, whatever lies at the origin
+        origin = keys.detach().nanmean(0)
+        y = keys.detach() - origin
+        y = torch.cat((y, -0.5 * y.square().sum(1, keepdim=True)), 1)
+        own = torch.cat((x.detach() - origin, x.new_ones(len(x), 1)), 1)
+        options: dict[str, Any] = {"normalize": False, "backend": backend}
+        same = (labels, every)
+        farthest = top_k(own, y, 1, keep=same, exclude=(ids, places), largest=False, **options).ids
+        nearest = top_k(own, y, 1, exclude=same, **options).ids
+        there = ((farthest >= 0) & (nearest >= 0)).squeeze(1)
+    of_positive, of_negative = (
+        _length(x - take_rows(keys, which.flatten().clamp(min=0), backend), distance)
+        for which in (farthest, nearest)
+    )
+    excess = of_positive - of_negative
+    rows = softplus(excess) if margin is None else (excess + margin).relu()
+    return torch.where(there, rows, 0.0)
+
+
+def _length(difference: Tensor, distance: str) -> Tensor:
+    if distance == "euclidean":
+        return difference.norm(dim=1)
+    return _of_square(difference.square().sum(1), distance)
+
+
+def _of_square(square: Tensor, distance: str) -> Tensor:
+    """|x - y|^2 as a distance; 1 - cos = |x - y|^2 / 2 on the sphere."""
+    if distance == "euclidean":
+        zero = square <= 0
+        return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+    return square if distance == "squared_euclidean" else 0.5 * square
+
+
+@define(_library)
+def _semi_hard(
+    x: Tensor, y: Tensor, labels: Tensor, every: Tensor, first: int, margin: float, distance: str
+) -> Tensor:
+    """The losses (N,) of rows x (N, D), which are y[first : first + N]."""
+    rows = torch.empty_like(x[:, 0])
+    for block in _blocks(x, y):
+        rows[block] = _mined(block, x, y, labels, every, first, margin, distance)[0]
+    return rows
+
+
+@define(_library)
+def _semi_hard_backward(
+    x: Tensor,
+    y: Tensor,
+    labels: Tensor,
+    every: Tensor,
+    first: int,
+    margin: float,
+    distance: str,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dx, dy = torch.empty_like(x), torch.zeros_like(y)
+    with full_precision(x):
+        for block in _blocks(x, y):
+            _, weight, length = _mined(block, x, y, labels, every, first, margin, distance)
+            weight *= grad[block, None]
+            if distance == "euclidean":  # to those of |x - y|^2 / 2
+                weight = torch.where(length > 0, weight / length, 0.0)
+            elif distance == "squared_euclidean":
+                weight *= 2
+            torch.mm(weight, y, out=dx[block])
+            torch.addcmul(-dx[block], weight.sum(1, keepdim=True), x[block], out=dx[block])
+            dy += weight.sum(0).unsqueeze(1) * y
+            dy.addmm_(weight.T, x[block], alpha=-1)
+    return dx, dy
+
+
+def _blocks(x: Tensor, y: Tensor) -> list[slice]:
+    return row_blocks(len(x), 4 * len(y))  # of so many matrices at a time
+
+
+@precise
+def _dense_semi_hard(
+    x: Tensor, y: Tensor, labels: Tensor, every: Tensor, first: int, margin: float, distance: str
+) -> Tensor:
+    """The same from the whole matrix, differentiable any number of times: between the places where
+    a choice changes the loss is linear in the distances."""
+    given = (x.detach(), y.detach(), labels, every, first, margin, distance)
+    rows, weight, length = _mined(slice(0, len(x)), *given)
+    square = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T
+    square = square.masked_fill((weight == 0) | (length == 0), 0.0)
+    linear = weight * _of_square(square, distance)
+    return rows + (linear - linear.detach()).sum(1)
+
+
+def _mined(
+    block: slice,
+    x: Tensor,
+    y: Tensor,
+    labels: Tensor,
+    every: Tensor,
+    first: int,
+    margin: float,
+    distance: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses of a block of rows, their derivatives (n, M) in the distances, |x - y|), nothing of
+    which is scattered: on a GPU that adds in no fixed order."""
+    length = torch.cdist(x[block], y, compute_mode="donot_use_mm_for_euclid_dist")
+    far = length if distance == "euclidean" else _of_square(length.square(), distance)
+    unknown = far.isnan()  # neither near nor far
+    far = far.masked_fill(unknown, 0.0)
+    same = labels[block, None] == every
+    ordered, order = far.masked_fill(same, torch.inf).sort(dim=1, stable=True)
+    count = (~same).sum(1, keepdim=True)
+    # the first of the farthest
+    last = torch.searchsorted(ordered, ordered.gather(1, (count - 1).clamp(min=0)))
+    place = torch.searchsorted(ordered, far, right=True).minimum(last)
+    excess = far - ordered.gather(1, place) + margin
+    positive = same & (count > 0)
+    positive.diagonal(first + block.start).fill_(False)
+    excess = torch.where(positive, excess.relu(), 0.0)
+    active = excess > 0
+    # of the positives that count, those before a negative have chosen it or one before
+    before = torch.searchsorted(far.masked_fill(~active, torch.inf).sort(1).values, ordered)
+    before = torch.where(torch.arange(len(y), device=x.device) < last, before, active.sum(1, True))
+    chosen = before.diff(dim=1, prepend=torch.zeros_like(before[:, :1]))
+    weight = active.to(far.dtype) - chosen.gather(1, order.argsort(1))
+    rows = torch.where(unknown.any(1) & positive.any(1), torch.nan, excess.sum(1))
+    return rows, weight, length
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.first, ctx.margin, ctx.distance = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    given = (*ctx.saved_tensors, ctx.first, ctx.margin, ctx.distance)
+    return *_semi_hard_backward(*given, grad), *5 * (None,)
+
+
+register_rules(
+    _library, _semi_hard, lambda x, *_: x.new_empty(x.shape[0]), _backward, _setup
+)  # fmt: skip
+register_rules(
+    _library, _semi_hard_backward,
+    lambda x, y, *_: (torch.empty_like(x), torch.empty_like(y)), no_second_order,
+)  # fmt: skip
