@@ -9,6 +9,7 @@ bfloat16 features; the file is in the system's cache if that holds it.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -45,9 +46,14 @@ def main() -> None:
     parser.add_argument("--folder", default=None)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        ck.write_negatives(Path(folder, "bank"), blocks(options.rows))
-        arguments = (options.ranks, folder, options.rounds)
-        start_processes(run, arguments, options.ranks, start_method="spawn")
+        measured(options.rows, options.ranks, options.rounds, Path(folder))
+
+
+def measured(rows: int, ranks: int, rounds: int, folder: Path) -> dict[str, float]:
+    """Ratios of a round, of all ranks to one, by the fields of Cost; prints what they are of."""
+    ck.write_negatives(folder / "bank", blocks(rows))
+    start_processes(run, (ranks, str(folder), rounds), ranks, start_method="spawn")
+    return json.loads((folder / "ratios").read_text())
 
 
 def blocks(rows: int) -> Iterator[Tensor]:
@@ -81,7 +87,8 @@ def run(rank: int, ranks: int, folder: str, rounds: int) -> None:
     dist.all_gather_object(costs, found["together"])
     dist.destroy_process_group()
     if rank == 0:
-        report(bank, ranks, losses, found["alone"], costs)
+        ratios = report(bank, ranks, losses, found["alone"], costs)
+        Path(folder, "ratios").write_text(json.dumps(ratios))
 
 
 def step(features: list[Tensor], bank: ck.FileNegatives, **options) -> Tensor:
@@ -107,19 +114,21 @@ def rchar() -> int:
 
 def report(
     bank: ck.FileNegatives, ranks: int, losses: dict, alone: list[Cost], costs: list[list[Cost]]
-) -> None:
+) -> dict[str, float]:
     print(f"{bank.shape[0]:,} rows of {DIM} bfloat16, {QUERIES} queries, {os.cpu_count()} cores")
     print(f"losses: {losses['alone']:.7f} alone, {losses['together']:.7f} on {ranks} ranks")
     slowest = [max(each, key=lambda cost: cost.wall) for each in zip(*costs, strict=True)]
+    ratios = {}
     for field in Cost._fields:
         one = [getattr(cost, field) for cost in alone]
         each = [getattr(cost, field) for cost in slowest]
-        ratio = median(b / a for a, b in zip(one, each, strict=True))
+        ratio = ratios[field] = median(b / a for a, b in zip(one, each, strict=True))
         print(
             f"{field}: median {median(one):,.2f} alone, {median(each):,.2f} of the slowest rank, "
             f"ratio of a round {ratio:.3f}; least {min(one):,.2f} and {min(each):,.2f}, ratio "
             f"{min(each) / min(one):.3f}"
         )
+    return ratios
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .harness.paths import DOCS, RESULTS, ROOT
 
 README = ROOT / "README.md"
 MEASURED = DOCS / "measured.md"
-NAME, GPU_NAME = "benchmarks", "gpu-benchmarks"
+NAME, GPU_NAME, FOLDS_NAME = "benchmarks", "gpu-benchmarks", "folds"
 
 
 def megabytes(memory: dict, name: str, limit: float | None = None) -> str:
@@ -174,6 +174,32 @@ def with_costs(text: str) -> str:
     return re.sub(r"<!-- cost: (.+?) -->.*?<!-- /cost -->", replaced_cost, text, flags=re.DOTALL)
 
 
+def folds_row(row: dict) -> list[str]:
+    """Of benchmarks/folds.py."""
+    value = row["value"]
+    if isinstance(value, str):
+        return [row["case"], row["against"], row["unit"], brief(value), ""]
+    shown = f"{value:.0f}" if row["unit"] == "MB" else f"{value:.2f}"
+    bold = "" if value <= row["at_most"] else "**"
+    return [row["case"], row["against"], row["unit"], bold + shown + bold, f"{row['at_most']:g}"]
+
+
+def folds() -> str:
+    """The text between the markers of folds.py's table."""
+    lines = []
+    for path in sorted((RESULTS / "folds").glob("*.json")):
+        result = json.loads(path.read_text())
+        environment = result["environment"]
+        lines += [
+            f"{environment['device']} ({environment['capability']}), {environment['threads']} "
+            f"threads; {versions(environment)}; {result['date']}, commit {environment['commit']}. "
+            f"Measured with `{result['command']}`:", "",
+        ]  # fmt: skip
+        head = ["case", "against", "share of", "ours / theirs", "at most"]
+        lines += [*table(head, map(folds_row, result["rows"])), ""]
+    return "\n".join(["", *lines]) if lines else "\nNo results yet.\n"
+
+
 def scaling_row(record: dict) -> list[str]:
     if "failed" in record:
         return [title(record), "FAILED: " + record["failed"], "", ""]
@@ -222,6 +248,11 @@ def section(result: dict) -> list[str]:
     if "search" in groups:
         lines += ["The k nearest of M keys for N queries, forward, float32, D = 128, k = 16:", ""]
         lines += [*large_table(groups["search"]), ""]
+    if "late" in groups:
+        lines += [
+            "Late interaction, N queries of 32 tokens with K documents of 180 each, forward and"
+        ]
+        lines += ["backward, float32, D = 128:", "", *large_table(groups["late"]), ""]
     if "swap" in groups:
         lines += [
             "Drop-in losses of `contrastive_kernels.integrations` against the peers' own, forward"
@@ -265,6 +296,7 @@ def updated(page: str) -> str:
     Those of GPUs get markers of their own with the first result.
     """
     page = pages.replaced(page, NAME, sections("cpu") or "\nNo results yet.\n")
+    page = pages.replaced(page, FOLDS_NAME, folds())
     gpu, (begin, end) = sections("cuda"), pages.markers(GPU_NAME)
     if gpu and begin not in page:
         _, cpu_end = pages.markers(NAME)

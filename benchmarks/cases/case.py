@@ -19,8 +19,8 @@ class Case:
 
     Attributes:
         group: "large" (the rows of the main table), "swap" (drop-in losses against those of the
-            packages), "small" (every loss), "whitening", "search" (the nearest keys) or "scaling"
-            (time over the number of negatives).
+            packages), "small" (every loss), "whitening", "search" (the nearest keys), "late"
+            (late interaction) or "scaling" (time over the number of negatives).
         loss: the function under test; it and the baselines are called with the tensors and options.
         inputs: makes the float32 tensors for a size.
         oracle: their float64 value and gradients.

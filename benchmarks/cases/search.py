@@ -34,7 +34,7 @@ CASES = (
         top_k,
         Sizes(1024, 131072),
         queries_and_keys,
-        oracle.result(search.in_chunks),
+        oracle.result(search.exact),
         K,
         (search.CHUNKS.bounded(0.6), search.FAISS.bounded(1.0)),
         one_product,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..baselines import dense
+from ..baselines import dense, search
 from ..baselines.baseline import Baseline, Loss
 from ..baselines.loading import Lazy
 from . import oracle
@@ -199,6 +199,54 @@ def with_guide(sizes: Sizes, generator: torch.Generator) -> Tensors:
     }
 
 
+@of_sizes("nmd")
+def texts(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """Embeddings of n queries, each near to that of its answer, the same number of the corpus."""
+    corpus = F.normalize(torch.randn(sizes.m, sizes.d, generator=generator), dim=1)
+    noise = F.normalize(torch.randn(sizes.n, sizes.d, generator=generator), dim=1)
+    return {"queries": F.normalize(corpus[: sizes.n] + noise, dim=1), "corpus": corpus}
+
+
+MINED = 5  # of each query
+
+
+def mining(module: ModuleType) -> Loss:
+    """mine_hard_negatives with a model that has the embeddings of its texts: the scores of answers
+    and of what is mined, the nearest first."""
+    datasets = importlib.import_module("datasets")
+    util = importlib.import_module("sentence_transformers.util")
+
+    class Model:
+        device = torch.device("cpu")
+        similarity = staticmethod(util.cos_sim)
+        similarity_pairwise = staticmethod(util.pairwise_cos_sim)
+
+        def __init__(self, **embeddings: Tensor) -> None:
+            self.embeddings = {name: t.numpy() for name, t in embeddings.items()}
+
+        def encode_query(self, texts: list[str], **_) -> Tensor:
+            return self.embeddings["queries"][[int(text[1:]) for text in texts]]
+
+        def encode_document(self, texts: list[str], **_) -> Tensor:
+            return self.embeddings["corpus"][[int(text[1:]) for text in texts]]
+
+    def call(queries: Tensor, corpus: Tensor) -> Tensor:
+        answers = [f"a{i}" for i in range(len(corpus))]
+        given = {"query": [f"q{i}" for i in range(len(queries))], "answer": answers[: len(queries)]}
+        found = module.mine_hard_negatives(
+            datasets.Dataset.from_dict(given), Model(queries=queries, corpus=corpus),
+            corpus=answers, relative_margin=0.05, num_negatives=MINED, output_format="n-tuple",
+            output_scores=True, verbose=False,
+        )  # fmt: skip
+        return torch.tensor(found["scores"][:])
+
+    return call
+
+
+def mined(queries: Tensor, corpus: Tensor) -> Tensor:
+    return search.exact(queries, corpus, k=1 + MINED)  # an answer is nearer than all others
+
+
 def multi_vector(module: ModuleType) -> Loss:
     """The ranking loss of multi-vector encoders, around one that takes token embeddings."""
 
@@ -241,6 +289,14 @@ CASES = (
     swap(
         "GISTEmbedLoss", *RETRIEVAL, guided, with_guide, Sizes(1024, 1024), 1 / 50,
         frozen=("anchor_guide", "positive_guide"),
+    ),
+    replace(
+        swap(
+            "mine_hard_negatives", "sentence_transformers", "sentence_transformers.util",
+            "sentence-transformers", mining, texts, Sizes(10_000, 100_000), 0.6,
+        ),
+        passes="forward",
+        oracle=oracle.result(mined),
     ),
     swap(
         "MultiVectorMultipleNegativesRankingLoss", "sentence_transformers",

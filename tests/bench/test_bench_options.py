@@ -100,7 +100,7 @@ def test_quick_is_the_large_group_with_two_baselines():
         ("--case nothing", "--case must be one of info_nce, "),
         (
             "--group nothing",
-            "--group must be one of large, swap, small, whitening, search, scaling, got",
+            "--group must be one of large, swap, small, whitening, search, late, scaling, got",
         ),
         ("--loss dcl --peer lightly", "--peer must be the beginning of one of none, all, dense"),
         ("--loss info_nce -M 8", "-M does not go with info_nce, which takes -N -D"),

@@ -34,7 +34,7 @@ LAYERS = {
         ("harness",),
         ("traffic", "rank_files", "gpu", "grid", "scaling", "claims"),
         ("negatives", "infomin"),
-        ("base", "options", "report"),
+        ("base", "options", "report", "folds"),
         ("run",),
         ("conftest", "test_cases"),
     ),
