@@ -30,9 +30,10 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(BUILD_INPUTS)
 	@$(RUN) -m contrastive_kernels info
 
 # The packages whose losses the integrations replace: only tests and benchmarks need them.
-$(VENV)/peers.stamp: $(VENV)/requirements.stamp requirements-peers.txt
+$(VENV)/peers.stamp: $(VENV)/requirements.stamp requirements-peers.txt requirements-alone.txt
 	@echo "installing the peers of the integrations"
 	@$(PIP) install -r requirements.txt -r requirements-peers.txt
+	@$(PIP) install --no-deps -r requirements-alone.txt
 	@touch $@
 
 # Their oldest versions, in an environment beside it that shares torch.

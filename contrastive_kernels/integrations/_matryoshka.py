@@ -53,8 +53,9 @@ def forward(
     loss = self.loss
     if isinstance(getattr(loss, "calculate_loss", None), module.CachedLossDecorator):
         return loss(sentence_features, labels)
-    if isinstance(loss, peer.GISTEmbedLoss) and not PEER.since("6.2"):
-        return Unfused("GISTEmbedLoss at prefixes is another loss in older versions", expected=True)
+    if isinstance(loss, peer.GISTEmbedLoss) and not PEER.since("5.7"):
+        # which puts its embeddings where those of the model are kept for the next prefix
+        return Unfused("GISTEmbedLoss after its first prefix is one of its guide", expected=True)
     if isinstance(loss, peer.GISTEmbedLoss):
         reason = _replaced(loss, peer.GISTEmbedLoss, GIST, **_methods(loss, "forward"))
     elif isinstance(loss, peer.MultipleNegativesRankingLoss):

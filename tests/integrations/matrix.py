@@ -35,13 +35,15 @@ KEPT = ("torch", "triton", "torchvision")  # of the interpreter that runs this
 class Package(NamedTuple):
     """distribution: as pip calls it. versions: the last of each minor one, newest first. files: of
     tests, beside the one of its name. selected, few: pytest's -k, for the matrix and for the oldest
-    version in `make test`."""
+    version in `make test`. needs: requirements instead of its own, of which some go with no torch
+    but an older one."""
 
     distribution: str
     versions: str
     files: tuple[str, ...] = ()
     selected: str = ""
     few: str = ""
+    needs: tuple[str, ...] = ()
 
 
 PACKAGES = {
@@ -50,6 +52,11 @@ PACKAGES = {
         "lightly", "1.6.0 1.5.26 1.5.25 1.5.24 1.5.23 1.5.22 1.5.21 1.5.20", few="0.07 or bank"
     ),
     "open_clip": Package("open_clip_torch", "3.3.0 3.2.0 3.1.0 3.0.0 2.32.0 2.31.0 2.30.0"),
+    "pylate": Package(
+        "pylate",
+        "1.6.0",
+        needs=("sentence-transformers==5.3.0", "datasets", "accelerate", "pandas", "ujson==5.12.0"),
+    ),
     "pytorch_metric_learning": Package(
         "pytorch-metric-learning",
         "2.9.0 2.8.1 2.7.0 2.6.0",
@@ -59,6 +66,7 @@ PACKAGES = {
     "sentence_transformers": Package(
         "sentence-transformers",
         "6.2.0 6.1.0 6.0.1 5.7.0 5.6.1 5.5.1 5.4.1 5.3.0 5.2.3 5.1.2 5.0.0",
+        ("mining", "multi_vector"),
         few="test_ranking or test_symmetric or test_training_step",
     ),
     "transformers": Package(
@@ -107,12 +115,16 @@ def environment(folder: Path, *arguments: str) -> str:
     (next(folder.glob("lib/*/site-packages")) / "base.pth").write_text(str(base))
     pins = folder / "pins.txt"
     pins.write_text("".join(f"{name}=={_installed(name)}\n" for name in KEPT if _installed(name)))
+    _install(python, "-c", str(pins), *arguments)
+    return python
+
+
+def _install(python: str, *arguments: str) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python,
-         "install", "-qq", "--no-compile", "-c", str(pins), *arguments],
+         "install", "-qq", "--no-compile", *arguments],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    return python
 
 
 def _base_names() -> list[str]:
@@ -132,7 +144,10 @@ def measure(peer: str, version: str) -> dict:
     requirement = f"{PACKAGES[peer].distribution}=={version}"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            python = environment(Path(folder) / "env", requirement)
+            needs = PACKAGES[peer].needs
+            python = environment(Path(folder) / "env", *(needs or (requirement,)))
+            if needs:
+                _install(python, "--no-deps", requirement)
         except subprocess.CalledProcessError as error:
             record, text = {"error": error.stderr}, error.stderr
         else:
