@@ -73,6 +73,7 @@ HARMLESS = {
         "mini_batch_size": MINI,
         "show_progress_bar": MINI,
         "uses_gradient_cache": "whether calculate_loss is a CachedLossDecorator",
+        "cached_losses": OLDER,
         "sentence_transformers.util.distributed:is_dist_initialized": "whether there is a group",
         "sentence_transformers.util.environment:check_package_availability": CALLED,
         "sentence_transformers.util.hard_negatives:is_datasets_available": CALLED,

@@ -350,7 +350,8 @@ def test_a_patch_reaches_prefixes_of_losses_made_before(name, build):
     torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
     ran = {label for label, status in after.items() if status.fused > before[label].fused}
     cached = {"CachedLossDecorator.__call__"} if "Cached" in name else set()
-    assert ran == {"MatryoshkaLoss.forward", *cached}
+    alone = name == "GISTEmbedLoss" and not fused.PEER.since("5.7")  # a prefix after the other
+    assert ran == {f"{name if alone else 'MatryoshkaLoss'}.forward", *cached}
 
 
 @pytest.mark.parametrize("case", ["columns", "method", "similarity", "loss"])
