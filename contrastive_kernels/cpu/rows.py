@@ -40,11 +40,16 @@ def class_dot(x: Tensor, place: Tensor, normalize: bool) -> Tensor:
     return out
 
 
-def class_dot_backward(x: Tensor, place: Tensor, grad: Tensor, normalize: bool) -> Tensor:
+def class_dot_backward(
+    x: Tensor, place: Tensor, grad: Tensor, normalize: bool, into: Tensor | None = None
+) -> Tensor:
+    """`into`: a contiguous gradient of x, to which this one is added."""
     place = _places(x, place)
     grad = vector(grad, "grad", x.shape[0], statistics_dtype(x))
-    dx = x.new_empty(x.shape)
-    _cpu.class_dot_backward(matrix(x), place.data_ptr(), normalize, grad.data_ptr(), dx.data_ptr())
+    dx = x.new_empty(x.shape) if into is None else into
+    _cpu.class_dot_backward(
+        matrix(x), place.data_ptr(), normalize, grad.data_ptr(), dx.data_ptr(), into is not None
+    )
     return dx
 
 

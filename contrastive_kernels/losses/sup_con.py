@@ -20,6 +20,7 @@ from ..checks import (
 from ..distributed import Batch, Shards, join
 from ..ops import (
     BLOCK_ELEMENTS,
+    add_class_dot_gradient,
     can_tie,
     class_dot,
     has_row_kernels,
@@ -227,7 +228,8 @@ def _class_products(
 
 class _ClassProducts(torch.autograd.Function):
     """(`_class_products` of features among themselves, the features for a sweep and nothing else),
-    a few columns of the features at a time. Its gradient is added to that of the sweep in place.
+    by kernels or a few columns of the features at a time. Its gradient is added to that of the
+    sweep in place.
 
     `_class_products` makes the same sums in plain torch, for autograd, compilers, other candidates
     and ranks. It could serve here too, but keeps three copies of the features until the backward.
@@ -237,14 +239,17 @@ class _ClassProducts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, place: Tensor, normalize: bool, backend: str
     ) -> tuple[Tensor, Tensor]:
+        ctx.normalize, ctx.backend = normalize, backend
+        ctx.set_materialize_grads(False)
+        if has_row_kernels(backend):
+            ctx.save_for_backward(x, place)
+            return class_dot(x, place, normalize), x.view_as(x)
         norm = squares(x, backend=backend)[0].sqrt().unsqueeze(1) if normalize else None
         dot = x.new_zeros(x.shape[0], dtype=statistics_dtype(x))
         for columns in _column_blocks(x):
             z = _unit_columns(x, norm, columns)
             dot += (z * _others(z, place, backend)).sum(1)
-        ctx.backend = backend
         ctx.save_for_backward(x, place, norm)
-        ctx.set_materialize_grads(False)
         return dot, x.view_as(x)
 
     @staticmethod
@@ -254,8 +259,12 @@ class _ClassProducts(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, None, None]:
         if grad is None:
             return grad_x, None, None, None
-        x, place, norm = ctx.saved_tensors
+        x, place, *norms = ctx.saved_tensors
         grad_x = own_gradient(x, grad_x, grad)
+        if not norms:
+            add_class_dot_gradient(grad_x, x, place, grad, ctx.normalize)
+            return grad_x, None, None, None
+        norm = norms[0]
         blocks, weight = _column_blocks(x), grad.unsqueeze(1)
         made = None
         along = torch.zeros_like(weight)

@@ -19,7 +19,13 @@ from .primitives import (
     swept_positives,
 )
 from .registration import NAMESPACE
-from .row_operators import class_dot, has_row_kernels, row_distance, row_distance_gradients
+from .row_operators import (
+    add_class_dot_gradient,
+    class_dot,
+    has_row_kernels,
+    row_distance,
+    row_distance_gradients,
+)
 from .rows import add_rows, sum_rows, take_rows
 from .rowwise import BLOCK_ELEMENTS, can_tie, own_gradient, tied
 from .token_sets import TokenSets, check_token_sets, equal_sets, uneven_sets
@@ -32,6 +38,7 @@ __all__ = [
     "KeyBias",
     "Part",
     "TokenSets",
+    "add_class_dot_gradient",
     "add_rows",
     "can_nest",
     "can_tie",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import no_second_order, register_rules
+from ..autograd import no_second_order, reaches_kernel, register_rules
 from ..backends import CPU_ERROR
 from .registration import NAMESPACE
 from .schemas import empty_gradients, empty_stats
@@ -53,6 +53,17 @@ def class_dot(x: Tensor, place: Tensor, normalize: bool) -> Tensor:
     place: (N,), int32, how many rows are of a class before that of row i.
     """
     return _CALLS["class_dot"](x, place, normalize)
+
+
+def add_class_dot_gradient(
+    total: Tensor, x: Tensor, place: Tensor, grad: Tensor, normalize: bool
+) -> None:
+    """Adds the gradient of `class_dot` by x to `total`, in place."""
+    given = (x, place, grad, normalize)
+    if total.is_contiguous() and reaches_kernel((total, *given)):
+        _KERNELS["class_dot_backward"](*given, total)
+    else:
+        total += _CALLS["class_dot_backward"](*given)
 
 
 def _setup_distance(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -100,6 +111,7 @@ _RULES: dict[str, tuple[Callable, Callable, Callable]] = {
 }  # fmt: skip
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _CALLS: dict[str, Callable] = {}
+_KERNELS: dict[str, Callable] = {}
 
 
 def _register() -> None:
@@ -108,6 +120,8 @@ def _register() -> None:
         _library.define(f"{name}_cpu{schema}")
         op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_cpu").default
         kernel = getattr(kernels, name, None)
+        if kernel is not None:
+            _KERNELS[name] = kernel
         _CALLS[name] = register_rules(_library, op, *_RULES[name], kernel)
 
 

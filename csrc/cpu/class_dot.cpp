@@ -31,7 +31,7 @@ template <class T>
 class ClassSweep {
  public:
   explicit ClassSweep(const ClassRows& rows)
-      : classes_(rows), x_(rows.x, rows.normalize), normalize_(rows.normalize) {}
+      : classes_(rows), x_(rows.x, rows.normalize, true, {}, true), normalize_(rows.normalize) {}
 
   void values(T* out) const {
     for_classes([&](Range members, Room& room) {
@@ -47,7 +47,7 @@ class ClassSweep {
   }
 
   // of sum_i grad_i <z_i, others of i>: grad_i times the others, and the others times their grad
-  void gradients(const T* grad, Dtype dtype, void* dx) const {
+  void gradients(const T* grad, Dtype dtype, void* dx, bool add) const {
     const int64_t d = x_.d();
     for_classes([&](Range members, Room& room) {
       add_members(members, nullptr, room.sum, room);
@@ -60,7 +60,12 @@ class ClassSweep {
           made[k] = grad[i] * (room.sum[k] - z[k]) + (room.weighted[k] - grad[i] * z[k]);
         const T inverse = x_.inverse()[i];
         kernels_.project(made, row(i, room), inverse, normalize_, inverse, d, made);
-        kernels_.write(made, d, dtype, static_cast<char*>(dx) + i * d * size_of(dtype));
+        char* const out = static_cast<char*>(dx) + i * d * size_of(dtype);
+        if (add) {
+          kernels_.read_rows(out, dtype, d, 1, 1, d, room.unit.data());
+          kernels_.add_scaled(T{1}, room.unit.data(), d, made);
+        }
+        kernels_.write(made, d, dtype, out);
       }
     });
   }
@@ -112,13 +117,13 @@ void class_dot(const ClassRows& rows, T* out) {
 }
 
 template <class T>
-void class_dot_backward(const ClassRows& rows, const T* grad, void* dx) {
-  ClassSweep<T>(rows).gradients(grad, rows.x.dtype, dx);
+void class_dot_backward(const ClassRows& rows, const T* grad, void* dx, bool add) {
+  ClassSweep<T>(rows).gradients(grad, rows.x.dtype, dx, add);
 }
 
 template void class_dot(const ClassRows&, float*);
 template void class_dot(const ClassRows&, double*);
-template void class_dot_backward(const ClassRows&, const float*, void*);
-template void class_dot_backward(const ClassRows&, const double*, void*);
+template void class_dot_backward(const ClassRows&, const float*, void*, bool);
+template void class_dot_backward(const ClassRows&, const double*, void*, bool);
 
 }  // namespace ck

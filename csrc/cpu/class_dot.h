@@ -17,8 +17,9 @@ struct ClassRows {
 template <class T>
 void class_dot(const ClassRows& rows, T* out);
 
-// dx: the gradient in the dtype of x, one row after the other
+// dx: the gradient in the dtype of x, one row after the other; with `add` it is added to what is
+// there
 template <class T>
-void class_dot_backward(const ClassRows& rows, const T* grad, void* dx);
+void class_dot_backward(const ClassRows& rows, const T* grad, void* dx, bool add);
 
 }  // namespace ck

@@ -220,10 +220,11 @@ void dot_of_classes(const MatrixTuple& x, Address places, bool normalize, Addres
 }
 
 void dot_of_classes_backward(const MatrixTuple& x, Address places, bool normalize, Address grad,
-                             Address dx) {
+                             Address dx, bool add) {
   with_compute_type(dtype_of(x), [&](auto t) {
     using T = decltype(t);
-    class_dot_backward<T>({matrix(x), at<int32_t>(places), normalize}, at<T>(grad), at<void>(dx));
+    class_dot_backward<T>({matrix(x), at<int32_t>(places), normalize}, at<T>(grad), at<void>(dx),
+                          add);
   });
 }
 
