@@ -177,12 +177,12 @@ def reaches_kernel(args: tuple) -> bool:
     ):
         return False
     for arg in args:
-        if isinstance(arg, Tensor) and (
-            type(arg) not in (Tensor, Parameter)
-            or not arg.is_cpu
-            or arg.is_neg()
-            or not torch._C._has_storage(arg)  # gradients that are taken as a batch
-        ):
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            # without storage: gradients that are taken as a batch
+            if not arg.is_cpu or arg.is_neg() or not torch._C._has_storage(arg):
+                return False
+        elif arg is not None and isinstance(arg, Tensor):
             return False
     return True
 
@@ -217,9 +217,7 @@ def _derivative(run: Callable, backward_rule: Callable, setup_context: Callable)
     def call(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
             refuse_tangents(args)
-        if not torch.is_grad_enabled() or not any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in args
-        ):
+        if not torch.is_grad_enabled() or not _requires_grad(args):
             with torch._C._AutoDispatchBelowAutograd():
                 return run(*args)
         # Function.apply itself would look at all arguments again, and start transforms anew; here,
@@ -230,6 +228,14 @@ def _derivative(run: Callable, backward_rule: Callable, setup_context: Callable)
             return super(torch.autograd.Function, RuleOfTransform).apply(*args)
 
     return call
+
+
+def _requires_grad(args: tuple) -> bool:
+    # in a loop: a generator takes longer than the question
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.requires_grad:
+            return True
+    return False
 
 
 def _one_by_one(op: OpOverload, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:

@@ -123,7 +123,7 @@ def unusable_reason(name: str, device: str) -> str | None:
         error = CUDA_ERROR or _no_gpu()
         if device != "cuda":
             wrong_device = "it takes cuda tensors only"
-    return "; ".join(reason for reason in (error, wrong_device) if reason) or None
+    return "; ".join(filter(None, (error, wrong_device))) or None
 
 
 def runs_dense(backend: str) -> bool:

@@ -97,8 +97,9 @@ def _ids(
     if rows is None or cols is None:
         return _NO_IDS, None
     dtype = torch.int32 if rows.dtype is cols.dtype is torch.int32 else torch.int64
+    shared = rows is cols and n == m
     rows = vector(rows, f"{name}_rows", n, dtype)
-    cols = vector(cols, f"{name}_cols", m, dtype)
+    cols = rows if shared else vector(cols, f"{name}_cols", m, dtype)
     return (rows.data_ptr(), cols.data_ptr(), dtype is torch.int32), (rows, cols)
 
 

@@ -162,9 +162,7 @@ def sweep(
         return sharded.softmax(given, mean=mean, columns=columns, threshold=threshold)
     attend = attends(given, mean, columns)
     out = pairs.softmax(given, mean=mean, columns=columns, threshold=threshold, attend=attend)
-    return out._replace(
-        attended=None, slope=None, lse_low=None, col_lse_low=None, mean_low=None, col_mean_low=None
-    )
+    return Sweep(out.lse, out.mean, out.col_lse, out.col_mean, out.counts, partner=out.partner)
 
 
 def attends(given: Pairs, mean: bool, columns: bool) -> bool:
