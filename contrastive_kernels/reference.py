@@ -540,8 +540,8 @@ def mnrl(
 def gist(
     anchor: Tensor,
     positive: Tensor,
-    anchor_guide: Tensor,
-    positive_guide: Tensor,
+    anchor_guide: Tensor | None = None,
+    positive_guide: Tensor | None = None,
     *,
     negatives: Tensor | None = None,
     negatives_guide: Tensor | None = None,
@@ -559,9 +559,14 @@ def gist(
 
     anchor and positive (N, D), negatives (M, D), their guides (N, G) and (M, G). The pairs: anchor
     and other positives, anchors and anchors, positives and positives, anchor and negatives.
-    margin_strategy: "absolute", g+ - margin, or "relative", g+ - |g+| margin.
+    margin_strategy: "absolute", g+ - margin, or "relative", g+ - |g+| margin. Without guides the
+    features are their own, and no pair is of a feature with itself (Qwen3-Embedding, 2025, eq. 2).
     """
     scale = 1 / temperature if scale is None else scale
+    alone = anchor_guide is None or positive_guide is None
+    if anchor_guide is None or positive_guide is None:
+        anchor_guide, positive_guide = anchor.detach(), positive.detach()
+        negatives_guide = None if negatives is None else negatives.detach()
     anchor_guide, positive_guide = anchor_guide.double(), positive_guide.double()
     limit = row_dot(anchor_guide, positive_guide, normalize=normalize)
     limit = limit + 64 * torch.finfo(limit.dtype).eps * (1 + limit.abs())  # a tie is not above it
@@ -577,7 +582,9 @@ def gist(
     logits, kept = [], []
     for (x, x_guide), (y, y_guide) in contrasts:
         logits.append(scale * similarity(x, y, normalize))
-        kept.append(similarity(x_guide, y_guide, normalize) <= limit[:, None])
+        kept.append(~(similarity(x_guide, y_guide, normalize) > limit[:, None]))
+        if alone and x is y:
+            kept[-1].fill_diagonal_(False)
     kept[0].fill_diagonal_(False)  # the positive itself
     dot = scale * row_dot(anchor, positive, normalize=normalize)
     rows = cross_entropy_rows(dot, torch.cat(logits, 1), torch.cat(kept, 1), None)

@@ -253,6 +253,7 @@ GUIDED = {
     "anchor_guide": frozen("N G"),
     "positive_guide": frozen("N G"),
 }
+GUIDED_OWN = {"anchor": features("N D"), "positive": view("anchor")}
 GUIDED_NEGATIVES = NEGATIVES | {"negatives_guide": frozen("M G")}
 GIST_CASES = {
     "gist": Case(GUIDED | GUIDED_NEGATIVES),
@@ -262,6 +263,9 @@ GIST_CASES = {
         GUIDED | GUIDED_NEGATIVES,
         {"temperature": 0.2, "margin_strategy": "relative", "margin": -0.1},
         sharded=True,
+    ),
+    "gist own guide": Case(
+        GUIDED_OWN | NEGATIVES, {"temperature": 0.5, "margin": -0.1}, {"D": 7}, sharded=True
     ),
     "gist nested": Case(
         GUIDED | GUIDED_NEGATIVES, NESTED | {"temperature": 0.2}, grouped=False, backends=FUSED

@@ -98,6 +98,41 @@ def test_error_budget(dtype, temperature):
     assert_within_budget(fused(guides, **options), definition(guides, **options), inputs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", [2**20, 11])
+def test_the_model_as_its_own_guide(backend, block, monkeypatch):
+    monkeypatch.setattr(algebra, "BLOCK_PAIRS", block)
+    inputs, _ = features(13, 7, 4, 4)
+    scale = torch.tensor(8.0, dtype=DOUBLE)
+    for options in sample(backend, OPTIONS, block, every=12):
+        assert_equal_in_double(
+            lambda a, p, n, s, o=options: gist(
+                a, p, negatives=n, scale=s, reduction="none", backend=backend, **o
+            ),
+            lambda a, p, n, s, o=options: reference.gist(
+                a, p, negatives=n, scale=s, reduction="none", **o
+            ),
+            [*inputs, scale],
+        )
+
+
+def test_the_mask_of_qwen3():
+    """-log exp(s+ / t) / Z of Qwen3-Embedding, with m_ij = 0 where s_ij > s_i+ + 0.1."""
+    anchor, positive, negatives = (randn(9, 4, seed=i) for i in range(3))
+    q, d, k = (F.normalize(t, dim=1) for t in (anchor, positive, negatives))
+    same = torch.eye(9, dtype=torch.bool)
+    none = torch.zeros_like(same)
+    pos = (q * d).sum(1)
+    total, masked = (pos / 0.05).exp(), 0
+    for z, own in ((q @ d.T, same), (q @ q.T, same), (d @ d.T, same), (q @ k.T, none)):
+        keep = (z <= pos[:, None] + 0.1) & ~own
+        masked += int((~keep & ~own).sum())
+        total = total + ((z / 0.05).exp() * keep).sum(1)
+    assert masked > 0
+    found = gist(anchor, positive, negatives=negatives, margin=-0.1, temperature=0.05)
+    torch.testing.assert_close(found, (total.log() - pos / 0.05).mean())
+
+
 def test_a_learned_scale_and_reductions():
     inputs, guides = features(7, 4, 5, 6)
     for reduction in ("mean", "sum", "none"):
@@ -187,6 +222,11 @@ PAIR = {"anchor": (4, 3), "positive": (4, 3), "anchor_guide": (4, 2), "positive_
             {"negatives": (6, 3), "negatives_guide": (6, 3)},
             "anchor_guide and negatives_guide .*features D, got 2 and 3",
         ),
+        ({"positive_guide": None}, "anchor_guide and positive_guide must be given together"),
+        (
+            {"anchor_guide": None, "positive_guide": None, "negatives_guide": (6, 2)},
+            "negatives_guide must be None without anchor_guide and positive_guide",
+        ),
         ({"margin": float("nan")}, "margin must be a finite number, got nan"),
         ({"margin_strategy": "both"}, "margin_strategy must be one of absolute, .* got 'both'"),
         ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
@@ -203,8 +243,9 @@ def test_bad_input(changes, message):
         gist(**arguments)
 
 
+@pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
-def test_operators(whole):
+def test_operators(whole, guided):
     """Of one process, and as a rank has them, without negatives."""
     anchor, positive, negatives = (randn(5, 3, seed=i).requires_grad_() for i in (1, 2, 3))
     guides = [randn(5, 2, seed=i) for i in (4, 5, 6)]
@@ -213,7 +254,7 @@ def test_operators(whole):
         (None, randn(7, 3, seed=8), randn(7, 3, seed=9)),
         (None, randn(7, 2, seed=8), randn(7, 2, seed=9)),
     )  # fmt: skip
-    arguments = (
-        anchor, positive, *more, *guides[:2], *more_guides, limit, scale, 1, [True, False, whole]
-    )  # fmt: skip
+    of_guide = (*guides[:2], *more_guides) if guided else 5 * (None,)
+    kinds = [True, False, whole]
+    arguments = anchor, positive, *more, *of_guide, limit, scale, 1, kinds
     torch.library.opcheck(torch.ops.contrastive_kernels.guided_lse.default, arguments)
