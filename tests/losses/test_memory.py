@@ -29,9 +29,8 @@ SEVERAL = (
     "info_nce both symmetric margin", "mnrl harder", "mnrl one document, harder", "mnrl defaults",
     "hcl hard", "cacr rbf", "cacr rbf detached", "cacr_views rbf",
 )  # fmt: skip
-ONE_SWEEP = [
-    row.name for row in LOSSES if row.name not in (*MORE, *IN_BLOCKS, "mnrl", "hcl", "cacr_views")
-]
+OTHERS = (*MORE, *(name for name, *_ in IN_BLOCKS), "mnrl", "hcl", "cacr_views")
+ONE_SWEEP = [row.name for row in LOSSES if row.name not in OTHERS]
 LONG = 2**16  # features of 130 rows: more than there are sums of one side apart from gradients
 ADDED = ("info_nce both symmetric margin", "mnrl harder", "hcl", "cacr rbf", "cacr_views two")
 HALF = {
