@@ -29,11 +29,10 @@ class Units(NamedTuple):
         x = x.to(statistics_dtype(x))
         return x if self.lengths is None else x / self.lengths[rows]
 
-    def blocks(self) -> Iterator[slice]:
+    def blocks(self) -> list[slice]:
         """Blocks of rows of at most BLOCK_PAIRS numbers."""
         count, dim = self.features.shape
-        size = max(1, algebra.BLOCK_PAIRS // dim)
-        return (slice(i, i + size) for i in range(0, count, size))
+        return algebra.row_blocks(count, dim)
 
     def zeros(self, like: Tensor) -> Tensor:
         """A sum of gradients to begin with; of several at once where `like` is several."""

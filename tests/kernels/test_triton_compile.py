@@ -143,14 +143,16 @@ VARIANTS: dict[str, Callable[[int], None]] = {
     "late interaction, smooth": lambda d: late(d, own=2, temperature=0.1),
 }
 
-# At D = 128 alone: what others have with more, or what reads vectors of 128 in slices too.
-SHORT = {
-    "bias",
-    "mean",
-    "nearest",
-    *(name for name in VARIANTS if "attend" in name or "keys" in name),
+# At D = 768 too: the largest variant of each sweep, which the others are parts of.
+LONG = {
+    "keep mean above bias",
+    "symmetric above",
+    "softplus summed",
+    "mean backward",
+    "rows and columns with mean backward",
+    "few rows and columns backward",
+    "symmetric backward",
 }
-SHORT |= {"pairs", *(name for name in VARIANTS if "late" in name)}
 
 # What reads long vectors' products that a library has stored.
 LIBRARY = {
@@ -203,11 +205,11 @@ def results() -> Iterator[tuple]:
     _, ragged = with_code("stats_kernel", lambda: forward(100, drop=True, attend=True))
     yield "ragged", 0.0, ragged, ""
     for name, run in VARIANTS.items():
-        for dim in (128,) if name in SHORT else (128, 768):
+        for dim in (128, 768) if name in LONG else (128,):
             with compiling(90) as made:
                 run(dim)
             yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
-    for architecture, name in itertools.product((80, 90, 100), LIBRARY):
+    for architecture, name in itertools.product((90, 100), LIBRARY):
         with compiling(architecture, LIBRARY[name], l2=L2) as made:
             VARIANTS[name](768)
         label = f"sm_{architecture} {name} by a library"
@@ -259,7 +261,7 @@ def judged(wrong: Iterator[str]) -> None:
 
 
 def test_every_kernel_compiles(compiled):
-    assert len(compiled) > 150
+    assert len(compiled) > 130
     judged(f"{label}: {one.kernel}: {one.error}" for label, _, one in compiled if one.error)
 
 
