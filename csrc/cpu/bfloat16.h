@@ -9,6 +9,8 @@ namespace ck {
 
 struct BFloat16Kernels {
   const char* isa;
+  // whether products take less time than it does to bring operands from beyond a core's caches
+  bool outrun_memory;
   // c (m, n) = a (m, k) b (k, n), or += with `add`, of k pairs. An element's bits depend on k
   // alone, as those of TileKernels::multiply; a.col is 1.
   void (*multiply)(int64_t m, int64_t n, int64_t k, LeftMatrix<uint32_t> a,

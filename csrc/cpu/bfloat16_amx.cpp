@@ -91,6 +91,7 @@ void multiply(int64_t m, int64_t n, int64_t k, LeftMatrix<uint32_t> a,
 
 const BFloat16Kernels& table() {
   static const BFloat16Kernels kernels = {.isa = "amx",
+                                          .outrun_memory = true,
                                           .multiply = multiply,
                                           .pair_rows = pair_rows,
                                           .round = round,

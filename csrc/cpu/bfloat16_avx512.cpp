@@ -21,6 +21,7 @@ struct Pairs {
 
 const BFloat16Kernels& table() {
   static const BFloat16Kernels kernels = {.isa = "avx512bf16",
+                                          .outrun_memory = false,
                                           .multiply = multiply<Pairs>,
                                           .pair_rows = pair_rows,
                                           .round = round,

@@ -11,14 +11,12 @@ namespace ck {
 template <class T>
 struct NestedProblem : Problem<T> {
   NestedProblem(const PairArguments<T>& arguments, const std::vector<int64_t>& ends)
-      : Problem<T>(without_scale(arguments)),
+      : Problem<T>(without_scale(arguments), false),
         ends(ends),
         logit_scale(arguments.scale),
         row_inverse(inverses(this->x)),
         key_inverse(this->symmetric ? Buffer<T>() : inverses(this->y)),
-        key_scale(this->block_keys, logit_scale) {
-    this->bits = false;
-  }
+        key_scale(this->block_keys, logit_scale) {}
 
   int64_t count() const { return static_cast<int64_t>(ends.size()); }
   // the features that prefix k has and k - 1 has not

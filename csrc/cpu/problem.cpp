@@ -65,8 +65,8 @@ std::optional<Features<T>> other_features(const PairArguments<T>& a, bool bits) 
 }  // namespace
 
 template <class T>
-Problem<T>::Problem(const PairArguments<T>& a)
-    : bits(multiplies_bits(a)),
+Problem<T>::Problem(const PairArguments<T>& a, bool may_be_bits)
+    : bits(may_be_bits && multiplies_bits(a)),
       x(a.x, a.normalize, true, a.x_more, bits),
       other(other_features(a, bits)),
       y(other ? *other : x),
@@ -83,16 +83,19 @@ Problem<T>::Problem(const PairArguments<T>& a)
   // products of bits are scaled when they are there
   constexpr double kLargestProduct = 1e37;
   if (bits && !(x.longest() * y.longest() < kLargestProduct)) bits = false;
+  fast = bits && bfloat16_kernels()->outrun_memory;
   if (a.bias != nullptr) largest_bias = largest_magnitude(bias, keys);
   // a tile, the packed rows and the keys of a tile together stay within a core's L2 cache
   const int64_t d = x.d() * static_cast<int64_t>(sizeof(T)) / 4;
-  const int64_t most_rows = d <= 256 ? 256 : d <= 1024 ? 128 : 64;
+  int64_t most_rows = d <= 256 ? 256 : d <= 1024 ? 128 : 64, most_keys = d <= 512 ? 128 : 64;
+  // fast products wait for the sums of gradients, which come and go once for each tile
+  if (fast && d <= 8192) most_rows = d <= 2048 ? 256 : 128, most_keys = 128;
   const int64_t share = divide_up(x.rows(), num_threads());
   block_rows =
       std::clamp(divide_up(share, kRowPadding) * kRowPadding, int64_t{kRowPadding}, most_rows);
   // fewer keys where threads would have none
   const int64_t key_share = divide_up(divide_up(keys, num_threads()), 32) * 32;
-  block_keys = std::clamp<int64_t>(key_share, 32, d <= 512 ? 128 : 64);
+  block_keys = std::clamp<int64_t>(key_share, 32, most_keys);
 }
 
 // A cache line more than a tile's rows: the entries of one row, which a product walks through,

@@ -62,10 +62,12 @@ class Ids {
 
 template <class T>
 struct Problem {
-  explicit Problem(const PairArguments<T>& arguments);
+  // may_be_bits: whether products may be those of bfloat16
+  explicit Problem(const PairArguments<T>& arguments, bool may_be_bits = true);
   Problem(const Problem&) = delete;
 
   bool bits;  // products are those of bfloat16: of features as they lie, and rounded tiles
+  bool fast;  // and outrun memory
   Features<T> x;
   std::optional<Features<T>> other;
   const Features<T>& y;

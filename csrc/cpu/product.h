@@ -6,8 +6,6 @@
 // where the element lies.
 #pragma once
 
-#include <utility>
-
 #include "simd.h"
 #include "tile.h"
 
@@ -64,6 +62,14 @@ CK_FOLD void in_pieces(int count, Visit visit) {
   }
 }
 
+// what lies beyond the columns of c stays; called rather than repeated in every block
+template <class V, class T>
+__attribute__((noinline)) void put_first(int count, T* c, V sums, bool add) {
+  T lanes[kLanes<T>];
+  store(lanes, sums);
+  for (int l = 0; l < count; ++l) c[l] = add ? c[l] + lanes[l] : lanes[l];
+}
+
 // M rows and N vectors of c
 template <class Op, int M, int N>
 void sum_block(const Columns<Op>& o) {
@@ -97,36 +103,54 @@ void sum_block(const Columns<Op>& o) {
     T* c = o.c + r * o.c_row;
 #pragma GCC unroll 8
     for (int q = 0; q < N; ++q, c += W) {
-      if (q < N - 1 || last == W) {
+      if (q < N - 1 || last == W)
         put(c, sums[r][q], o.add);
-      } else {
-        T lanes[W];
-        store(lanes, sums[r][q]);
-        in_pieces<T, W / 2>(
-            last, [&](auto piece, int l) { put(c + l, load<decltype(piece)>(lanes + l), o.add); });
-      }
+      else
+        put_first(last, c, sums[r][q], o.add);
     }
   }
 }
 
-template <class Op, int N, int... M>
-CK_FOLD void sum_last_rows(int64_t m, const Columns<Op>& o, std::integer_sequence<int, M...>) {
-  ((m == M + 1 ? sum_block<Op, M + 1, N>(o) : void()), ...);
+template <class Op, int M, int N>
+CK_FOLD void sum_next_rows(Columns<Op>& o) {
+  sum_block<Op, M, N>(o);
+  o.a.data += M * o.a.row;
+  o.c += M * o.c_row;
+}
+
+// fewer than 2 M rows, in blocks of 2^n
+template <class Op, int M, int N>
+CK_FOLD void sum_last_rows(int64_t m, Columns<Op>& o) {
+  if constexpr (M > 0) {
+    if ((m & M) != 0) sum_next_rows<Op, M, N>(o);
+    sum_last_rows<Op, M / 2, N>(m, o);
+  }
 }
 
 template <class Op, int N>
 void sum_rows(int64_t m, Columns<Op> o) {
   constexpr int M = kSumVectors / N < kMostSumRows ? kSumVectors / N : kMostSumRows;
-  for (; m >= M; m -= M) {
-    sum_block<Op, M, N>(o);
-    o.a.data += M * o.a.row;
-    o.c += M * o.c_row;
-  }
-  sum_last_rows<Op, N>(m, o, std::make_integer_sequence<int, M - 1>{});
+  for (; m >= M; m -= M) sum_next_rows<Op, M, N>(o);
+  sum_last_rows<Op, kMostSumRows / 2, N>(m, o);
 }
 
-template <class Op, int... N>
-CK_FOLD void sum_columns(int64_t m, Columns<Op> o, std::integer_sequence<int, N...>) {
+// fewer than 2 N vectors, likewise
+template <class Op, int N>
+CK_FOLD void sum_vectors(int64_t m, Columns<Op>& o, int vectors) {
+  if constexpr (N > 0) {
+    if ((vectors & N) != 0) {
+      constexpr int kColumns = N * kLanes<typename Op::Sum>;
+      Columns<Op> some = o;
+      some.count = o.count < kColumns ? o.count : kColumns;
+      sum_rows<Op, N>(m, some);
+      o.b += kColumns, o.c += kColumns, o.count -= some.count;
+    }
+    sum_vectors<Op, N / 2>(m, o, vectors);
+  }
+}
+
+template <class Op>
+CK_FOLD void sum_columns(int64_t m, Columns<Op> o) {
   using Term = typename Op::Term;
   using V = Vec<typename Op::Sum>;
   constexpr int W = kLanes<typename Op::Sum>;
@@ -146,7 +170,7 @@ CK_FOLD void sum_columns(int64_t m, Columns<Op> o, std::integer_sequence<int, N.
     o.b = copy;
     o.b_row = vectors * W;
   }
-  ((vectors == N + 1 ? sum_rows<Op, N + 1>(m, o) : void()), ...);
+  sum_vectors<Op, kSumWidth>(m, o, vectors);
 }
 
 template <class Op, class Term = typename Op::Term, class Sum = typename Op::Sum>
@@ -162,16 +186,14 @@ void multiply(int64_t m, int64_t n, int64_t k, LeftMatrix<Term> a, PanelMatrix<c
       const int64_t terms = k - p < kMost ? k - p : kMost;
       for (int64_t j = 0; j < width; j += kWidth) {
         const int count = static_cast<int>(width - j < kWidth ? width - j : kWidth);
-        sum_columns<Op>(m,
-                        {terms,
-                         {a.data + p * a.col, a.row, a.col},
-                         b.data + panel * b.panel + p * b.row + j,
-                         b.row,
-                         c.data + panel * c.panel + j,
-                         c.row,
-                         count,
-                         add || p > 0},
-                        std::make_integer_sequence<int, kSumWidth>{});
+        sum_columns<Op>(m, {terms,
+                            {a.data + p * a.col, a.row, a.col},
+                            b.data + panel * b.panel + p * b.row + j,
+                            b.row,
+                            c.data + panel * c.panel + j,
+                            c.row,
+                            count,
+                            add || p > 0});
       }
       p += terms;
     } while (p < k);

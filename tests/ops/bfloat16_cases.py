@@ -150,7 +150,8 @@ def test_padding_adds_nothing():
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ["clip_loss", "nt_xent", "queue", "siglip_loss"])
 def test_two_runs_and_kept_logits_give_equal_bits(name, threads):
-    x, y = (randn(601, D, seed=s, dtype=HALF) for s in (1, 2))
+    d = D if name == "queue" else 288  # logits of fewer features may not be worth keeping
+    x, y = (randn(601, d, seed=s, dtype=HALF) for s in (1, 2))
     given = [x, y, *calls(0.1)[name][1][2:]]
     loss, before = partial(calls(0.1)[name][0], ck), torch.get_num_threads()
     torch.set_num_threads(threads)
