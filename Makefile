@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -qq --disable-pip-version-check
+# What is imported is compiled then: most of what torch and the peers bring never is.
+INSTALL := $(PIP) install --no-compile
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -19,8 +21,8 @@ $(VENV)/requirements.stamp: requirements.txt
 	    if sys.version_info < (3, 11) else 0)'
 	@echo "setting up $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c requirements.txt $(TORCH)
-	@$(PIP) install -r requirements.txt
+	@$(INSTALL) -c requirements.txt $(TORCH)
+	@$(INSTALL) -r requirements.txt
 	@touch $@
 
 $(VENV)/build.stamp: $(VENV)/requirements.stamp $(BUILD_INPUTS)
@@ -32,8 +34,8 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(BUILD_INPUTS)
 # The packages whose losses the integrations replace: only tests and benchmarks need them.
 $(VENV)/peers.stamp: $(VENV)/requirements.stamp requirements-peers.txt requirements-alone.txt
 	@echo "installing the peers of the integrations"
-	@$(PIP) install -r requirements.txt -r requirements-peers.txt
-	@$(PIP) install --no-deps -r requirements-alone.txt
+	@$(INSTALL) -r requirements.txt -r requirements-peers.txt
+	@$(INSTALL) --no-deps -r requirements-alone.txt
 	@touch $@
 
 # Their oldest versions, in an environment beside it that shares torch.
@@ -44,7 +46,7 @@ $(VENV)/oldest.stamp: $(VENV)/peers.stamp requirements-oldest.txt
 
 $(VENV)/docs.stamp: $(VENV)/requirements.stamp requirements-docs.txt
 	@echo "installing what builds the documentation"
-	@$(PIP) install -r requirements.txt -r requirements-docs.txt
+	@$(INSTALL) -r requirements.txt -r requirements-docs.txt
 	@touch $@
 
 demo: setup
