@@ -21,6 +21,7 @@ from ..types import OwnKeys, statistics_dtype
 
 Keys = TypeVar("Keys", bound=Tensor | NegativeSource | OwnKeys)
 
+SHORTEST = 1e-12  # what F.normalize divides shorter rows by
 BLOCK_PAIRS = 2**20  # of a block of rows, where a matrix is made piece by piece: 4 MiB of float32
 
 

@@ -20,7 +20,7 @@ from ..ops import (
 )
 from ..sources import NegativeSource, is_source
 from ..types import IdPair, known, statistics_dtype
-from .algebra import may_look, unit
+from .algebra import SHORTEST, may_look, unit
 
 
 def distances(
@@ -114,7 +114,7 @@ def shortfall(x: Tensor | Part, look: bool = True) -> Tensor | None:
     than 0 of one below 1e-12. None: 0 throughout, where a `look` may tell."""
     x = (x.of.detach()[x.where] if isinstance(x, Part) else x).detach()
     look = look and may_look(x)
-    if look and not (x[..., 0].abs() <= TINY).any():  # TINY is 0 in float16
+    if look and not (x[..., 0].abs() <= SHORTEST).any():  # SHORTEST is 0 in float16
         return None
     found = _shortfall(torch.linalg.vector_norm(x, dim=-1, dtype=statistics_dtype(x)))
     return None if look and not found.any() else found
@@ -154,11 +154,11 @@ class _Distances(NamedTuple):
         along_y = 0.5 * (values + _shortfall(norm_x) - _shortfall(norm_y).squeeze(-1))
         if grad_x is not None:
             along_x = (grad * (values - along_y)).sum(1, keepdim=True)
-            grad_x = grad_x - 2 * along_x.masked_fill(norm_x < TINY, 0.0) * direction
-            grad_x = grad_x / norm_x.clamp(min=TINY)
+            grad_x = grad_x - 2 * along_x.masked_fill(norm_x < SHORTEST, 0.0) * direction
+            grad_x = grad_x / norm_x.clamp(min=SHORTEST)
         if needs[1]:
-            factor = 2 * grad.unsqueeze(-1) / norm_y.clamp(min=TINY)
-            along = along_y.unsqueeze(-1).masked_fill(norm_y < TINY, 0.0)
+            factor = 2 * grad.unsqueeze(-1) / norm_y.clamp(min=SHORTEST)
+            along = along_y.unsqueeze(-1).masked_fill(norm_y < SHORTEST, 0.0)
             grad_y = torch.addcmul(
                 (factor * (1 - along)) * difference, factor * along, direction.unsqueeze(1),
                 value=-1,
@@ -191,13 +191,10 @@ class _ViewDistances(NamedTuple):
         return total, None
 
 
-TINY = 1e-12  # norms are at least that, as in F.normalize
-
-
 def _norm(x: Tensor) -> Tensor:
     """L2 norm of the rows, with a last dimension of 1."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
 
 
 def _shortfall(norm: Tensor) -> Tensor:
-    return (1 - (norm / TINY).square()).clamp(min=0)
+    return (1 - (norm / SHORTEST).square()).clamp(min=0)

@@ -45,8 +45,12 @@ def koleo(
     backend = resolve_backend(backend, features.device)
     batch, _ = join(group, features.shape[0])
     check_other_rows("features", batch.total)
-    blocks = features.device.type == "cpu" and can_tie(backend, features, 0)
-    if isinstance(batch, Shards) or not blocks:
+    blocks = (
+        features.device.type == "cpu"
+        and can_tie(backend, features, 0)
+        and not isinstance(batch, Shards)
+    )
+    if not blocks:
         features, normalize = unit(features, normalize), False
     ids, keys = batch.own_ids(features.device), batch.gather_keys(features)
     if len(features) > 0:
@@ -56,10 +60,10 @@ def koleo(
         ).ids.flatten()  # fmt: skip
     else:  # a rank without rows
         nearest = torch.empty(0, dtype=torch.int64, device=features.device)
-    if isinstance(batch, Shards) or not blocks:
-        distance = (features - take_rows(keys, nearest, backend) + eps).norm(dim=1)
-    else:
+    if blocks:
         distance = _Distance.apply(features, nearest, eps, normalize, backend)
+    else:
+        distance = (features - take_rows(keys, nearest, backend) + eps).norm(dim=1)
     return batch.reduce_rows(-(distance + eps).log(), reduction)
 
 

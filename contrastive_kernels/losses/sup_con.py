@@ -32,7 +32,7 @@ from ..ops import (
     take_rows,
 )
 from ..types import Group, Loss, LossStats, Sweep, known, statistics_dtype
-from .algebra import count_equal_ids, may_look, softplus, unit
+from .algebra import SHORTEST, count_equal_ids, may_look, softplus, unit
 from .base import ContrastiveLoss, loss
 
 
@@ -276,14 +276,11 @@ class _ClassProducts(torch.autograd.Function):
             z = _unit_columns(x, norm, columns)
             if made is None or len(blocks) > 1:
                 made = _gradient(z, place, weight, ctx.backend)
-            if norm is not None:  # a norm that was raised to 1e-12 is a constant
-                made = torch.addcmul(made, z, along.masked_fill(norm <= TINY, 0.0), value=-1)
-                made /= norm.clamp(min=TINY)
+            if norm is not None:  # a norm that was raised to SHORTEST is a constant
+                made = torch.addcmul(made, z, along.masked_fill(norm <= SHORTEST, 0.0), value=-1)
+                made /= norm.clamp(min=SHORTEST)
             grad_x.narrow(1, columns.start, made.shape[1]).add_(made)
         return grad_x, None, None, None
-
-
-TINY = 1e-12  # norms are at least that
 
 
 def _column_blocks(x: Tensor) -> list[slice]:
@@ -293,7 +290,7 @@ def _column_blocks(x: Tensor) -> list[slice]:
 
 def _unit_columns(x: Tensor, norm: Tensor | None, columns: slice) -> Tensor:
     z = x[:, columns].to(statistics_dtype(x))
-    return z if norm is None else z / norm.clamp(min=TINY)
+    return z if norm is None else z / norm.clamp(min=SHORTEST)
 
 
 def _others(z: Tensor, place: Tensor, backend: str) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..types import statistics_dtype
 from . import algebra
+from .algebra import SHORTEST
 
-SHORTEST = 1e-12  # what F.normalize divides shorter rows by
 BLOCK_ROWS = 1024
 
 
