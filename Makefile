@@ -6,12 +6,14 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -qq --disable-pip-version-check
-# What is imported is compiled then: most of what torch and the peers bring never is.
+# What is imported is compiled then, and kept whatever the environment says: most of what torch and
+# the peers bring never is, and the tests start hundreds of processes.
 INSTALL := $(PIP) install --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test compat proof fuzz lint bench report wheel hub aarch64 clean
+.PHONY: setup demo test compat proof compiled fuzz lint bench report wheel hub aarch64 clean
 
 setup: $(VENV)/build.stamp
 
@@ -72,6 +74,10 @@ compat: setup $(VENV)/peers.stamp
 # One case of every loss compiled and launched as on an H200, by a driver that executes nothing.
 proof: setup
 	@CK_PROOF=1 $(RUN) -m pytest -q tests/kernels/test_launches.py $(ARGS)
+
+# What is kept of the Triton kernels for GPUs, so that a test need not compile all of them again.
+compiled: setup
+	@PYTHONPATH=. $(RUN) tests/kernels/compiles.py --write > /dev/null
 
 lint: setup
 	@$(RUN) -m ruff check --quiet .

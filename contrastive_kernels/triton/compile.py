@@ -6,12 +6,15 @@ is replaced for good, and the interpreter must be off.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -37,7 +40,7 @@ class Compiled(NamedTuple):
     Registers and `spilled` bytes are of one thread; `shared` bytes and `tensor` columns (of tensor
     memory) of one program. `instruction` multiplies matrices, "" where none of the tensor cores'
     does; `calls` counts functions that were not inlined. `error`: why it did not compile. `grid`:
-    that of its first launch.
+    that of its first launch. `key`: of all that its code depends on.
     """
 
     kernel: str
@@ -50,6 +53,7 @@ class Compiled(NamedTuple):
     calls: int = 0
     error: str = ""
     grid: tuple[int, ...] = ()
+    key: str = ""
 
     def programs(self, architecture: int) -> int:
         """How many programs one multiprocessor holds at once."""
@@ -61,16 +65,20 @@ class Compiled(NamedTuple):
 
 
 class Driver:
-    """In the place of the driver of a GPU."""
+    """In the place of the driver of a GPU; Triton keeps the kernels of devices apart, and this is
+    one of its own."""
+
+    numbers = itertools.count()
 
     def __init__(self, architecture: int):
         self.architecture = architecture
+        self.device = next(self.numbers)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
-        return self.architecture  # Triton keeps the kernels of devices apart
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -119,35 +127,63 @@ def counting(architecture: int) -> Iterator[Counted]:
 @contextmanager
 def compiling(
     architecture: int, only: str = "", look: Callable[[Compiled, Any], None] | None = None,
-    l2: int = 0,
+    l2: int = 0, record: Mapping[str, Compiled] = MappingProxyType({}),
 ) -> Iterator[list[Compiled]]:  # fmt: skip
     """Host code that is called within it compiles its kernels, or the one of a name; each is listed
     once, and `look` sees it with what Triton has made. `l2`: bytes of the GPU's, 0 where no library
-    is to multiply long vectors."""
+    is to multiply long vectors. `record`: what need not be compiled again, by its key."""
     made: list[Compiled] = []
     seen: set[Any] = set()
+    compile_ = triton.JITFunction._do_compile
+    key = ""
+
+    def compile_unknown(kernel: Any, cached: Any, signature: Any, device: Any, constants: Any,
+                        options: Any, attributes: Any, warmup: bool) -> Any:  # fmt: skip
+        nonlocal key
+        source = kernel.ASTSource(kernel, signature, constants, attributes).hash()
+        key = _key(source, options, architecture)
+        if key in record and look is None:
+            return None
+        return compile_(kernel, cached, signature, device, constants, options, attributes, warmup)
 
     def launch(
         kernel: Any, grid: Any, *args: Any, tile: Tile | None = None, **constants: Any
     ) -> None:
-        name = kernel.fn.__name__
+        nonlocal key
+        name, key = kernel.fn.__name__, ""
         if only not in ("", name):
             return
+        found, error = None, ""
         try:
             found = kernel.warmup(*args, **constants, **_options(tile), grid=grid)
-            key, result = found.hash, None
-        except Exception as error:  # whatever a compiler raises
-            result = Compiled(name, tile, error=_reason(error))
-            key = result
-        if key not in seen:
-            seen.add(key)
-            result = (result or _report(name, tile, found))._replace(grid=grid)
-            made.append(result)
-            if look is not None and not result.error:
-                look(result, found)
+        except Exception as raised:  # whatever a compiler raises
+            error = _reason(raised)
+        if not key or key in seen:
+            return
+        seen.add(key)
+        if found is not None:
+            result = _report(name, tile, found)
+        else:
+            result = Compiled(name, tile, error=error) if error else record[key]
+        result = result._replace(grid=grid, key=key)
+        made.append(result)
+        if look is not None and found is not None:
+            look(result, found)
 
-    with _in_place(architecture, launch, l2):
+    with (
+        _in_place(architecture, launch, l2),
+        patch.object(triton.JITFunction, "_do_compile", compile_unknown),
+    ):
         yield made
+
+
+def _key(source: str, options: Any, architecture: int) -> str:
+    """Of a source's hash, by Triton, and how it is compiled; the same on every machine."""
+    chosen = {
+        name: value for name, value in vars(options).items() if name != "extern_libs"
+    }  # paths
+    text = repr((triton.__version__, architecture, source, sorted(chosen.items())))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _options(tile: Tile | None) -> dict[str, Any]:

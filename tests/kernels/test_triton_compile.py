@@ -1,37 +1,33 @@
 """The Triton kernels compiled for GPUs that need not be there: no spills, tensor cores in use.
 
-Run as a program, in a process without Triton's interpreter, this file compiles and prints a line of
-JSON for each kernel; the tests judge what it printed.
+`compiles.py` is a program of its own, without Triton's interpreter, and prints a line of JSON for
+each kernel; the tests judge what it printed.
 """
 
-import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import patch
 
+import compiles
 import pytest
 import torch
+import triton
+from compiles import HOPPER, from_json, tiles
 
-from benchmarks.gpu import gates, resources
-from contrastive_kernels import triton as operators
+from benchmarks.gpu import resources
 from contrastive_kernels.__main__ import main
-from contrastive_kernels.triton import configs, max_sim, top_k, tune
-from contrastive_kernels.triton.compile import L2, Compiled, compiling
+from contrastive_kernels.triton import configs, tune
+from contrastive_kernels.triton.compile import Compiled
 from contrastive_kernels.triton.configs import SHARED_KIB, TILES, Tile, row
-from contrastive_kernels.triton.machine_code import Code, Count, code
+from contrastive_kernels.triton.machine_code import Code, Count
 from contrastive_kernels.triton.tune import Entry, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05"}
-# What is compiled here; the rest differs little: `python -m benchmarks.gpu.resources` has all.
-KINDS = {80: ("half",), 86: ("half",), 90: ("half", "single", "double"), 100: ("half",)}
-FEW = 1024  # rows and keys whose sweeps of rows and columns are one launch
 # For an sm_90 at D = 128: the most instructions of single lanes for a pair, and the least n of the
 # products. benchmarks/gpu/gates.py has them for more.
 GATES = {"stats": (9.0, 64), "attend": (12.0, 128), "two_way": (12.5, 64), "gradient": (12.0, 128)}
@@ -43,202 +39,16 @@ SPILLS = {
 }
 
 
-def arguments(dim: int, **used: bool) -> list[torch.Tensor | None]:
-    """x, y, scale, bias, ids to drop and ids to keep, of which only those named are there."""
-    n, meta = FEW if used.get("few") else resources.N, resources.META
-    x = torch.empty(n, dim, dtype=torch.bfloat16, device=meta)
-    if used.get("half"):
-        x = x.half()
-    ids = torch.empty(n, dtype=torch.int64, device=meta)
-    floats = torch.empty(n, device=meta)
-    y = None if used.get("symmetric") else x
-    drop, keep = (ids if used.get(name) else None for name in ("drop", "keep"))
-    pairs = [drop, None if y is None else drop, keep, None if y is None else keep]
-    return [x, y, torch.empty((), device=meta), floats if used.get("bias") else None, *pairs]
-
-
-def forward(dim: int, *, mean=False, above=False, unit=True, columns=False, attend=False, **used):
-    tensors = arguments(dim, **used)
-    above = torch.empty(resources.N, device=resources.META) if above else None
-    aligned = bool(used.get("few"))
-    operators.row_stats(*tensors, above, mean, unit, columns, attend, False, aligned)
-
-
-def softplus(dim: int, *, above=False, summed=False, unit=True, **used):
-    tensors = arguments(dim, **used)
-    above = torch.empty(resources.N, device=resources.META) if above else None
-    needs = [summed, summed, summed, summed and bool(used.get("bias"))]
-    operators.row_softplus(*tensors, above, unit, needs, False)
-
-
-def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=False, **used):
-    tensors = arguments(dim, **used)
-    size = FEW if used.get("few") else resources.N
-    some, none = (torch.empty(n, device=resources.META) for n in (size, 0))
-    grads = [some if rows else None, some if mean and rows else None,
-             some if columns else None, some if mean and columns else None]  # fmt: skip
-    needs = [not key, key, True, key and bool(used.get("bias"))]
-    statistics = [*4 * [some], none, none, some, some]
-    partner = some if used.get("few") else None
-    operators.row_stats_backward(*tensors, *statistics, *grads, partner, unit, needs, False)
-
-
-def products(dim: int, keys: int | None = None, half=False):
-    """Of keys of each row, as many for each or, without `keys`, in runs; and their gradients."""
-    rows, dtype = resources.N, torch.float16 if half else torch.float32
-    of = {"dtype": dtype, "device": resources.META}
-    shape = (rows,) if keys is None else (rows, keys)
-    x, y, grad = (torch.empty(*s, **of) for s in ((rows, dim), (*shape, dim), shape))
-    ends = torch.empty(rows, dtype=torch.long, device=resources.META) if keys is None else None
-    operators.row_dot(x, y, ends, True)
-    operators.row_dot_backward(x, y, ends, grad.float(), True, [True, True])
-
-
-def nearest(dim: int):
-    x, *_, ids, _, _, _ = arguments(dim, drop=True)
-    level = torch.empty(resources.N, device=resources.META)
-    top_k.top_k(x, x, ids, ids, None, None, level, level, 16, True)
-
-
-def late(dim: int, *, own: int = 0, temperature: float = 0.0):
-    """Late interaction of tokens that may not count, and its gradients."""
-    x, y = (torch.empty(n, dim, dtype=torch.bfloat16, device=resources.META) for n in (1024, 11520))
-    ends = [torch.empty(n, dtype=torch.int64, device=resources.META) for n in (32, 64)]
-    kept = [torch.empty(len(t), dtype=torch.bool, device=resources.META) for t in (x, y)]
-    given = (x, y, *ends, *kept, own, temperature, True, not temperature)
-    scores, winners, values = max_sim.max_sim(*given)
-    max_sim.max_sim_backward(*given, winners, values, torch.empty_like(scores), [True, True])
-
-
-# What the losses launch beside the commonest case.
-VARIANTS: dict[str, Callable[[int], None]] = {
-    "plain": lambda d: forward(d, unit=False),
-    "bias": lambda d: forward(d, drop=True, bias=True),
-    "mean": lambda d: forward(d, drop=True, mean=True),
-    "mean above": lambda d: forward(d, drop=True, mean=True, above=True),
-    "keep mean above bias": lambda d: forward(d, keep=True, mean=True, above=True, bias=True),
-    "attend above": lambda d: forward(d, drop=True, attend=True, above=True),
-    "attend keep bias": lambda d: forward(d, drop=True, attend=True, keep=True, bias=True),
-    "attend float16": lambda d: forward(d, drop=True, attend=True, half=True),
-    "rows and columns keep": lambda d: forward(d, columns=True, drop=True, keep=True),
-    "symmetric": lambda d: forward(d, symmetric=True, drop=True),
-    "symmetric above": lambda d: forward(d, symmetric=True, drop=True, above=True),
-    "softplus above": lambda d: softplus(d, drop=True, bias=True, above=True),
-    "softplus summed": lambda d: softplus(d, drop=True, bias=True, summed=True),
-    "backward plain": lambda d: backward(d, unit=False),
-    "key bias backward": lambda d: backward(d, drop=True, bias=True, key=True),
-    "mean backward": lambda d: backward(d, drop=True, mean=True),
-    "rows and columns backward": lambda d: backward(d, drop=True, columns=True),
-    "rows and columns with mean backward": lambda d: backward(d, columns=True, mean=True),
-    "few rows and columns": lambda d: forward(d, columns=True, drop=True, few=True),
-    "few rows and columns backward": lambda d: backward(d, columns=True, drop=True, few=True),
-    "few rows backward": lambda d: backward(d, drop=True, few=True),
-    "symmetric backward": lambda d: backward(d, symmetric=True, drop=True),
-    "float16 backward": lambda d: backward(d, drop=True, half=True),
-    "pairs": lambda d: products(d, 1),
-    "keys of each row": lambda d: products(d, 7),
-    "runs of keys": lambda d: products(d),
-    "runs of keys, float16": lambda d: products(d, half=True),
-    "nearest": nearest,
-    "late interaction": late,
-    "late interaction, smooth": lambda d: late(d, own=2, temperature=0.1),
-}
-
-# At D = 768 too: the largest variant of each sweep, which the others are parts of.
-LONG = {
-    "keep mean above bias",
-    "symmetric above",
-    "softplus summed",
-    "mean backward",
-    "rows and columns with mean backward",
-    "few rows and columns backward",
-    "symmetric backward",
-}
-
-# What reads long vectors' products that a library has stored.
-LIBRARY = {
-    "rows and columns keep": "two_way_kernel",
-    "rows and columns with mean backward": "coefficient_kernel",
-    "rows and columns backward": "coefficient_kernel",
-}
-
-# The engine for Hopper: with a fixed shift, and with the running maximum of float16.
-HOPPER = [("hopper", 64, False), ("hopper", 128, False), ("hopper", 256, False),
-          ("hopper float16", 128, True)]  # fmt: skip
-
-
-def tiles() -> Iterator[tuple[int, Entry, Tile]]:
-    for architecture, entry in resources.configurations():
-        yield architecture, entry, TILES[architecture][entry.kind][entry.schedule][entry.width]
-
-
-def distinct() -> dict[tuple[int, Entry], tuple[int, Entry]]:
-    """What is compiled for every tile that is judged: the tile itself, or one that makes the same
-    code. Those of sm_86 that are sm_80's; of those that read vectors in slices the longest."""
-    stands: dict[tuple, tuple[int, Entry]] = {}
-    found = {}
-    for architecture, entry, tile in reversed(list(tiles())):
-        # of what no gate counts, the tiles that need the most registers
-        counted = architecture == 90 and entry.kind != "double"
-        if entry.kind in KINDS[architecture] and (counted or entry.width not in (64, 128)):
-            sliced = entry.width == 0 or tile.block_k < entry.width
-            code = 80 if architecture == 86 else architecture
-            key = (code, entry._replace(width=0 if sliced else entry.width), tile)
-            found[architecture, entry] = stands.setdefault(key, (architecture, entry))
-    return found
-
-
-def results() -> Iterator[tuple]:
-    """(what it was compiled for, architecture, kernel) of all that the tests judge; and of the
-    sweeps for an sm_90 at D = 128 what a pair costs, the machine code, and the IR of the GPU."""
-    for architecture, entry in sorted(set(distinct().values())):
-        seen: list[tuple] = []
-
-        def look(made: Compiled, found, entry=entry, seen=seen) -> None:
-            if not seen and entry.width == 128:  # what comes after it repairs
-                facts = code(found)
-                seen.append((gates.per_pair(made, facts), facts, found.asm["ttgir"]))
-
-        gated = architecture == 90 and entry.kind == "half" and entry.schedule in GATES
-        only = resources.KERNELS[entry.schedule]
-        with compiling(architecture, only, look if gated else None) as made:
-            resources.workload(entry, resources.META, resources.N)()
-        yield from ((f"sm_{architecture} {entry}", architecture, one) for one in made)
-        yield from ((entry.schedule, *facts) for facts in seen)
-    _, ragged = with_code("stats_kernel", lambda: forward(100, drop=True, attend=True))
-    yield "ragged", 0.0, ragged, ""
-    for name, run in VARIANTS.items():
-        for dim in (128, 768) if name in LONG else (128,):
-            with compiling(90) as made:
-                run(dim)
-            yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
-    for architecture, name in itertools.product((90, 100), LIBRARY):
-        with compiling(architecture, LIBRARY[name], l2=L2) as made:
-            VARIANTS[name](768)
-        label = f"sm_{architecture} {name} by a library"
-        yield from ((label, architecture, one) for one in made)
-    with patch.dict(os.environ, CK_HOPPER="1"):
-        for name, dim, half in HOPPER:
-            attend = partial(forward, dim, drop=True, attend=True, half=half)
-            made, facts = with_code("attend_kernel", attend)
-            yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
-            yield f"{name} D={dim}", 0.0, facts, ""
-
-
-def with_code(kernel: str, run: Callable[[], None]) -> tuple[list[Compiled], Code]:
-    """A kernel for an sm_90, and the machine code of the first of it."""
-    seen: list[Code] = []
-    with compiling(90, kernel, lambda _, found: seen.append(code(found))) as made:
-        run()
-    return made, seen[0]
-
-
 @pytest.fixture(scope="session")
 def printed() -> list[list]:
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, compiles.__file__],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return list(map(json.loads, done.stdout.splitlines()))
@@ -246,7 +56,7 @@ def printed() -> list[list]:
 
 @pytest.fixture(scope="session")
 def compiled(printed) -> list[tuple[str, int, Compiled]]:
-    return [(row[0], row[1], Compiled(*row[2])) for row in printed if len(row) == 3]
+    return [(row[0], row[1], from_json(row[2])) for row in printed if len(row) == 3]
 
 
 @pytest.fixture(scope="session")
@@ -266,6 +76,16 @@ def judged(wrong: Iterator[str]) -> None:
 def test_every_kernel_compiles(compiled):
     assert len(compiled) > 110
     judged(f"{label}: {one.kernel}: {one.error}" for label, _, one in compiled if one.error)
+
+
+def test_what_is_kept_of_kernels_is_what_the_compiler_makes(compiled):
+    """Of those of today; and no kernel is missing, or kept for nothing."""
+    version, kept = compiles.recorded()
+    if version != triton.__version__:
+        pytest.skip(f"kept of Triton {version}")
+    made = {one.key: one for _, _, one in compiled}
+    assert kept.keys() == made.keys(), "kernels have changed: make compiled"
+    judged(f"{one}, not {kept[key]}" for key, one in made.items() if one != kept[key])
 
 
 def test_no_kernel_spills(compiled):
@@ -459,8 +279,3 @@ def test_wrong_options_of_tune(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["tune", *wrong])
     assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    for result in results():
-        print(json.dumps(result), flush=True)
