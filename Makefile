@@ -15,21 +15,29 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
 
 .PHONY: setup demo test compat proof compiled fuzz lint bench report wheel hub aarch64 clean
 
-setup: $(VENV)/build.stamp
+setup: $(VENV)/setup.stamp
 
-# torch comes first and alone: the bare version also matches a CPU build where pip is offered one.
-$(VENV)/requirements.stamp: requirements.txt
+$(VENV)/tools.stamp: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=<path>" \
 	    if sys.version_info < (3, 11) else 0)'
 	@echo "setting up $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -c requirements.txt setuptools wheel pybind11 cmake ninja
+	@touch $@
+
+# torch comes first and alone: the bare version also matches a CPU build where pip is offered one.
+$(VENV)/requirements.stamp: $(VENV)/tools.stamp
 	@$(INSTALL) -c requirements.txt $(TORCH)
 	@$(INSTALL) -r requirements.txt
 	@touch $@
 
-$(VENV)/build.stamp: $(VENV)/requirements.stamp $(BUILD_INPUTS)
+# The extension knows no torch: with `make -j2` it is built while that comes over the network.
+$(VENV)/build.stamp: $(VENV)/tools.stamp $(BUILD_INPUTS)
 	@echo "building the extension (incremental after the first time)"
 	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/setup.stamp: $(VENV)/requirements.stamp $(VENV)/build.stamp
 	@touch $@
 	@$(RUN) -m contrastive_kernels info
 

@@ -26,7 +26,7 @@ SHARED = [list(x) for n in (1, 2, 3) for x in combinations(FACTORS, n)]
 
 FULL = {
     "strengths": [0.0, 0.25, 0.5, 1.0, 2.0, 4.0],
-    "rates": [2e-3, 5e-3],
+    "rates": [1e-3, 2e-3, 5e-3],
     "steps": 500,
     "seeds": 5,
     "probe": [3000, 2000],  # labelled scenes to fit on, and to score on

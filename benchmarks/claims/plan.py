@@ -12,7 +12,7 @@ PARTS: dict[str, Part] = {
     "infomin": infomin.PART,
     "wmse": wmse.PART,
 }
-CORES, HOURS, SPARE = 2, 2, 0.25  # what a full run may take, and what of it stays free
+CORES, HOURS, SPARE = 2, 2, 0.2  # what a full run may take, and what of it stays free
 
 
 def measure(name: str, task: Task, settings: dict[str, Any], chosen: dict) -> dict:
@@ -35,7 +35,7 @@ def lines(names: Iterable[str], quick: bool = False) -> list[str]:
     rows, total = [], 0.0
     for name in names:
         for kind, count, seconds in planned(name, quick):
-            rows.append(f"{name:10s} {kind:12s} {count:4d} trainings {seconds / 60:7.1f} min")
+            rows.append(f"{name:10s} {kind:24s} {count:4d} trainings {seconds / 60:7.1f} min")
             total += seconds
     allowed = CORES * HOURS * 60 * (1 - SPARE)
     inside = "within" if total / 60 <= allowed else "BEYOND"
