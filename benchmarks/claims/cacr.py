@@ -21,10 +21,10 @@ from .probe import accuracy
 from .verdict import Claim, Condition, mean, minus
 
 HARDNESS = {  # temperatures, and t- of CACR
-    "InfoNCE": (0.2, 0.5),
-    "debiased": (0.2, 0.5),
-    "HCL": (0.2, 0.5),
-    "CACR": (0.9, 2.0),
+    "InfoNCE": (0.1, 0.2, 0.5),
+    "debiased": (0.1, 0.2, 0.5),
+    "HCL": (0.1, 0.2, 0.5),
+    "CACR": (0.3, 0.9, 2.0),
 }
 RIVALS = ("InfoNCE", "debiased", "HCL")
 BATCH = 64
