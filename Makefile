@@ -109,7 +109,6 @@ report: setup
 	@$(RUN) -m benchmarks.report
 	@$(RUN) -m benchmarks.scaling --plot
 	@$(RUN) -m benchmarks.grid
-	@$(RUN) -m benchmarks.negatives --plot --report
 	@$(RUN) -m benchmarks.infomin --plot --report
 	@$(RUN) -m benchmarks.claims --plot --report
 

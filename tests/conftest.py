@@ -14,7 +14,7 @@ DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
 CPU_ONLY = {
     "distributed", "package", "site", "test_bench_base", "test_bench_cases", "test_bench_installed",
     "test_bench_options", "test_bench_output", "test_bench_run", "test_callbacks", "test_fold",
-    "test_gpu_plan", "test_infomin", "test_launches", "test_negatives_study", "test_whiten_block",
+    "test_gpu_plan", "test_infomin", "test_launches", "test_whiten_block",
 }  # fmt: skip
 # Files that a worker is busy with for long: started first, none is left alone with one at the end.
 SLOWEST = (

@@ -97,8 +97,9 @@ def figures(kind: str, study: Study) -> list[str]:
     records = study.find(kind=kind)
     fields = [f for f in MEASURES if any(f in r for r in records)]
     about = [a for a in ABOUT if len({str(r.get(a)) for r in records}) > 1]
-    if not fields or not about:
+    if not fields:
         return []
+    about = about or [a for a in ABOUT if a in records[0]]
     groups: dict[str, list[dict]] = {}
     for record in records:
         groups.setdefault(json.dumps([record.get(a) for a in about]), []).append(record)

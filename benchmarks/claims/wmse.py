@@ -24,11 +24,11 @@ TEMPERATURE = 0.2
 LOSSES = ("W-MSE", "MSE", "InfoNCE")
 FULL = {
     "views": 65536 * 2,  # that a training sees
-    "batches": [64, 128, 256, 512, 1024],
+    "batches": [64, 256, 1024],
     "batch": 256,
-    "groups": [40, 64, 128, 256],
+    "groups": [64, 128, 256],
     "group": 64,
-    "rates": [1e-3, 2e-3, 5e-3, 1e-2],
+    "rates": [2e-3, 5e-3, 1e-2],
     "seeds": 5,
     "sample": 1000,  # of test crops, for the spectrum
 }

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from oracles import randn
 
 from benchmarks.claims import __main__ as command
 from benchmarks.claims import cacr, data, draw, eqco, infomin, plan, probe, report, run, train, wmse
@@ -114,6 +116,21 @@ def test_positions_of_labels():
     left = data.crops("left")
     wanted = torch.arange(len(PHOTOGRAPHS)).repeat(50)
     assert torch.equal(left.labels[left.of(wanted, generator())], wanted)
+
+
+def test_crops_are_the_windows_with_contrast():
+    images = [torch.rand(30, 41), torch.rand(PATCH, 29)]
+    images[0][:, :30] = 0.5  # 7 positions in a row that see nothing but grey
+    crops = data.Crops(images)
+    assert len(crops) == 7 * (18 - 7) + 6
+    drawn, labels = crops.draw(200, generator())
+    windows = [
+        image.unfold(0, PATCH, 1).unfold(1, PATCH, 1).reshape(-1, PATCH, PATCH) for image in images
+    ]
+    assert set(labels.tolist()) == {0, 1}
+    for crop, label in zip(drawn[:, 0], labels, strict=True):
+        assert (crop == windows[label]).all((1, 2)).any()
+    assert (drawn.std((1, 2, 3)) > 0.02).all()
 
 
 def test_test_crops_are_balanced_and_from_the_other_side():
@@ -264,6 +281,45 @@ def test_each_part_trains(name, quick_accuracy):
 def test_accuracy_of_an_encoder():
     found = probe.accuracy(train.network(0)[0])
     assert set(found) == {"neighbours", "probe"} and all(0.1 < x < 0.7 for x in found.values())
+
+
+def test_length_and_noise_of_a_gradient():
+    query, positive = (F.normalize(x, dim=1) for x in randn(2, 7, 5))
+    draws, tau, alpha = list(randn(4, 9, 5, seed=1)), eqco.TEMPERATURE, 512.0
+    got = probe.pull(lambda q, rows: eqco.loss_of("EqCo", q, positive, rows, alpha), query, draws)
+    gradients = []
+    for keys in draws:
+        unit = F.normalize(keys, dim=1)
+        weight = (query @ unit.T / tau).exp() * alpha / len(keys)
+        total = weight.sum(1, keepdim=True) + ((query * positive).sum(1) / tau).exp()[:, None]
+        gradient = (weight @ unit - weight.sum(1, keepdim=True) * positive) / total / tau
+        # the part along the query moves no unit vector
+        gradients.append(gradient - (gradient * query).sum(1, keepdim=True) * query)
+    stacked = torch.stack(gradients)
+    square = stacked.square().sum(2).mean()
+    deviation = stacked - stacked.mean(0)
+    noise = deviation.square().sum(2).sum(0).mean() / (len(draws) - 1) / square
+    length = (square * (1 - noise)).sqrt().item()
+    assert got.length == pytest.approx(length, rel=1e-10)
+    assert got.noise == pytest.approx(noise.item(), rel=1e-10)
+
+
+def test_eqco_is_info_nce_at_alpha():
+    query, key = torch.randn(2, 5, 8, generator=generator())
+    rows = torch.randn(300, 8, generator=generator())
+    first, second = (eqco.loss_of(name, query, key, rows, 300.0) for name in eqco.LOSSES)
+    assert torch.equal(first, second)
+
+
+def test_negatives_are_drawn_for_all_queries_or_for_each(quick_accuracy, monkeypatch):
+    own, seen = settings("eqco"), []
+    monkeypatch.setattr(eqco, "loss_of", lambda name, q, k, rows, a: seen.append(rows) or q.sum(1))
+    draw = eqco.Run(0, 2048)
+    for apart in (False, True):
+        draw.fit("EqCo", 4, 1, 0.1, own, apart=apart)
+    shared, each = seen
+    assert shared.shape == (4, train.DIM) and each.shape == (eqco.BATCH, 4, train.DIM)
+    assert len(each.flatten(0, 1).unique(dim=0)) > 3 * eqco.BATCH
 
 
 def test_simo_has_no_queue_and_keys_follow(quick_accuracy):

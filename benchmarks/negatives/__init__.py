@@ -1,1 +1,0 @@
-"""How many negatives the losses need: python -m benchmarks.negatives"""

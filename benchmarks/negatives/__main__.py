@@ -1,8 +1,0 @@
-"""The command: python -m benchmarks.negatives --help"""
-
-import sys
-
-from .run import main
-
-if __name__ == "__main__":
-    sys.exit(main())
