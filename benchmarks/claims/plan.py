@@ -12,7 +12,7 @@ PARTS: dict[str, Part] = {
     "infomin": infomin.PART,
     "wmse": wmse.PART,
 }
-CORES, HOURS, SPARE = 2, 2, 0.2  # what a full run may take, and what of it stays free
+CORES, HOURS, SPARE = 2, 2, 0.25  # what a full run may take, and what of it stays free
 
 
 def measure(name: str, task: Task, settings: dict[str, Any], chosen: dict) -> dict:

@@ -401,7 +401,7 @@ def test_what_is_tuned_is_what_the_others_are_trained_with(monkeypatch):
 def test_the_plan_fits_two_hours_of_two_cores(capsys):
     assert command.main(["--plan"]) == 0
     out = capsys.readouterr().out
-    assert "within the 192" in out and all(name in out for name in plan.PARTS)
+    assert "within the 180" in out and all(name in out for name in plan.PARTS)
     assert "BEYOND" in plan.lines(["eqco", "wmse"] * 3)[-1]
 
 
