@@ -37,7 +37,7 @@ SENTENCES: tuple[tuple[str, int, dict[str, str]], ...] = (
         PART: "Data with a long tail: `cacr` against some of the others, see the table.",
         NOT: "Data with a long tail: nothing speaks for `cacr` over the others.",
     }),
-    ("cacr", 4, {
+    ("cacr", 5, {
         SEEN: "Negatives few or ill chosen: `cacr`, with one positive too.",
         PART: "Negatives few or ill chosen: `cacr` helps in one of the two, see the table.",
         NOT: "Negatives few or ill chosen: `cacr` suffers as `info_nce` does.",

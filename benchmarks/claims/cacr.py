@@ -241,6 +241,23 @@ def claims(study: Study, settings: dict) -> list[Claim]:
             ],
         ),
         Claim(
+            "(a reason, looked for afterwards) What gains is four positives, with any loss",
+            "CACR with four beside the others with one",
+            [
+                Condition(
+                    "CACR with four, less InfoNCE with one",
+                    minus(scores("CACR", 4, even), scores("InfoNCE", 1, even)),
+                ),
+                *(
+                    Condition(
+                        f"{loss}, four less one",
+                        minus(scores(loss, 4, even), scores(loss, 1, even)),
+                    )
+                    for loss in rivals
+                ),
+            ],
+        ),
+        Claim(
             "CCT (one positive) depends less than InfoNCE on the number and choice of negatives",
             "contrastive losses are “sensitive to how many negatives” (abstract of CCT)",
             [
