@@ -40,7 +40,7 @@ SENTENCES: tuple[tuple[str, int, dict[str, str]], ...] = (
     ("cacr", 5, {
         SEEN: "Negatives few or ill chosen: `cacr`, with one positive too.",
         PART: "Negatives few or ill chosen: `cacr` helps in one of the two, see the table.",
-        NOT: "Negatives few or ill chosen: `cacr` suffers as `info_nce` does.",
+        NOT: "Negatives few or ill chosen: `cacr` suffers no less than `info_nce`.",
     }),
     ("infomin", 3, {
         SEEN: "Views matter whatever the loss: augment, and stop before the task is gone.",

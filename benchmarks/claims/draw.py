@@ -10,6 +10,7 @@ from ..harness import pictures
 from ..harness.paths import IMAGES
 from ..harness.seeds import spread
 from .data import FACTORS
+from .eqco import APART
 from .infomin import SHARED
 from .part import Study
 
@@ -74,6 +75,9 @@ def eqco(study: Study, settings: dict) -> object:
         for loss in ("InfoNCE", "EqCo", "SiMo"):
             where = {"loss": loss, "kind": "training", "times": 1}
             curve(one, study, field, loss, "negatives", counts, **where)
+        where = {"loss": "EqCo", "kind": APART}
+        curve(one, study, field, "EqCo", "negatives", counts, label="EqCo, drawn for each query",
+              style="", marker="x", **where)  # fmt: skip
         one.set_title(title)
         log_axis(one, counts, 4, "negatives K")
     axes[0, 0].legend(fontsize=8)
