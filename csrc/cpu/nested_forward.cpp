@@ -40,12 +40,15 @@ class NestedForward {
   }
 
  private:
-  // Logits of all prefixes, one set after the other, as far as there is room.
+  // Logits of the longest prefixes, one set after the other, as far as there is room.
   void keep() {
     constexpr int64_t kSmallest = 1 << 15;  // pairs whose product costs more than the memory does
-    const int64_t padded = divide_up(p_.x.rows(), kRowPadding) * kRowPadding;
     if (!options_.keep || p_.x.rows() * p_.keys < kSmallest) return;
-    keeper_ = take_logits(p_.count() * padded, p_.keys, p_.block_keys, sizeof(T), p_.symmetric);
+    const int64_t padded = p_.padded_rows();
+    const int64_t padded_keys = divide_up(p_.keys, p_.block_keys) * p_.block_keys;
+    const double room = workspace_limit() - workspace_used();
+    const int64_t sets = p_.best_kept(room / (padded * padded_keys * sizeof(T)));
+    keeper_ = take_logits(sets * padded, p_.keys, p_.block_keys, sizeof(T), p_.symmetric);
     if (!keeper_) return;
     p_.kept = keeper_->logits();
     p_.keeps = true;

@@ -26,6 +26,22 @@ struct NestedProblem : Problem<T> {
     return this->symmetric ? of_rows(k) : key_inverse.data() + k * this->keys;
   }
 
+  // Of how many prefixes logits are kept where there is room for those of `room`: the longest
+  // ones, as what is made again of a prefix is made of all shorter ones; so many as save most.
+  int64_t best_kept(double room) const {
+    int64_t best = 1;
+    double most = 0;
+    for (int64_t sets = 1; sets <= count(); ++sets) {
+      const double share = this->symmetric && room < sets ? 0 : std::min(1.0, room / sets);
+      const double saved = share * (ends.back() - block(count() - sets).begin);
+      if (saved > most) best = sets, most = saved;
+    }
+    return best;
+  }
+  int64_t padded_rows() const { return divide_up(this->x.rows(), kRowPadding) * kRowPadding; }
+  // the first prefix whose logits are kept
+  int64_t first_kept() const { return count() - this->kept.rows / padded_rows(); }
+
   const std::vector<int64_t> ends;
   const T logit_scale;
   Buffer<T> row_inverse, key_inverse;  // (prefixes, rows or keys): 1 / norm
@@ -73,12 +89,15 @@ class NestedWorker : public Worker<T> {
     if (!this->aim(keys)) return false;
     const Tile<T>& tile = this->tile_;
     const int64_t size = nested_.block_keys * tile.ld;
-    for (int64_t k = 0; k < nested_.count(); ++k) logits_[k] = this->kept_place(k);
-    const bool kept = logits_[0].data != nullptr;
-    if (!kept && own_.empty()) own_ = Buffer<T>(nested_.count() * nested_.block_keys * room());
-    if (kept && !nested_.keeps) return true;
+    const bool kept = this->kept_place().data != nullptr;
+    const int64_t first = kept ? nested_.first_kept() : nested_.count();
+    if (first > 0 && own_.empty()) own_ = Buffer<T>(nested_.count() * nested_.block_keys * room());
     for (int64_t k = 0; k < nested_.count(); ++k) {
-      if (!kept) logits_[k] = {own_.data() + k * size, tile.ld};
+      if (k < first)
+        logits_[k] = {own_.data() + k * size, tile.ld};
+      else
+        logits_[k] = this->kept_place(k - first);
+      if (k >= first && !nested_.keeps) continue;  // they are there
       this->multiply(nested_.block(k), {tile.data, tile.ld}, k > 0);
       nested_.kernels.scaled_tile(tile.data, tile.ld, tile.keys, tile.rows, row_inverse(k),
                                   key_inverse(k), logits_[k]);

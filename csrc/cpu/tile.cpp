@@ -65,6 +65,25 @@ CK_FOLD void add_lanes(double* out, Vec<T> v) {
   for (int l = 0; l < kLanes<T>; ++l) out[l] += lanes[l];
 }
 
+// adds the sum of the lanes of each of `count` vectors
+template <class T>
+void add_sums(double* out, const Vec<T>* vectors, int count) {
+  constexpr int W = kLanes<T>;
+  int j = 0;
+  for (; j + W <= count; j += W) {
+    Vec<T> block[W];
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) block[r] = vectors[j + r];
+    transpose_steps<1, T>(block);
+#pragma GCC unroll 4
+    for (int width = W / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+      for (int r = 0; r < width; ++r) block[r] += block[r + width];
+    add_lanes<T>(out + j, block[0]);
+  }
+  for (; j < count; ++j) out[j] += sum_lanes<T>(vectors[j]);
+}
+
 template <class T, bool Mean, bool Masked, KeySums OfKeys, bool Store>
 void softmax_forward(const Tile<T>& tile, const ForwardSums<T>& sums) {
   using L = Lane<T>;
@@ -208,8 +227,7 @@ void fold_backward(const Tile<T>& tile, const BackwardTile<T>& b) {
   }
   if constexpr (Total) {
     if (b.slope != nullptr) *b.slope += sum_lanes<T>(slope);
-    if (b.key_total == nullptr) return;
-    for (int j = 0; j < tile.keys; ++j) b.key_total[j] += sum_lanes<T>(key_total[j]);
+    if (b.key_total != nullptr) add_sums<T>(b.key_total, key_total, tile.keys);
   }
 }
 
@@ -265,10 +283,8 @@ void add_coefficients(const Tile<T>& tile, const PrefixTile<T>& p) {
     }
     for (int u = 0; u < L::U; ++u) add_lanes<T>(p.row_along + i0 + u * L::W, along[u]);
   }
-  for (int j = 0; j < tile.keys; ++j) {
-    if (b.key_total != nullptr) b.key_total[j] += sum_lanes<T>(key_total[j]);
-    if (p.key_along != nullptr) p.key_along[j] += sum_lanes<T>(key_along[j]);
-  }
+  if (b.key_total != nullptr) add_sums<T>(b.key_total, key_total, tile.keys);
+  if (p.key_along != nullptr) add_sums<T>(p.key_along, key_along, tile.keys);
 }
 
 template <class T>

@@ -65,6 +65,7 @@ std::unique_ptr<Keeper> take_logits(int64_t rows, int64_t keys, int64_t block, i
   return std::make_unique<Keeper>(
       KeptLogits{
           .memory = memory.data(),
+          .rows = padded,
           .keys = keys,
           .block = block,
           .blocks = blocks,

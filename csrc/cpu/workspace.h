@@ -15,6 +15,7 @@ namespace ck {
 // them the keys that are kept; products write there and folds read it.
 struct KeptLogits {
   void* memory = nullptr;  // null: none
+  int64_t rows = 0;        // padded
   int64_t keys = 0, block = 1, blocks = 0, kept = 0;
   bool half = false;  // of a symmetric matrix, of which `threads` threads walk half
   int64_t threads = 0;

@@ -148,11 +148,17 @@ def test_what_is_kept_changes_no_bit(threads):
     torch.set_num_threads(threads)
     x, y = (randn(601, 48, seed=s, dtype=torch.float32).requires_grad_() for s in (1, 2))
     scale = torch.tensor(20.0, requires_grad=True)
-    found = []
-    for limit in (0, 2**20, 2**26):  # nothing, some blocks, all
+    ends, found = (8, 16, 48), []
+    calls = [nested(ends, columns=True, normalize=True, aligned=True)]
+    calls.append(of_itself(ends, None, normalize=True, together=False))
+    # nothing, some blocks, the longest prefixes of the one and of the other, all
+    for limit in (0, 2**20, 7 * 2**19, 7 * 2**21, 2**26):
         with ck.workspace_limit(limit):
-            out = nested((8, 16, 48), columns=True, normalize=True, aligned=True)(x, y, scale)
-            found.append([out, *torch.autograd.grad(out.sum(), (x, y, scale))])
+            found.append([])
+            for call in calls:
+                out = call(x, y, scale)
+                found[-1] += [out, *torch.autograd.grad(out.sum(), (x, y, scale))]
+                del out
     torch.set_num_threads(before)
     for some in found[1:]:
         assert all(map(torch.equal, some, found[0]))
