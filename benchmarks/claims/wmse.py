@@ -28,7 +28,7 @@ FULL = {
     "batch": 256,
     "groups": [64, 128, 256],
     "group": 64,
-    "rates": [2e-3, 5e-3, 1e-2],
+    "rates": [2e-3, 5e-3, 1e-2, 2e-2],
     "seeds": 5,
     "sample": 1000,  # of test crops, for the spectrum
 }
