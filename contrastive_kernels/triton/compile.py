@@ -158,6 +158,7 @@ def compiling(
             found = kernel.warmup(*args, **constants, **_options(tile), grid=grid)
         except Exception as raised:  # whatever a compiler raises
             error = _reason(raised)
+        key = key or error  # of arguments that do not bind; "" of what is compiled already
         if not key or key in seen:
             return
         seen.add(key)
@@ -179,9 +180,8 @@ def compiling(
 
 def _key(source: str, options: Any, architecture: int) -> str:
     """Of a source's hash, by Triton, and how it is compiled; the same on every machine."""
-    chosen = {
-        name: value for name, value in vars(options).items() if name != "extern_libs"
-    }  # paths
+    paths = "extern_libs"
+    chosen = {name: value for name, value in vars(options).items() if name != paths}
     text = repr((triton.__version__, architecture, source, sorted(chosen.items())))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
