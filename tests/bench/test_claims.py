@@ -225,6 +225,14 @@ def test_plain_mse_stops_the_gradient_at_one_view_and_counts_all_pairs():
     torch.testing.assert_close(got, whole / 2)
 
 
+def test_a_step_of_w_mse_without_an_inverse_shrinks_the_covariance():
+    views = torch.randn(2, 64, 8, generator=generator())
+    views[:, :, 7] = views[:, :, 6]  # features that depend on each other
+    with pytest.raises(ValueError, match="positive definite"):
+        wmse.ck.w_mse(views, group_size=64)
+    assert wmse.loss_of("W-MSE", views, 64, generator()).isfinite()
+
+
 def test_losses_of_pairs_are_averaged():
     views = torch.randn(3, 9, 6, dtype=torch.float64, generator=generator())
     for name in cacr.RIVALS:

@@ -88,6 +88,21 @@ def test_what_is_kept_of_kernels_is_what_the_compiler_makes(compiled):
     judged(f"{one}, not {kept[key]}" for key, one in made.items() if one != kept[key])
 
 
+def test_a_launch_that_does_not_bind_is_listed():
+    text = """
+from contrastive_kernels.triton import engine, gradient
+from contrastive_kernels.triton.compile import compiling
+with compiling(90) as made:
+    engine.launch(gradient.finish_kernel, (1,), nothing=3)
+print(made[0].kernel, made[0].error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", text], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("finish_kernel TypeError"), done.stdout + done.stderr
+
+
 def test_no_kernel_spills(compiled):
     judged(
         f"{label}: {one.kernel} spills {one.spilled} bytes"
