@@ -17,6 +17,7 @@ from contrastive_kernels.ops import rowwise
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built here")
 
+DRAWN = 64  # features, of which as many as are wanted are made
 FEATURES = {"D": 16384, "G": 16384, "K": 1}
 # Losses that hold more: docs/design.md says what.
 MORE = ("w_mse", "intl", "triplet", "late_interaction", "late_interaction_distill")
@@ -45,6 +46,14 @@ KEYS = [
 ]  # fmt: skip
 
 
+def long(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Features of this length, those drawn again and again."""
+    if not t.is_floating_point() or t.dim() < 2 or t.shape[-1] != DRAWN:
+        return t
+    repeated = t.detach().repeat(*(1 for _ in t.shape[1:]), dim // DRAWN)
+    return repeated.requires_grad_(t.requires_grad)
+
+
 @pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
@@ -61,7 +70,8 @@ def copies(
     backend = "cpu" if "cpu" in loss_calls.backends(name) else "auto"
 
     def peak(size: int) -> int:
-        given = tensors(case, dtype=dtype, **{**FEATURES, "D": dim, "G": dim, letter: size})
+        drawn = tensors(case, dtype=dtype, **{**FEATURES, "D": DRAWN, "G": DRAWN, letter: size})
+        given = {key: long(t, dim) for key, t in drawn.items()}
         leaves = [t for t in given.values() if t.requires_grad]
 
         def step():

@@ -17,6 +17,14 @@ pytestmark = needs_fused
 # one row, fewer rows than lanes, a tile exactly, one more and one less, primes, several tiles
 SIZES = [(1, 1, 1), (3, 5, 7), (64, 128, 16), (65, 129, 33), (193, 260, 40), (2, 1009, 8)]
 
+# (temperature, dtype) of kernels that are interpreted: each once, and the largest logits twice
+SLOWLY = [
+    (0.01, torch.float32),
+    (0.07, torch.bfloat16),
+    (1.0, torch.float16),
+    (0.01, torch.float16),
+]
+
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("kind", KINDS)
@@ -25,8 +33,9 @@ def test_sweep_equals_the_reference_in_float64(backend, kind, sizes):
     if kind == "paired" and sizes[1] > 300:
         sizes = (sizes[0], 131, sizes[2])
     seed = sum(sizes)
-    if kind == "paired" and oracles.interpreted(backend):  # still tiles, and a part of one
-        sizes = (min(sizes[0], 67), min(sizes[1], 131), sizes[2])
+    if oracles.interpreted(backend):  # still tiles, and a part of one
+        most = (67, 131) if kind == "paired" else (131, 261)
+        sizes = (min(sizes[0], most[0]), min(sizes[1], most[1]), sizes[2])
     x, y, ids = make_case(kind, sizes)
     keys = sizes[0] if y is None else sizes[1]
     threshold = oracles.randn(sizes[0], seed=9)
@@ -92,6 +101,8 @@ def test_row_dot_equals_the_reference_in_float64(backend, normalize):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.07, 0.01])
 def test_error_stays_within_that_of_dense_torch(backend, dtype, kind, temperature):
+    if oracles.interpreted(backend) and (temperature, dtype) not in SLOWLY:
+        return
     x, y, ids = make_case(kind, (67, 35, 48) if kind == "paired" else (67, 131, 48))
     rounded = [x.to(dtype)] + ([] if y is None else [y.to(dtype)])
 

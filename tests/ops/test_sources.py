@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import BACKENDS, DEVICE, DOUBLE, assert_within_budget, generator, randn
+from oracles import BACKENDS, DEVICE, DOUBLE, assert_within_budget, generator, interpreted, randn
 from sweeps import softplus_sweep, sweep
 from torch import Tensor
 
@@ -78,6 +78,8 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses_equal_those_of_one_tensor(backend, name, sizes, reduction):
     if reduction == "none" and name == "cacr rbf":
+        return
+    if interpreted(backend) and (sizes, reduction) not in (("uneven", "mean"), ("empty", "none")):
         return
     chunks = list(keys().split(SIZES[sizes]))
     options = {"backend": backend, "reduction": reduction}
