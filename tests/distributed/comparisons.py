@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import interpreted
@@ -39,6 +40,13 @@ def exchanges(name: str) -> tuple[str, ...]:
     return CASES[name][0].exchanges or ("gather",)
 
 
+class Expected(NamedTuple):
+    """What the definition gives for the whole batch: the loss, and the gradients of its mean."""
+
+    value: Tensor
+    gradients: dict[str, Tensor]
+
+
 class Comparison(NamedTuple):
     """A case as one process has it, `whole`, and as this rank does, `mine`."""
 
@@ -61,6 +69,15 @@ class Comparison(NamedTuple):
     def definition(self, whole: dict[str, Tensor]) -> Tensor:
         function = table.definition(self.row)
         return call(function, self.case, whole, whole=True, reduction=self.reduction)
+
+    def expected(self) -> Expected:
+        value = self.definition(self.whole)
+        names = [name for name, t in self.whole.items() if t.requires_grad]
+        leaves = [self.whole[name] for name in names]
+        # rows have the gradients of rows: the mean that one process takes is made here
+        mean = value.mean() if self.reduction == "none" else value
+        gradients = torch.autograd.grad(mean, leaves)
+        return Expected(value.detach(), dict(zip(names, gradients, strict=True)))
 
     def one(self, whole: dict[str, Tensor], **options):
         """The loss in one process."""
@@ -107,8 +124,10 @@ class Setup(NamedTuple):
     reduction: str
 
     def prepare(self) -> Comparison:
+        return self.of_rank(dist.get_world_size(), dist.get_rank())
+
+    def of_rank(self, world: int, rank: int) -> Comparison:
         row, case = CASES[self.name]
-        world, rank = dist.get_world_size(), dist.get_rank()
         rows = tuple(case.unit * size for size in SIZES[self.sizes][:world])
         own = {"N": _range(rows, rank)}
         own["R"] = slice(sum(runs(own["N"].start)), sum(runs(own["N"].stop)))
@@ -119,32 +138,49 @@ class Setup(NamedTuple):
         made = Comparison(row, case, Shard(known, own), whole, {}, self.reduction, self.exchange)
         return made._replace(mine=made.split(whole))
 
+    def expected(self, world: int) -> Expected:
+        """Does not depend on how ranks exchange their features."""
+        return _expected(self._replace(exchange="gather"), world)
+
 
 def _range(sizes: tuple[int, ...], rank: int) -> slice:
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def setups(name: str) -> list[Setup]:
+@cache
+def _expected(setup: Setup, world: int) -> Expected:
+    return setup.of_rank(world, 0).expected()
+
+
+def define(world: int) -> None:
+    """What all ranks compare with, once: they are forked from the process that this runs in."""
+    if not torch.cuda.is_available():  # a process that has differentiated there cannot be forked
+        for name in CASES:
+            for setup in setups(name, world):
+                setup.expected(world)
+
+
+def setups(name: str, world: int) -> list[Setup]:
     """What this number of ranks runs of a case."""
-    return share(name, list(every_setup(name)), dist.get_world_size())
+    return share(name, list(every_setup(name, world)), world)
 
 
 def share(name: str, settings: Sequence[Any], world: int) -> list[Any]:
-    """Three ranks and four, which take the longest, have a third of a case's settings each, but all
-    of a few cases; one and two ranks have all of all."""
-    if world < 3 or name in FEW:
+    """One rank, three and four have a third of a case's settings each, but all of a few cases; two
+    ranks have all of all."""
+    if world == 2 or name in FEW:
         return list(settings)
     place = list(CASES).index(name) + world
     return [setting for i, setting in enumerate(settings) if (i + place) % 3 == 0]
 
 
-def every_setup(name: str) -> Iterator[Setup]:
+def every_setup(name: str, world: int) -> Iterator[Setup]:
     ring = exchanges(name)[-1]
     pairs = [("even", "gather"), ("empty", "gather"), ("uneven", ring), ("first", ring)]
     if name in FEW:
         pairs += [("even", ring), ("empty", ring)]
     for sizes, exchange in pairs:
-        if sum(SIZES[sizes][: dist.get_world_size()]) >= 2:
+        if sum(SIZES[sizes][:world]) >= 2:
             yield Setup(name, sizes, exchange, "mean")
     if not CASES[name][1].coupled:
         yield Setup(name, "uneven", "gather", "sum")
@@ -154,19 +190,16 @@ def every_setup(name: str) -> Iterator[Setup]:
 def compare(setup: Setup) -> dict[str, tuple[float, float, float]]:
     """For the loss, and the gradient of each input after DDP's mean over the ranks: the largest
     error of this rank's part, its <gradient, expected> and its <expected, expected>."""
-    made = setup.prepare()
-    whole, mine = made.whole, made.mine
-    wanted, got = made.definition(whole), made.each(mine)
+    made, world = setup.prepare(), dist.get_world_size()
+    wanted, expected = setup.expected(world)
+    got = made.each(made.mine)
     if setup.reduction == "none":
         report = {"loss": _compare(got, made.of_rows(wanted).view_as(got))}
-        # rows have the gradients of rows: the mean that one process takes is made here
-        wanted, got = wanted.mean(), got.sum() * dist.get_world_size() / wanted.numel()
+        got = got.sum() * world / wanted.numel()
     else:
         report = {"loss": _compare(got, wanted)}
-    names = [name for name, t in whole.items() if t.requires_grad]
-    expected = torch.autograd.grad(wanted, [whole[name] for name in names])
-    found = torch.autograd.grad(got, [mine[name] for name in names])
-    for name, g, e in zip(names, found, expected, strict=True):
+    found = torch.autograd.grad(got, [made.mine[name] for name in expected])
+    for g, (name, e) in zip(found, expected.items(), strict=True):
         report[name] = _compare(made.of_one(name, g), made.part(name, e))
     return report
 
@@ -290,7 +323,7 @@ def everything() -> dict:
     """All that one start of the processes computes."""
     report: dict = {"losses": {}, "statistics": {}, "bits": {}, "dtypes": {}}
     for name in CASES:
-        for setup in setups(name):
+        for setup in setups(name, dist.get_world_size()):
             report["losses"][setup] = compare(setup)
         ways = exchanges(name)
         if CASES[name][0].takes("return_stats"):

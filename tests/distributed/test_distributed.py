@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import comparisons
 import gloo
@@ -24,7 +24,7 @@ TOLERANCE = 1e-10
 @cache
 def results(world: int) -> list[dict]:
     """One start of the processes, which takes longer than most tests, serves many of them."""
-    return gloo.run(world, comparisons.everything)
+    return gloo.run(world, comparisons.everything, before=partial(comparisons.define, world))
 
 
 @pytest.mark.parametrize("world", WORLDS)
