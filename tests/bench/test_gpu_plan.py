@@ -223,7 +223,7 @@ def test_families_against_float64(monkeypatch):
     """All of them, interpreted, with few rows."""
     for name, size in (("ROWS", 21), ("KEYS", 70), ("TOKENS", (5, 9))):
         monkeypatch.setattr(families, name, size)
-    for dtype, dim in ((torch.bfloat16, 16), (torch.float16, 272), (torch.float32, 16)):
+    for dtype, dim in ((torch.bfloat16, 272), (torch.float32, 16)):
         names = smoke.chosen(list(smoke.FAMILIES), dtype, dim)
         made = list(smoke.here(names, dtype, dim, "cpu"))
         assert [one["family"] for one in made] == names

@@ -8,7 +8,7 @@ import sys
 import oracles
 import pytest
 import torch
-from loss_calls import backends, by_rows, dense, inputs, ours
+from loss_calls import FIRST, backends, by_rows, dense, inputs, ours
 
 from contrastive_kernels.backends import LAUNCH_BOUND, are_few
 from contrastive_kernels.losses.table import CASES
@@ -21,7 +21,19 @@ def few(monkeypatch):
     monkeypatch.setattr(sys.modules[are_few.__module__], "FEW_PRODUCTS", LAUNCH_BOUND)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "triton" in backends(name)])
+def meets_another_path(name: str) -> bool:
+    """The first case of a loss, and what a positive or a mask is beside it."""
+    _, case = CASES[name]
+    return name in FIRST.values() or bool({"bias", "mask", "ids"} & {*name.split(), *kinds(case)})
+
+
+def kinds(case) -> set[str]:
+    return {given.kind for given in case.inputs.values()}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if "triton" in backends(name) and meets_another_path(name)]
+)
 def test_losses_of_few_pairs(few, name):
     found, wanted = [], []
     for function, made in ((ours(name, backend="triton", reduction=by_rows(name)), found),

@@ -115,6 +115,8 @@ def test_tiles_of_a_gpu(as_on, monkeypatch, architecture, kind, schedule):
         monkeypatch.setattr(sys.modules[are_few.__module__], "FEW_PRODUCTS", LAUNCH_BOUND)
     place = CASES.index((architecture, kind, schedule))
     for k, dim in enumerate(DIMS[kind]):
+        if len(DIMS[kind]) == 3 and (place + k) % 3 == 0:
+            continue  # each case has two of three
         sizes = SIZES[(place + 2 * k) % len(SIZES)]
         got = results(True, schedule, sizes, dim, DTYPES[kind])
         wanted = results(False, schedule, sizes, dim, DTYPES[kind])

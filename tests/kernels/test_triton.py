@@ -67,8 +67,10 @@ def assert_all_close(actual: list[Tensor], expected: list[Tensor], tolerance: fl
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("dim", [16, 150, 290])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "dim"),  # a part of a tile, and in turn several tiles or a library's products
+    [(name, dim) for k, name in enumerate(SCHEDULES) for dim in (16, (150, 290)[k % 2])],
+)
 def test_schedules_in_parts(engine, name, dim):
     options, sizes = SCHEDULES[name]
 
@@ -98,11 +100,13 @@ def test_half_and_single_in_parts(engine, dim, dtype):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
-@pytest.mark.parametrize("dim", [40, 290])
+@pytest.mark.parametrize(
+    ("needs", "dim"),
+    [(needs, (40, 290)[sum(needs) % 2])
+     for needs in itertools.product([False, True], repeat=3) if any(needs)],
+    ids=str,
+)  # fmt: skip
 def test_summed_softplus_brings_its_gradients(engine, dim, needs):
-    if not any(needs):
-        pytest.skip("nothing to differentiate")
     results = []
     for sweep in (sweeps.softplus_sweep, reference.softplus_sweep):
         x, y = oracles.randn(150, dim), oracles.randn(270, dim, seed=1)

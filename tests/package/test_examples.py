@@ -37,7 +37,7 @@ def test_own_loss(capsys):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is not distributed")
 def test_clip_ddp_trains_alike_on_one_and_two_processes():
     pytest.importorskip("sklearn")
-    one, two = (launch(processes, "clip_ddp.py", "--epochs", "2") for processes in (1, 2))
+    one, two = (launch(start, "clip_ddp.py", "--epochs", "2") for start in (ALONE, TOGETHER))
     assert len(one) == 3 and one[0].startswith("epoch 1: loss ")
     for a, b in zip(one, two, strict=True):
         a, b = (float(line.split()[-1].rstrip("%")) for line in (a, b))
@@ -45,9 +45,20 @@ def test_clip_ddp_trains_alike_on_one_and_two_processes():
     assert float(one[1].split()[-1]) < 0.5 * float(one[0].split()[-1])
 
 
-def launch(processes: int, example: str, *arguments: str) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(EXAMPLES / example), *arguments]
+TOGETHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ALONE = ("-c", """
+import os, runpy, socket, sys
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")  # fmt: skip
+
+
+def launch(start: tuple[str, ...], example: str, *arguments: str) -> list[str]:
+    command = [sys.executable, *start, str(EXAMPLES / example), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
