@@ -1,5 +1,6 @@
-"""A plugin of pytest, `-p recorded`, for the tests of one package: CK_PEER names its integration,
-and CK_RECORD the file that tells what passed, what ran fused, and why the rest did not."""
+"""A plugin of pytest, `-p recorded`, for the tests of packages: CK_PEERS names their integrations,
+and CK_RECORD the file that tells what passed, and of each package what ran fused and why the rest
+did not."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from pathlib import Path
 
 from contrastive_kernels import patch_status
 
-PEER, RECORD = os.environ["CK_PEER"], os.environ["CK_RECORD"]
+PEERS, RECORD = os.environ["CK_PEERS"].split(","), os.environ["CK_RECORD"]
 _outcomes: Counter[str] = Counter()
 _skips: set[str] = set()
-_fused: Counter[str] = Counter()
-_reasons: defaultdict[str, set[str]] = defaultdict(set)
+_fused: Counter[tuple[str, str]] = Counter()
+_reasons: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -25,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
         params = given.params if given else {}
         peer = params.get("peer", getattr(params.get("case"), "peer", None))
         if item.path.stem in ("test_overrides", "test_reads"):
-            return peer == PEER
+            return peer in PEERS
         return True
 
     kept = [item for item in items if of_peer(item)]
@@ -50,18 +51,23 @@ def pytest_runtest_teardown(item):
 
 
 def pytest_sessionfinish():
-    status = patch_status().get(PEER, {})
-    record = {
+    Path(RECORD).write_text(json.dumps({peer: _record(peer) for peer in PEERS}))
+
+
+def _record(peer: str) -> dict:
+    labels = sorted(patch_status().get(peer, {}))
+    found = {label: sorted(_reasons[peer, label]) for label in labels}
+    return {
         "tests": dict(sorted(_outcomes.items())),
-        "fused": sorted(label for label in status if _fused[label]),
-        "not fused": sorted(label for label in status if not _fused[label]),
-        "reasons": {label: sorted(found) for label, found in sorted(_reasons.items()) if found},
+        "fused": [label for label in labels if _fused[peer, label]],
+        "not fused": [label for label in labels if not _fused[peer, label]],
+        "reasons": {label: reasons for label, reasons in found.items() if reasons},
         "skipped": sorted(_skips),
     }
-    Path(RECORD).write_text(json.dumps(record))
 
 
 def _note() -> None:
-    for label, status in patch_status().get(PEER, {}).items():
-        _fused[label] = max(_fused[label], status.fused)
-        _reasons[label] |= set(status.fallback)
+    for peer in PEERS:
+        for label, status in patch_status().get(peer, {}).items():
+            _fused[peer, label] = max(_fused[peer, label], status.fused)
+            _reasons[peer, label] |= set(status.fallback)
