@@ -64,8 +64,8 @@ demo: setup
 
 # The build and lint, which take one core each, beside the packages that come over the network.
 test:
-	@$(MAKE) --no-print-directory -j2 lint $(VENV)/oldest.stamp
-	@$(MAKE) --no-print-directory $(VENV)/docs.stamp
+	@$(MAKE) --no-print-directory -j2 lint $(VENV)/peers.stamp
+	@$(MAKE) --no-print-directory -j2 $(VENV)/oldest.stamp $(VENV)/docs.stamp
 	@$(RUN) -m pytest -q -n logical --maxprocesses=8 --dist=loadfile \
 	    --no-loadscope-reorder --durations=10 $(ARGS)
 

@@ -39,7 +39,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share the cores, w
 
 # `--hypothesis-profile=fuzz` is what `make fuzz` runs
 settings.register_profile(
-    "default", max_examples=40, derandomize=True, deadline=None, database=None,
+    "default", max_examples=32, derandomize=True, deadline=None, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 settings.register_profile(
