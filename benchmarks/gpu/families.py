@@ -174,10 +174,16 @@ def whitening(given: Inputs) -> Results:
     return given.differentiated({"result": (reference if given.exact else ck).whiten(x, eps=0.1)})
 
 
-def on_hopper(given: Inputs) -> Results:
-    """`attend` by the engine for Hopper, which has to be asked for."""
-    with patch.dict(os.environ, CK_HOPPER="1"):
-        return swept(frozen=True)(given)
+def on_hopper(family: Callable[[Inputs], Results]) -> Callable[[Inputs], Results]:
+    """By the engine for Hopper, which has to be asked for, and as many pairs are swept."""
+
+    def run(given: Inputs) -> Results:
+        backends = sys.modules["contrastive_kernels.backends"]
+        asked = patch.dict(os.environ, CK_HOPPER="1")
+        with asked, patch.object(backends, "FEW_PRODUCTS", 0):
+            return family(given)
+
+    return run
 
 
 FAMILIES: dict[str, Callable[[Inputs], Results]] = {
@@ -196,7 +202,10 @@ FAMILIES: dict[str, Callable[[Inputs], Results]] = {
     "late_interaction": late(None),
     "late_interaction_smooth": late(0.1),
     "whitening": whitening,
-    "hopper": on_hopper,  # the last: if it never ends, the others are known
+    # the last: if they never end, the others are known
+    "hopper": on_hopper(swept(frozen=True)),
+    "hopper_gradient": on_hopper(swept()),
+    "hopper_both": on_hopper(swept(columns=True)),
 }
 
 

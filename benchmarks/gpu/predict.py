@@ -22,6 +22,7 @@ from contrastive_kernels.triton.machine_code import Loops, loops
 
 from ..harness.markdown import table
 from . import published, resources
+from .gates import HOPPER
 from .model import H200, Prediction, Sweep, Tile, arithmetic_cycles, predicted, wgmma_cycles
 
 NAME = "predict"
@@ -109,8 +110,6 @@ def nt_xent(at: Inputs) -> None:
     at.backward(None, "x", columns=True, ids=True)
 
 
-# The sweeps that the engine for Hopper has kernels of.
-HOPPER = {"attend": "attend_kernel"}
 ROWS = {"attend": 1.0, "gradient": 1.0}
 LONG = {"two_way": 1.0, "coefficient": 1.0}
 WORKLOADS = (

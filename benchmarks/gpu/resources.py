@@ -12,7 +12,7 @@ import torch
 import triton
 
 from contrastive_kernels.triton.compile import Compiled, compiling
-from contrastive_kernels.triton.configs import TILES
+from contrastive_kernels.triton.configs import TILES, Tile
 from contrastive_kernels.triton.tune import Entry, workload
 
 from ..harness import pages
@@ -48,10 +48,14 @@ def compiled(architecture: int, entry: Entry) -> Compiled:
 
 def first_columns(architecture: int, entry: Entry) -> list[str]:
     """What a row says of the configuration itself."""
-    m, n, k, warps, stages = TILES[architecture][entry.kind][entry.schedule][entry.width]
+    tile = TILES[architecture][entry.kind][entry.schedule][entry.width]
     width = str(entry.width) if entry.width else "> 256"
-    names = [f"sm_{architecture}", entry.kind, entry.schedule, width]
-    return [*names, f"{m} x {n} x {k}", str(warps), str(stages)]
+    return [f"sm_{architecture}", entry.kind, entry.schedule, width, *tile_columns(tile)]
+
+
+def tile_columns(tile: Tile) -> list[str]:
+    m, n, k, warps, stages = tile
+    return [f"{m} x {n} x {k}", str(warps), str(stages)]
 
 
 def row(architecture: int, entry: Entry, made: Compiled) -> list[str]:

@@ -38,7 +38,7 @@ PROCESS_SECONDS = 75.0
 def chosen(families: list[str], dtype: torch.dtype, dim: int) -> list[str]:
     left_out = set() if whitened(dtype, dim) else {"whitening"}
     if dtype == torch.float32 or dim > 256:
-        left_out.add("hopper")
+        left_out |= {name for name in FAMILIES if name.startswith("hopper")}
     return [name for name in families if name not in left_out]
 
 

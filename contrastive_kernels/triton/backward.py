@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import known
-from . import engine, folds, forward, row_dots, stored
+from . import engine, folds, forward, hopper, row_dots, stored
 from .configs import Tile
 from .engine import COLUMNS, ROWS, Needs, Problem, cdiv, next_power_of_2
 from .gradient import coefficient_kernel, finish_kernel, gradient_kernel
+from .sweep import Partial
 from .tiles import Side
 
 
@@ -136,7 +137,7 @@ class Work(NamedTuple):
 
 class Parts(NamedTuple):
     """A block of own vectors from `start` on, and their sums over so many parts of the other side,
-    of `each` tiles."""
+    of `each` tiles. `on_hopper`: the tile where that engine makes them."""
 
     own: Side
     start: int
@@ -144,6 +145,7 @@ class Parts(NamedTuple):
     bias_sums: Tensor | None
     number: int
     each: int
+    on_hopper: Tile | None = None
 
 
 def side_gradients(
@@ -162,7 +164,7 @@ def side_gradients(
     blocks = [problem.blocks(which) for which in sides]
     for bounds in zip(*blocks, strict=True):
         parts = [
-            parts_of(problem, work, start, stop, chosen)
+            parts_of(problem, work, start, stop, chosen, alone=len(works) == 1)
             for work, (start, stop) in zip(works, bounds, strict=True)
         ]
         launch_gradient(problem, upstream, works, parts, chosen)
@@ -174,18 +176,29 @@ def side_gradients(
     return works
 
 
-def parts_of(problem: Problem, work: Work, start: int, stop: int, chosen: Tile) -> Parts:
-    own = problem.part(problem.side(work.which), work.which, start, stop)
-    count, each = problem.parts(own.size, problem.size(1 - work.which), chosen, True)
+def parts_of(
+    problem: Problem, work: Work, start: int, stop: int, chosen: Tile, alone: bool
+) -> Parts:
+    own, other = problem.side(work.which), problem.side(1 - work.which)
+    own = problem.part(own, work.which, start, stop)
+    on_hopper = hopper.tile(problem, own, other) if alone else None
+    count, each = problem.parts(own.size, other.size, on_hopper or chosen, True)
     sums = problem.empty(count, own.size, problem.dim)
     bias_sums = None if work.bias is None else problem.empty(count, own.size)
-    return Parts(own, start, sums, bias_sums, count, each)
+    return Parts(own, start, sums, bias_sums, count, each, on_hopper)
 
 
 def launch_gradient(
     problem: Problem, upstream: Upstream, works: list[Work], parts: list[Parts], chosen: Tile
 ) -> None:
     first, other = parts[0], problem.side(1 - works[0].which)
+    if first.on_hopper:
+        hopper.gradient(
+            problem, first.own, other, works[0].float16_scale,
+            Partial(first.bias_sums, first.sums), first.on_hopper, first.number, first.each,
+            upstream.coefficient,
+        )  # fmt: skip
+        return
     blocks = [cdiv(part.own.size, chosen.block_m) for part in parts]
     programs = [count * part.number for count, part in zip(blocks, parts, strict=True)]
     grid = (sum(programs),) if len(parts) > 1 else (blocks[0], first.number)

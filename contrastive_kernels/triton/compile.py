@@ -130,7 +130,7 @@ def compiling(
     l2: int = 0, record: Mapping[str, Compiled] = MappingProxyType({}),
 ) -> Iterator[list[Compiled]]:  # fmt: skip
     """Host code that is called within it compiles its kernels, or the one of a name; each is listed
-    once, and `look` sees it with what Triton has made. `l2`: bytes of the GPU's, 0 where no library
+    once, and `look` sees what Triton has to make. `l2`: bytes of the GPU's, 0 where no library
     is to multiply long vectors. `record`: what need not be compiled again, by its key."""
     made: list[Compiled] = []
     seen: set[Any] = set()
@@ -142,7 +142,7 @@ def compiling(
         nonlocal key
         source = kernel.ASTSource(kernel, signature, constants, attributes).hash()
         key = _key(source, options, architecture)
-        if key in record and look is None:
+        if key in record:
             return None
         return compile_(kernel, cached, signature, device, constants, options, attributes, warmup)
 

@@ -256,6 +256,12 @@ class Problem:
             return ROWS
         return COLUMNS if needs.bias or not needs.x else ROWS
 
+    def in_range(self, inverse: Tensor) -> Tensor:
+        """1 / norm that float16 can take; of a zero vector any will do, but 0 times the -inf of a
+        dropped pair is NaN."""
+        half = self.arithmetic.operand == tl.float16
+        return torch.where(inverse < 1e11, inverse, 1e-30) if half else inverse
+
     def float16_scale(self, weights: Tensor | float, *sides: Side) -> Tensor | None:
         """A power of two that brings weights of this size, times 1 / norm of sides, into the range
         of float16; None for types that have the range of float32."""
@@ -266,5 +272,5 @@ class Problem:
         else:
             largest = torch.full((), weights, dtype=self.dtype, device=self.device)
         for inverse in (side.inverse for side in sides if side.inverse is not None):
-            largest = largest * torch.where(inverse < 1e11, inverse, 0.0).amax()
+            largest = largest * self.in_range(inverse).amax()
         return torch.exp2(torch.floor(14 - torch.log2(largest)).clamp(-60, 60))

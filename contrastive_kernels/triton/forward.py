@@ -96,7 +96,8 @@ def stats_of(
     float16_scale = problem.float16_scale(1.0, other) if attend else None
     fixed = problem.bounded and not softplus and float16_scale is None
     fixed = fixed and own.size * other.size >= engine.FIXED_PAIRS and not problem.few
-    on_hopper = hopper.tile(problem, own, other, out)
+    weighs = attend and out.second is None and out.rank is None
+    on_hopper = hopper.tile(problem, own, other) if weighs else None
     parts, each = problem.parts(own.size, other.size, on_hopper or chosen, attend)
     partial = Partial()
     if parts > 1 or attend:

@@ -1,8 +1,9 @@
-"""The sweep of `attend` for Hopper, in Gluon: warps with a task each.
+"""The sweeps with weighted sums for Hopper, in Gluon: warps with a task each.
 
 One warp lets the vectors of the other side come by TMA into a ring of buffers. Two warpgroups of 64
 own vectors each take turns: while one multiplies, the other takes exponentials. The formulas are
-those of the other engine: folds.py, `fixed_shift`, `in_range`, `id_range`, `store_part`.
+those of the other engine: folds.py, `fixed_shift`, `id_range`, `store_part`.
+`attend` and `gradient` differ in how a tile of logits becomes one of weights.
 """
 
 from triton.experimental import gluon
@@ -15,8 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .folds import LOG2E
-from .gradient import in_range, store_part
+from .folds import LOG2E, ones
+from .gradient import store_part
 from .sweep import fixed_shift
 from .tiles import id_range
 
@@ -37,11 +38,44 @@ def attend_kernel(
     SUM_EXPONENT: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `stats_kernel` with weighted sums: partial states and sums of a part of the other side."""
+    tiles = (x_tiles, y_tiles, factor_tiles, None, None)
+    sides = (own, other, scale_ptr, largest_bias, float16_scale, partial)
+    FOLD: gl.constexpr = (PUSH, None, False)
+    sweep(tiles, sides, tiles_per_part, FOLD, TOP, FIXED, SUM_EXPONENT, DIM, BLOCK_N, STAGES)
+
+
+@gluon.jit(do_not_specialize=["tiles_per_part"])
+def gradient_sweep_kernel(
+    x_tiles, y_tiles, factor_tiles, lse_tiles, grad_tiles, own, other, scale_ptr, float16_scale,
+    partial, tiles_per_part, COEFFICIENT: gl.constexpr, WEIGHED: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `gradient_kernel` of one side, without means: partial sums of dL/dz_ij y_j and, into the
+    state, of dL/dz_ij. WEIGHED: the columns' gradients have the factors of the weights already."""
+    tiles = (x_tiles, y_tiles, factor_tiles, lse_tiles, grad_tiles)
+    sides = (own, other, scale_ptr, None, float16_scale, partial)
+    FOLD: gl.constexpr = (None, COEFFICIENT, WEIGHED)
+    sweep(tiles, sides, tiles_per_part, FOLD, 0.0, False, 0.0, DIM, BLOCK_N, STAGES)
+
+
+@gluon.jit
+def sweep(
+    tiles, sides, tiles_per_part, FOLD: gl.constexpr, TOP: gl.constexpr, FIXED: gl.constexpr,
+    SUM_EXPONENT: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Starts the warps' tasks. FOLD has the push or the coefficient that makes weights of logits,
+    and whether WEIGHED."""
+    x_tiles, y_tiles, factor_tiles, lse_tiles, grad_tiles = tiles
+    _own, other, _scale, _bias, _float16_scale, _partial = sides
     x = gl.allocate_shared_memory(x_tiles.dtype, [GROUPS, ROWS, DIM], x_tiles.layout)
     y = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_N, DIM], y_tiles.layout)
-    factors = y
+    factors, lses, grads = y, y, y
     if factor_tiles is not None:
         factors = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], factor_tiles.layout)
+    if lse_tiles is not None:
+        lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], lse_tiles.layout)
+    if grad_tiles is not None:
+        grads = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], grad_tiles.layout)
     x_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -56,13 +90,13 @@ def attend_kernel(
     part = gl.program_id(1)
     first = part * tiles_per_part
     count = gl.minimum(tiles_per_part, gl.cdiv(other.size, BLOCK_N) - first)
-    rings = (x, y, factors, x_ready, ready, empty, turns)
-    sides = (own, other, scale_ptr, largest_bias, float16_scale, partial)
+    rings = (x, y, (factors, lses, grads), x_ready, ready, empty, turns)
+    span = (part, first, count)
     gl.warp_specialize(
         [
-            (fold_part, (0, rings, sides, part, first, count, PUSH, TOP, FIXED, SUM_EXPONENT)),
-            (fold_part, (1, rings, sides, part, first, count, PUSH, TOP, FIXED, SUM_EXPONENT)),
-            (load_part, (x_tiles, y_tiles, factor_tiles, rings, first, count)),
+            (fold_part, (0, rings, sides, span, FOLD, TOP, FIXED, SUM_EXPONENT)),
+            (fold_part, (1, rings, sides, span, FOLD, TOP, FIXED, SUM_EXPONENT)),
+            (load_part, (tiles, rings, span)),
         ],
         [4, 1],
         [REGISTERS, LOADER_REGISTERS],
@@ -70,12 +104,19 @@ def attend_kernel(
 
 
 @gluon.jit
-def load_part(x_tiles, y_tiles, factor_tiles, rings, first, count):
-    """Own vectors once, then the tiles of the other side, each into the buffer that is free."""
-    x, y, factors, x_ready, ready, empty, _turns = rings
+def load_part(tiles, rings, span):
+    """Own vectors once, then the tiles of the other side, each into the buffer that is free, with
+    what belongs to their vectors."""
+    x_tiles, y_tiles, factor_tiles, lse_tiles, grad_tiles = tiles
+    x, y, columns, x_ready, ready, empty, _turns = rings
+    factors, lses, grads = columns
+    _part, first, count = span
     STAGES: gl.constexpr = y.shape[0]
     BLOCK_N: gl.constexpr = y.shape[1]
     DIM: gl.constexpr = y.shape[2]
+    NUMBERS: gl.constexpr = (
+        (factor_tiles is not None) + (lse_tiles is not None) + (grad_tiles is not None)
+    )
     mbarrier.expect(x_ready, GROUPS * ROWS * DIM * 2)
     for group in gl.static_range(GROUPS):
         start = (gl.program_id(0) * GROUPS + group) * ROWS
@@ -84,22 +125,25 @@ def load_part(x_tiles, y_tiles, factor_tiles, rings, first, count):
         stage = n % STAGES
         mbarrier.wait(empty.index(stage), ((n // STAGES) & 1) ^ 1)
         other_start = (first + n) * BLOCK_N
-        if factor_tiles is None:
-            mbarrier.expect(ready.index(stage), BLOCK_N * DIM * 2)
-        else:
-            mbarrier.expect(ready.index(stage), BLOCK_N * (DIM * 2 + 4))
+        mbarrier.expect(ready.index(stage), BLOCK_N * (DIM * 2 + NUMBERS * 4))
+        if factor_tiles is not None:
             copy_tile(factor_tiles, [other_start], ready.index(stage), factors.index(stage))
+        if lse_tiles is not None:
+            copy_tile(lse_tiles, [other_start], ready.index(stage), lses.index(stage))
+        if grad_tiles is not None:
+            copy_tile(grad_tiles, [other_start], ready.index(stage), grads.index(stage))
         copy_tile(y_tiles, [other_start, 0], ready.index(stage), y.index(stage))
 
 
 @gluon.jit
 def fold_part(
-    GROUP: gl.constexpr, rings, sides, part, first, count, PUSH: gl.constexpr, TOP: gl.constexpr,
+    GROUP: gl.constexpr, rings, sides, span, FOLD: gl.constexpr, TOP: gl.constexpr,
     FIXED: gl.constexpr, SUM_EXPONENT: gl.constexpr,
 ):  # fmt: skip
     """The states and weighted sums of one warpgroup's own vectors."""
-    x, y, factors, x_ready, ready, empty, turns = rings
+    x, y, columns, x_ready, ready, empty, turns = rings
     own, other, scale_ptr, largest_bias, float16_scale, partial = sides
+    part, first, count = span
     STAGES: gl.constexpr = y.shape[0]
     BLOCK_N: gl.constexpr = y.shape[1]
     DIM: gl.constexpr = y.shape[2]
@@ -117,7 +161,8 @@ def fold_part(
     if own.exclude is not None:
         low, high = id_range(own, start, ROWS)
     row_bias, row_keep = load_rows(own.bias, start, rows), load_rows(own.keep, start, rows)
-    mine = (start, row_factor, row_bias, row_keep, low, high)
+    row_lse, row_grad = load_rows(own.lse, start, rows), load_rows(own.grad_lse, start, rows)
+    mine = (start, row_factor, row_bias, row_keep, low, high, row_lse, row_grad)
     zeros = gl.zeros((ROWS,), gl.float32, rows)
     top = zeros + TOP
     if FIXED:
@@ -135,11 +180,11 @@ def fold_part(
     products = warpgroup_mma_wait(0, (products,))
     for n in range(count - 1):
         stage, following = n % STAGES, (n + 1) % STAGES
-        other_start = (first + n) * BLOCK_N
-        factor = load_factor(other, factors.index(stage), no_logits)
-        z2 = logits(products, own, other, mine, factor, other_start, False)
-        state, weights, moved = PUSH(state, z2, False)
-        weights = gl.convert_layout(weigh(weights, factor, other, float16_scale, y.dtype), operand)
+        state, weights, moved = fold_tile(
+            state, products, sides, mine, columns, stage, (first + n) * BLOCK_N, FOLD, y.dtype,
+            False,
+        )  # fmt: skip
+        weights = gl.convert_layout(weights, operand)
         weighted = weighted * gl.convert_layout(moved, gl.SliceLayout(1, sums))[:, None]
         mbarrier.wait(ready.index(following), ((n + 1) // STAGES) & 1)
         mbarrier.wait(turns.index(GROUP), (n & 1) ^ (1 - GROUP))
@@ -151,28 +196,84 @@ def fold_part(
         mbarrier.arrive(turns.index(1 - GROUP), count=1)
         products, weighted, weights = warpgroup_mma_wait(0, (products, weighted, weights))
         mbarrier.arrive(empty.index(stage), count=1)
-    other_start = (first + count - 1) * BLOCK_N
-    factor = load_factor(other, factors.index((count - 1) % STAGES), no_logits)
-    z2 = logits(products, own, other, mine, factor, other_start, True)
-    state, weights, moved = PUSH(state, z2, False)
-    weights = gl.convert_layout(weigh(weights, factor, other, float16_scale, y.dtype), operand)
+    stage = (count - 1) % STAGES
+    state, weights, moved = fold_tile(
+        state, products, sides, mine, columns, stage, (first + count - 1) * BLOCK_N, FOLD, y.dtype,
+        True,
+    )  # fmt: skip
+    weights = gl.convert_layout(weights, operand)
     weighted = weighted * gl.convert_layout(moved, gl.SliceLayout(1, sums))[:, None]
-    weighted = warpgroup_mma(weights, y.index((count - 1) % STAGES), weighted, is_async=True)
+    weighted = warpgroup_mma(weights, y.index(stage), weighted, is_async=True)
     weighted, weights = warpgroup_mma_wait(0, (weighted, weights))
 
     inside = i < own.size
-    pointers = partial.state + part.to(gl.int64) * 6 * own.size + i
-    gl.store(pointers, state[1], mask=inside)
-    gl.store(pointers + own.size, state[0], mask=inside)
+    if FOLD[0] is not None:
+        pointers = partial.state + part.to(gl.int64) * 6 * own.size + i
+        gl.store(pointers, state[1], mask=inside)
+        gl.store(pointers + own.size, state[0], mask=inside)
+    elif partial.state is not None:
+        gl.store(partial.state + part.to(gl.int64) * own.size + i, state[1], mask=inside)
     i = start + gl.arange(0, ROWS, gl.SliceLayout(1, sums))
     k = gl.arange(0, DIM, gl.SliceLayout(0, sums))
     store_part(partial.weighted, weighted, part, own, i, k, i < own.size, DIM)
 
 
 @gluon.jit
+def fold_tile(
+    state, products, sides, mine, columns, stage, other_start, FOLD: gl.constexpr,
+    DTYPE: gl.constexpr, BOUND: gl.constexpr,
+):  # fmt: skip
+    """The state with one more tile, the weights of its vectors in the type of the products, and
+    the factor by which earlier weights change."""
+    own, other, _scale, _bias, float16_scale, partial = sides
+    factors, lses, grads = columns
+    PUSH: gl.constexpr = FOLD[0]
+    COEFFICIENT: gl.constexpr = FOLD[1]
+    WEIGHED: gl.constexpr = FOLD[2]
+    factor = load_ring(other.inverse, factors, stage, products)
+    z2 = logits(products, own, other, mine, factor, other_start, BOUND)
+    if COEFFICIENT is None:
+        state, weights, moved = PUSH(state, z2, False)
+        weights = weigh(weights, factor, other, float16_scale)
+    else:
+        lse = load_ring(other.lse, lses, stage, z2)
+        grad = load_ring(other.grad_lse, grads, stage, z2)
+        weights = coefficients(z2, own, other, mine, lse, grad, COEFFICIENT)
+        if partial.state is not None:
+            state = (state[0], state[1] + gl.sum(weights, 1), state[2])
+        if not WEIGHED:
+            weights = weigh(weights, factor, other, float16_scale)
+        moved = ones(state[0])
+    return state, weights.to(DTYPE), moved
+
+
+@gluon.jit
+def coefficients(z2, own, other, mine, lse, grad, COEFFICIENT: gl.constexpr):
+    """dL/dz of a tile, from the gradients of the rows' statistics, the columns', or both."""
+    _start, _factor, _bias, _keep, _low, _high, row_lse, row_grad = mine
+    if other.grad_lse is None:
+        result = of_side(z2, own, row_lse, row_grad, 1, COEFFICIENT)
+    else:  # these first: they take more registers
+        result = of_side(z2, other, lse, grad, 0, COEFFICIENT)
+        if own.grad_lse is not None:
+            result += of_side(z2, own, row_lse, row_grad, 1, COEFFICIENT)
+    return result
+
+
+@gluon.jit
+def of_side(z2, side, lse, grad, AXIS: gl.constexpr, COEFFICIENT: gl.constexpr):
+    grad = gl.expand_dims(grad, AXIS)
+    if side.lse is None:
+        lse = grad
+    else:
+        lse = gl.expand_dims(lse, AXIS)
+    return COEFFICIENT(z2, lse, grad, grad, grad, False)
+
+
+@gluon.jit
 def logits(products, own, other, mine, factor, other_start, BOUND: gl.constexpr):
     """Logits of products in units of log 2, -inf for dropped pairs."""
-    _start, row_factor, row_bias, _row_keep, _low, _high = mine
+    _start, row_factor, row_bias, _row_keep, _low, _high, _lse, _grad = mine
     BIASED: gl.constexpr = own.bias is not None or other.bias is not None
     z2 = products * row_factor[:, None]
     if not BIASED:
@@ -191,7 +292,7 @@ def logits(products, own, other, mine, factor, other_start, BOUND: gl.constexpr)
 @gluon.jit
 def drop(z2, own, other, mine, other_start, BOUND: gl.constexpr):
     """-inf for dropped pairs and, in the last tile, beyond the other side's end."""
-    start, _row_factor, _row_bias, row_keep, own_low, own_high = mine
+    start, _row_factor, _row_bias, row_keep, own_low, own_high, _lse, _grad = mine
     if BOUND:
         j = gl.arange(0, z2.shape[1], gl.SliceLayout(0, z2.type.layout))
         z2 = gl.where((j < other.size - other_start)[None, :], z2, -float("inf"))
@@ -216,12 +317,12 @@ def load_columns(pointer, start, like):
 
 
 @gluon.jit
-def load_factor(other, buffer, like):
-    """The columns' 1 / norm, which came with their vectors."""
-    if other.inverse is None:
-        return 0
+def load_ring(given, ring, stage, like):
+    """What came with the columns' vectors; 1 where nothing is given."""
+    if given is None:
+        return 1.0
     else:
-        return buffer.load(gl.SliceLayout(0, like.type.layout))
+        return ring.index(stage).load(gl.SliceLayout(0, like.type.layout))
 
 
 @gluon.jit
@@ -234,10 +335,11 @@ def load_rows(pointer, start, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def weigh(weights, factor, other, float16_scale, DTYPE: gl.constexpr):
-    """Weights of the other side's vectors, in the type of the products."""
-    if other.inverse is not None:
-        weights = weights * in_range(factor, DTYPE)[None, :]
+def weigh(weights, factor, other, float16_scale):
+    """Times the columns' 1 / norm and the power of two that keeps weights of float16 in range."""
     if float16_scale is not None:
-        weights = weights * gl.load(float16_scale)
-    return weights.to(DTYPE)
+        factor = factor * gl.load(float16_scale)
+    if other.inverse is None:
+        return weights * factor
+    else:
+        return weights * factor[None, :]

@@ -2,8 +2,8 @@
 
 Run as a program, in a process without Triton's interpreter: prints a line of JSON for each kernel.
 What compiled.json has of a kernel whose source, arguments, options and compiler are the same is
-taken from there, but for a few, others each day. `make compiled` keeps what is new (--write), and
-makes everything again where the file is not there.
+taken from there, with the machine code of those for Hopper, but for a few, others each day.
+`make compiled` keeps what is new (--write), and makes everything again where the file is not there.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from contrastive_kernels.triton import compile as ahead
 from contrastive_kernels.triton import max_sim, top_k
 from contrastive_kernels.triton.compile import L2, Compiled
 from contrastive_kernels.triton.configs import TILES, Tile
-from contrastive_kernels.triton.machine_code import Code, code
+from contrastive_kernels.triton.machine_code import Code, Count, code
 from contrastive_kernels.triton.tune import Entry
 
 RECORD = Path(__file__).with_name("compiled.json")
@@ -37,12 +37,13 @@ FEW = 1024  # rows and keys whose sweeps of rows and columns are one launch
 GATED = [Entry(name, 128, "half") for name in ("stats", "attend", "two_way", "gradient")]
 
 
-def recorded() -> tuple[str, dict[str, Compiled]]:
-    """A version of Triton, and what it makes, by key."""
+def recorded() -> tuple[str, dict[str, Compiled], dict[str, Code]]:
+    """A version of Triton, what it makes, and some of the machine code, by key."""
     if not RECORD.exists():
-        return "", {}
+        return "", {}, {}
     kept = json.loads(RECORD.read_text())
-    return kept["triton"], {row[-1]: from_json(row) for row in kept["kernels"]}
+    codes = {key: code_from_json(row) for key, row in kept["code"].items()}
+    return kept["triton"], {row[-1]: from_json(row) for row in kept["kernels"]}, codes
 
 
 def from_json(row: list) -> Compiled:
@@ -51,10 +52,18 @@ def from_json(row: list) -> Compiled:
     return Compiled(kernel, tile and Tile(*tile), *numbers, tuple(grid), key)
 
 
-def keep(made: list[Compiled]) -> None:
+def code_from_json(row: list) -> Code:
+    return Code(Count(*row[0]), *row[1:])
+
+
+def keep(made: list[Compiled], codes: Mapping[str, Code]) -> None:
     lines = {one.key: json.dumps(one) for one in made}
     rows = ",\n".join(lines[key] for key in sorted(lines))
-    RECORD.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{rows}\n]}}\n')
+    facts = ",\n".join(
+        f'"{key}": {json.dumps(codes[key])}' for key in sorted(lines) if key in codes
+    )
+    head = f'{{"triton": "{triton.__version__}"'
+    RECORD.write_text(f'{head}, "kernels": [\n{rows}\n], "code": {{\n{facts}\n}}}}\n')
 
 
 def due(key: str) -> bool:
@@ -181,9 +190,20 @@ LIBRARY = {
     "rows and columns backward": "coefficient_kernel",
 }
 
-# The engine for Hopper: with a fixed shift, and with the running maximum of float16.
-HOPPER = [("hopper", 64, False), ("hopper", 128, False), ("hopper", 256, False),
-          ("hopper float16", 128, True)]  # fmt: skip
+# The engine for Hopper: with a fixed shift, with the running maximum of float16, gradients of one
+# side's statistics, of both sides', and with sums of dL/dz.
+HOPPER: dict[str, tuple[str, Callable[[int], None], tuple[int, ...]]] = {
+    "hopper": ("attend_kernel", lambda d: forward(d, drop=True, attend=True), (64, 128, 256)),
+    "hopper float16": (
+        "attend_kernel", lambda d: forward(d, drop=True, attend=True, half=True), (128,)),
+    "hopper keys": (
+        "gradient_sweep_kernel", lambda d: backward(d, drop=True, key=True), (64, 128, 256)),
+    "hopper both float16": (
+        "gradient_sweep_kernel", lambda d: backward(d, drop=True, columns=True, half=True),
+        (128, 256)),
+    "hopper key bias": (
+        "gradient_sweep_kernel", lambda d: backward(d, bias=True, key=True), (128,)),
+}  # fmt: skip
 
 
 def tiles() -> Iterator[tuple[int, Entry, Tile]]:
@@ -207,9 +227,10 @@ def distinct() -> dict[tuple[int, Entry], tuple[int, Entry]]:
     return found
 
 
-def results(record: Mapping[str, Compiled]) -> Iterator[tuple]:
+def results(record: Mapping[str, Compiled], codes: dict[str, Code]) -> Iterator[tuple]:
     """(what it was compiled for, architecture, kernel) of all that the tests judge; and of the
-    sweeps for an sm_90 at D = 128 what a pair costs, the machine code, and the IR of the GPU."""
+    sweeps for an sm_90 at D = 128 what a pair costs, the machine code, and the IR of the GPU.
+    `codes` gets the machine code of what has to be compiled for it."""
     compiling = partial(ahead.compiling, record=record)
     for architecture, entry in sorted(set(distinct().values())):
         seen: list[tuple] = []
@@ -221,11 +242,12 @@ def results(record: Mapping[str, Compiled]) -> Iterator[tuple]:
 
         gated = architecture == 90 and entry in GATED
         only = resources.KERNELS[entry.schedule]
-        with compiling(architecture, only, look if gated else None) as made:
+        known = {} if gated else record
+        with ahead.compiling(architecture, only, look if gated else None, record=known) as made:
             resources.workload(entry, resources.META, resources.N)()
         yield from ((f"sm_{architecture} {entry}", architecture, one) for one in made)
         yield from ((entry.schedule, *facts) for facts in seen)
-    _, ragged = with_code("stats_kernel", lambda: forward(100, drop=True, attend=True))
+    _, ragged = with_code("stats_kernel", lambda: forward(100, drop=True, attend=True), {}, {})
     yield "ragged", 0.0, ragged, ""
     for name, run in VARIANTS.items():
         for dim in (128, 768) if name in LONG else (128,):
@@ -238,26 +260,32 @@ def results(record: Mapping[str, Compiled]) -> Iterator[tuple]:
         label = f"sm_{architecture} {name} by a library"
         yield from ((label, architecture, one) for one in made)
     with patch.dict(os.environ, CK_HOPPER="1"):
-        for name, dim, half in HOPPER:
-            attend = partial(forward, dim, drop=True, attend=True, half=half)
-            made, facts = with_code("attend_kernel", attend)
-            yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
-            yield f"{name} D={dim}", 0.0, facts, ""
+        for name, (kernel, run, dims) in HOPPER.items():
+            for dim in dims:
+                made, facts = with_code(kernel, partial(run, dim), record, codes)
+                yield from ((f"sm_90 {name} D={dim}", 90, one) for one in made)
+                yield f"{name} D={dim}", 0.0, facts, ""
 
 
-def with_code(kernel: str, run: Callable[[], None]) -> tuple[list[Compiled], Code]:
+def with_code(
+    kernel: str, run: Callable[[], None], record: Mapping[str, Compiled], codes: dict[str, Code]
+) -> tuple[list[Compiled], Code]:
     """A kernel for an sm_90, and the machine code of the first of it."""
-    seen: list[Code] = []
-    with ahead.compiling(90, kernel, lambda _, found: seen.append(code(found))) as made:
+
+    def look(made: Compiled, found) -> None:
+        codes[made.key] = code(found)
+
+    known = {key: one for key, one in record.items() if key in codes}
+    with ahead.compiling(90, kernel, look, record=known) as made:
         run()
-    return made, seen[0]
+    return made, codes[made[0].key]
 
 
 if __name__ == "__main__":
-    known = {key: one for key, one in recorded()[1].items() if not due(key)}
+    _, kernels, codes = recorded()
     printed = []
-    for result in results(known):
+    for result in results({key: one for key, one in kernels.items() if not due(key)}, codes):
         print(json.dumps(result), flush=True)
         printed.append(result)
     if "--write" in sys.argv:
-        keep([result[2] for result in printed if len(result) == 3])
+        keep([result[2] for result in printed if len(result) == 3], codes)

@@ -287,6 +287,7 @@ def language() -> ModuleType:
         "max": lambda x, axis: x.amax(axis), "sum": lambda x, axis: x.sum(axis),
         "exp2": torch.exp2, "log2": torch.log2, "abs": torch.abs,
         "cast": lambda x, dtype: value(x, dtype), "cdiv": lambda a, b: -(-a // b),
+        "expand_dims": torch.unsqueeze,
         "program_id": lambda axis: value(current.grid[axis]),
         "convert_layout": lambda x, _layout: x, "warp_specialize": warp_specialize,
     }  # fmt: skip

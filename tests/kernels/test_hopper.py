@@ -41,22 +41,24 @@ def emulate(kernel, grid, *arguments, tile=None, **constants):
             converted.append(Descriptor(one.base, one.block_shape))
         else:
             converted.append(pointers(one) if hasattr(one, "_asdict") else one)
-    constants["PUSH"] = getattr(KERNELS["folds"], constants["PUSH"].fn.__name__)
-    emulation.launch(KERNELS["hopper_sweep"].attend_kernel, grid, len(arguments), *converted,
-                     **constants)  # fmt: skip
+    for name in ("PUSH", "COEFFICIENT"):
+        if name in constants:
+            constants[name] = getattr(KERNELS["folds"], constants[name].fn.__name__)
+    gluon = getattr(KERNELS["hopper_sweep"], kernel.fn.__name__)
+    emulation.launch(gluon, grid, len(arguments), *converted, **constants)
 
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """The host code sees a Hopper; returns the grids of the sweeps that its engine took."""
+    """The host code sees a Hopper; returns the names of the sweeps that its engine took."""
     from contrastive_kernels.triton import configs, engine, hopper_sweep
 
-    taken: list[tuple[int, ...]] = []
+    taken: list[str] = []
     launch = engine.launch
 
     def either(kernel, grid, *arguments, **options):
-        if kernel is hopper_sweep.attend_kernel:
-            taken.append(grid)
+        if kernel in (hopper_sweep.attend_kernel, hopper_sweep.gradient_sweep_kernel):
+            taken.append(kernel.fn.__name__)
             emulate(kernel, grid, *arguments, **options)
         else:
             launch(kernel, grid, *arguments, **options)
@@ -149,6 +151,90 @@ def test_statistics_and_gradients(hopper, dtype, dim, option, sizes):
     assert bool(hopper) == (option != "exclude keep bias")
 
 
+# (which sides' statistics have gradients, what else there is)
+UPSTREAM = [
+    ("rows", "exclude", torch.bfloat16, 64),
+    ("rows", "bias", torch.float16, 64),
+    ("rows", "not unit", torch.float16, 128),
+    ("columns", "keep", torch.bfloat16, 64),
+    ("rows columns", "exclude", torch.float16, 64),
+    ("rows columns", "bias", torch.bfloat16, 128),
+    ("itself", "exclude", torch.bfloat16, 64),
+    ("softplus", "exclude not unit", torch.float16, 64),
+    ("rows columns", "not unit", torch.bfloat16, 256),
+]
+
+
+@pytest.mark.parametrize(("sides", "option", "dtype", "dim"), UPSTREAM)
+def test_gradients_of_statistics(hopper, sides, option, dtype, dim):
+    from contrastive_kernels import triton
+
+    symmetric, softplus, unit = sides == "itself", sides == "softplus", "not unit" not in option
+    n, m = (100, 100) if symmetric else (65, 300)
+    x, y, bias = numbers(n, m, dim, dtype)
+    x[3] = 0.0  # 1 / norm is 1e12
+    y = x if symmetric else y
+    bias = bias if "bias" in option else None
+    exclude = ids(n, m) if "exclude" in option else None
+    keep = (ids(n, m)[0] % 3, ids(n, m)[1] % 3) if "keep" in option else None
+    if symmetric:
+        exclude = (exclude[0], exclude[0])
+    generator = torch.Generator().manual_seed(5)
+    grads = [torch.randn(size, generator=generator) for size in (n, m)]
+    grads[0] *= "columns" != sides
+    grads[1] *= "columns" in sides
+
+    leaves = [t.double().requires_grad_() for t in (x, x if symmetric else y)]
+    scale = torch.tensor(10.0 if unit else 0.3, dtype=torch.float64, requires_grad=True)
+    wide = None if bias is None else bias.double().requires_grad_()
+    a, b = (torch.nn.functional.normalize(t, dim=1) if unit else t for t in leaves)
+    z = scale * (a @ b.T) + (0.0 if wide is None else wide)
+    z.retain_grad()
+    kept = z
+    for pair, drops in ((exclude, True), (keep, False)):
+        if pair is not None:
+            kept = kept.masked_fill((pair[0][:, None] == pair[1]) == drops, -torch.inf)
+    lses = [kept.logsumexp(1), kept.logsumexp(0)]
+    values = [torch.nn.functional.softplus(kept).sum(1)] if softplus else lses
+    sum((v * g.double()).sum() for v, g in zip(values, grads, strict=False)).backward()
+
+    given = (x, None if symmetric else y, scale.detach().float(), bias)
+    pairs = (*(exclude or (None, None)), *(keep or (None, None)))
+    needs = [True, not symmetric, True, bias is not None]
+    if softplus:
+        out = triton.row_softplus_backward(*given, *pairs, None, grads[0], None, unit, needs)
+    else:
+        rounded = [t.detach().float() for t in lses]
+        low = [(t.detach() - r).float() for t, r in zip(lses, rounded, strict=True)]
+        none = torch.empty(0)
+        passed = [
+            g if has else None
+            for g, has in zip(grads, (sides != "columns", "columns" in sides), strict=True)
+        ]
+        out = triton.row_stats_backward(
+            *given, *pairs, rounded[0], none, rounded[1], none, none, none, *low, passed[0], None,
+            passed[1], None, None, unit, needs, False,
+        )  # fmt: skip
+    dx, dy = (t.grad for t in leaves)
+    wanted = [dx + dy] if symmetric else [dx, dy]
+    of_pairs = z.grad.abs() + (z.grad.abs().T if symmetric else 0.0)
+    others = [b] if symmetric else [b, a]
+    for side, exact in enumerate(wanted):
+        norm = leaves[side].norm(dim=1, keepdim=True).clamp(1e-12) if unit else 1.0
+        terms = scale * (of_pairs if side == 0 else of_pairs.T) @ others[side].abs() / norm
+        held = exact.abs() < torch.finfo(dtype).max  # by float16 not where the norm is 1e-12
+        error = (out[side].double() - exact).abs()[held]
+        # a gradient that is small is a subnormal number
+        size = 3 * terms.detach().amax(1, keepdim=True) + torch.finfo(dtype).smallest_normal
+        bound = (EPS[dtype] * size).expand_as(exact)[held]
+        assert held.sum() >= exact.numel() - dim and bool((error <= bound).all()), side
+    size = float((z.grad * z.detach()).abs().nan_to_num(0.0).sum() / scale.detach())
+    assert abs(float(out[2]) - float(scale.grad)) <= EPS[dtype] * size
+    if wide is not None:
+        assert float((out[3] - wide.grad).abs().max()) <= 1e-5
+    assert hopper == ["gradient_sweep_kernel"] * (1 if symmetric else 2)
+
+
 def test_a_sum_of_softplus(hopper):
     from contrastive_kernels import triton
 
@@ -200,27 +286,35 @@ def test_what_it_does_not_take_is_the_other_engines(hopper, monkeypatch, reason)
     assert not hopper
 
 
-def recorded(kernels, stages: int, tiles: int, seed: int = 0):
+def recorded(kernels, stages: int, tiles: int, gradient: bool = False):
     """A program of so many tiles, and what it did."""
     n, m, dim, block = 128, 16 * tiles, 16, 16
     x, y, _ = numbers(n, m, dim, torch.bfloat16)
     side, sums = kernels["tiles"].Side, kernels["sweep"].Partial
     made = sums(Pointer(torch.zeros(6 * n)), Pointer(torch.zeros(n * dim)))
-    return emulation.launch(
-        kernels["hopper_sweep"].attend_kernel, (1, 1), seed, Descriptor(x, [64, dim]),
-        Descriptor(y, [block, dim]), Descriptor(torch.ones(m), [block]), side(x, dim, 1, n),
-        side(y, dim, 1, m, inverse=Pointer(torch.ones(m))),
-        Pointer(torch.ones(1)), None, None, made, tiles, kernels["folds"].softmax_push,
-        -torch.inf, False, 80.0, dim, block, stages,
-    )  # fmt: skip
+    names = ("inverse", "lse", "grad_lse") if gradient else ("inverse",)
+    each = torch.ones(m)
+    own, other = side(x, dim, 1, n), side(y, dim, 1, m, **dict.fromkeys(names, Pointer(each)))
+    vectors = (Descriptor(x, [64, dim]), Descriptor(y, [block, dim]))
+    given = (*vectors, *len(names) * [Descriptor(each, [block])], own, other, Pointer(each))
+    last = (dim, block, stages)
+    module, folds = kernels["hopper_sweep"], kernels["folds"]
+    if gradient:
+        fold = (None, made, tiles, folds.softmax_coefficient, False)
+        return emulation.launch(module.gradient_sweep_kernel, (1, 1), 0, *given, *fold, *last)
+    fold = (None, None, made, tiles, folds.softmax_push, -torch.inf, False, 80.0)
+    return emulation.launch(module.attend_kernel, (1, 1), 0, *given, *fold, *last)
 
 
-@pytest.mark.parametrize(("stages", "tiles"), [(4, 1), (4, 5), (3, 4), (2, 2), (2, 5)])
-def test_every_order_of_the_parts_is_right(stages, tiles):
+ORDERS = [(4, 1, False), (4, 5, False), (3, 4, False), (2, 2, False), (2, 5, False), (2, 3, True)]
+
+
+@pytest.mark.parametrize(("stages", "tiles", "gradient"), ORDERS)
+def test_every_order_of_the_parts_is_right(stages, tiles, gradient):
     from contrastive_kernels.triton import hopper
 
     assert {tile.stages for tile in hopper.TILES.values()} <= {2, 3, 4}
-    assert Schedule(recorded(KERNELS, stages, tiles)).explore() > 50 * tiles
+    assert Schedule(recorded(KERNELS, stages, tiles, gradient)).explore() > 50 * tiles
 
 
 FAULTS = {
@@ -235,6 +329,7 @@ FAULTS = {
     "never free": ("        mbarrier.arrive(empty.index(stage), count=1)\n", ""),
     "the wrong phase": ("((n + 1) // STAGES) & 1)", "(n // STAGES) & 1)"),
     "both wait for their turn": ("(n & 1) ^ (1 - GROUP)", "n & 1"),
+    "numbers that no barrier counts": ("(lse_tiles is not None) + ", ""),
     "free for one of two": ("mbarrier.init(empty.index(stage), count=GROUPS)",
                             "mbarrier.init(empty.index(stage), count=1)"),
 }  # fmt: skip
@@ -245,4 +340,4 @@ def test_a_wrong_schedule_is_found(fault):
     wrong = emulation.emulated({"hopper_sweep": FAULTS[fault]})
     with pytest.raises((Wrong, AssertionError)):
         for tiles in (3, 5):
-            Schedule(recorded(wrong, 2, tiles)).explore()
+            Schedule(recorded(wrong, 2, tiles, "numbers" in fault)).explore()

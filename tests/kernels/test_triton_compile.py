@@ -4,6 +4,7 @@
 each kernel; the tests judge what it printed.
 """
 
+import itertools
 import json
 import os
 import re
@@ -16,14 +17,14 @@ import compiles
 import pytest
 import torch
 import triton
-from compiles import HOPPER, from_json, tiles
+from compiles import HOPPER, code_from_json, from_json, tiles
 
 from benchmarks.gpu import resources
 from contrastive_kernels.__main__ import main
 from contrastive_kernels.triton import configs, tune
 from contrastive_kernels.triton.compile import Compiled
 from contrastive_kernels.triton.configs import SHARED_KIB, TILES, Tile, row
-from contrastive_kernels.triton.machine_code import Code, Count
+from contrastive_kernels.triton.machine_code import Code
 from contrastive_kernels.triton.tune import Entry, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,7 @@ GATES = {"stats": (9.0, 64), "attend": (12.0, 128), "two_way": (12.5, 64), "grad
 SPILLS = {
     "sm_90 rows and columns with mean backward D=768": 200,
     "sm_90 hopper float16 D=128": 8,
+    "sm_90 hopper both float16 D=256": 32,
     "sm_90 rows and columns keep by a library": 16,
 }
 
@@ -63,7 +65,7 @@ def compiled(printed) -> list[tuple[str, int, Compiled]]:
 def machine(printed) -> dict[str, tuple[float, Code, str]]:
     """By schedule."""
     return {
-        name: (cost, Code(Count(*facts[0]), *facts[1:]), ir)
+        name: (cost, code_from_json(facts), ir)
         for name, cost, facts, ir in (row for row in printed if len(row) == 4)
     }
 
@@ -78,14 +80,17 @@ def test_every_kernel_compiles(compiled):
     judged(f"{label}: {one.kernel}: {one.error}" for label, _, one in compiled if one.error)
 
 
-def test_what_is_kept_of_kernels_is_what_the_compiler_makes(compiled):
+def test_what_is_kept_of_kernels_is_what_the_compiler_makes(compiled, machine):
     """Of those of today; and no kernel is missing, or kept for nothing."""
-    version, kept = compiles.recorded()
+    version, kept, codes = compiles.recorded()
     if version != triton.__version__:
         pytest.skip(f"kept of Triton {version}")
     made = {one.key: one for _, _, one in compiled}
     assert kept.keys() == made.keys(), "kernels have changed: make compiled"
     judged(f"{one}, not {kept[key]}" for key, one in made.items() if one != kept[key])
+    hopper = {one.key: label.removeprefix("sm_90 ") for label, _, one in compiled
+              if label.startswith("sm_90 hopper")}  # fmt: skip
+    assert codes == {key: machine[label][1] for key, label in hopper.items()}
 
 
 def test_a_launch_that_does_not_bind_is_listed():
@@ -167,14 +172,17 @@ def test_the_sums_of_two_way_are_guarded(machine):
 
 def test_the_engine_for_hopper(compiled, machine):
     """Both products of a warpgroup are of 64 own vectors, and as wide as a tile or a vector."""
-    made = {label: one for label, _, one in compiled if one.kernel == "attend_kernel"}
-    assert list(made) == [f"sm_90 {name} D={dim}" for name, dim, _ in HOPPER]
+    kernels = {kernel for kernel, _, _ in HOPPER.values()}
+    made = {label: one for label, _, one in compiled if one.kernel in kernels}
+    labels = [f"sm_90 {name} D={dim}" for name, (_, _, dims) in HOPPER.items() for dim in dims]
+    assert list(made) == labels
     for label, one in made.items():
         assert one.instruction == "wgmma"
         tile, issued = Tile(*one.tile), machine[label.removeprefix("sm_90 ")][1].loop
         assert issued.products == (tile.block_k + tile.block_n) // 16
-    for dim in (64, 128):
-        issued, pairs = machine[f"hopper D={dim}"][1].loop, 64 * 128
+    for name, dim in itertools.product(("hopper", "hopper keys"), (64, 128)):
+        issued, pairs = machine[f"{name} D={dim}"][1].loop, 64 * 128
+        assert machine[f"{name} D={dim}"][1].columns == 128
         assert 128 * issued.all <= 7.5 * pairs and 128 * issued.special == pairs
 
 
