@@ -1,6 +1,7 @@
 """The command line: `python -m contrastive_kernels info|demo|bench|tune`."""
 
 import argparse
+import itertools
 import platform
 import sys
 import time
@@ -13,7 +14,7 @@ from contrastive_kernels import __version__, selfcheck
 from contrastive_kernels.backends import CPU_ERROR, TRITON_ERROR, backends
 
 
-def _info(check: bool) -> int:
+def _info(check: bool, record: bool) -> int:
     lines = [
         ("contrastive_kernels", __version__),
         ("torch", torch.__version__),
@@ -39,8 +40,11 @@ def _info(check: bool) -> int:
     for name, backend in report.items():
         if backend.reason is not None:
             print(f"\n{name} is not usable: {backend.reason}")
+    without = report["triton"].engines["hopper"]
+    if report["triton"].usable:
+        print(f"\nengine of triton: {'hopper' if without is None else f'triton, since {without}'}")
     print(f"\n{_summary()}")
-    return _check() if check else 0
+    return _check(record) if check or record else 0
 
 
 def _summary() -> str:
@@ -55,9 +59,9 @@ def _summary() -> str:
     return "; ".join(runs if len(runs) > 1 else [*runs, "there is no GPU here"])
 
 
-def _check() -> int:
+def _check(record: bool) -> int:
     start, count, wrong = time.perf_counter(), 0, 0
-    for title, fault in selfcheck.faults():
+    for title, fault in itertools.chain(selfcheck.faults(), selfcheck.of_hopper(record)):
         count += 1
         if fault is not None:
             wrong += 1
@@ -100,6 +104,11 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="run every primitive against float64 too, in seconds; status 1 if one is wrong",
     )
+    info.add_argument(
+        "--record",
+        action="store_true",
+        help="--check, and where the engine for Hopper passes, it is used from then on",
+    )
     # These have options of their own: they get the rest of the command line, --help included.
     commands.add_parser(
         "demo",
@@ -128,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         return import_module("contrastive_kernels.triton.tune").main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _info(arguments.check)
+    return _info(arguments.check, arguments.record)
 
 
 if __name__ == "__main__":

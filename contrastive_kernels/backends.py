@@ -9,15 +9,17 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import engines
 from .autograd import in_forward_mode, in_transform
 
 # Nothing but the dense reference, to tell whether a kernel is at fault.
@@ -29,13 +31,18 @@ _REPORT = Path(__file__).with_name("_build_report.json")
 
 
 class Backend(NamedTuple):
-    """One backend: whether it was built, whether it runs here, on what, and why not."""
+    """One backend: whether it was built, whether it runs here, on what, and why not.
+
+    `engines`: of a backend that has more than one, why each takes no sweep here, or None; a call
+    uses the first that takes it.
+    """
 
     built: bool
     usable: bool
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     reason: str | None
+    engines: Mapping[str, str | None] = MappingProxyType({})
 
 
 def _build_report(extension: str) -> dict[str, Any] | None:
@@ -252,6 +259,16 @@ def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "there is no GPU here"
 
 
+def _without_hopper() -> str | None:
+    """Why the engine for Hopper takes no sweeps on the current GPU."""
+    if TRITON_ERROR is not None or torch.cuda.device_count() == 0:
+        return TRITON_ERROR or "there is no GPU here"
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not engines.is_hopper(device):
+        return f"it is for GPUs of compute capability {engines.HOPPER[0]}.{engines.HOPPER[1]}"
+    return engines.without_hopper(device)
+
+
 def _triton_devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
@@ -260,7 +277,8 @@ def backends() -> dict[str, Backend]:
     """Report every backend: name -> `Backend(built, usable, devices, dtypes, reason)`.
 
     `devices` are torch device types and `dtypes` the input dtypes the backend takes; `reason` says
-    why it is not usable and is None where it is.
+    why it is not usable and is None where it is. `backends()["triton"].engines` says why the engine
+    for Hopper takes no sweeps on the current GPU; what it has no kernels of is the other's.
     """
     cpu, cuda = _build_report("_cpu"), _build_report("_cuda")
     half = (torch.float16, torch.bfloat16)
@@ -280,6 +298,10 @@ def backends() -> dict[str, Backend]:
             devices=_triton_devices(),
             dtypes=half + full,
             reason=TRITON_ERROR or (None if INTERPRETED else _no_gpu()),
+            engines={
+                "hopper": _without_hopper(),
+                "triton": TRITON_ERROR or (None if INTERPRETED else _no_gpu()),
+            },
         ),
         "cuda": Backend(
             built=cuda is not None and cuda["built"],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import engines
 from .backends import unusable_reason
 from .ops import row_dot, row_softplus, row_stats, top_k
 from .whitening import whiten
@@ -107,6 +109,18 @@ def faults() -> Iterator[tuple[str, str | None]]:
             for name, function in cases(device).items():
                 title = f"{name}, {engine}, {str(dtype).removeprefix('torch.')}"
                 yield title, fault(function, given, engine)
+
+
+def of_hopper(record: bool) -> Iterator[tuple[str, str | None]]:
+    """The same of the engine for Hopper, on such a GPU; its result can be recorded."""
+    if unusable_reason("triton", "cuda") is not None or not _is_there("cuda"):
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    if engines.is_hopper(device):
+        found = import_module("contrastive_kernels.triton.hopper_check").fault(device)
+        if record and found is None:
+            engines.record(device)
+        yield "sweeps, engine for Hopper", found
 
 
 def _is_there(device: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..types import known
-from . import backward, forward, row_dots
+from . import backward, forward, hopper_check, row_dots
 from .backward import Gradients, Upstream
 from .engine import COLUMNS, ROWS, Needs, Problem
 from .launching import device_of
@@ -198,6 +198,7 @@ def _problem(
     keep: tuple[Tensor | None, Tensor | None],
     normalize: bool,
 ) -> Problem:
+    hopper_check.on_request(x.device)
     products = None
     if y is not None and y.dim() == 3:  # keys of their own
         products = row_dots.products(x, y, normalize)

@@ -1,17 +1,17 @@
 """The engine for Hopper: which sweeps it takes, and how they are started.
 
-Off unless CK_HOPPER=1, because no GPU has run it yet. What it does not take, and rows that have to
-be swept again with a running maximum, are the other engine's.
+`engines` says on which GPUs. What it does not take, and rows that have to be swept again with a
+running maximum, are the other engine's.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import triton.language as tl
 from torch import Tensor
 
+from .. import engines
 from ..types import known
 from . import configs, engine
 from .configs import Tile
@@ -30,13 +30,11 @@ TILES = {
 }
 
 
-def enabled() -> bool:
-    return os.environ.get("CK_HOPPER", "0") == "1"
-
-
 def tile(problem: Problem, own: Side, other: Side) -> Tile | None:
     """The tile of a sweep with weighted sums; None where the other engine has to run it."""
-    if not enabled() or configs.properties(problem.device).architecture != ARCHITECTURE:
+    if configs.properties(problem.device).architecture != ARCHITECTURE:
+        return None
+    if engines.without_hopper(problem.device) is not None:
         return None
     if problem.arithmetic.kind != "half" or not (aligned(own.features) and aligned(other.features)):
         return None

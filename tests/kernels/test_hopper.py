@@ -286,6 +286,18 @@ def test_what_it_does_not_take_is_the_other_engines(hopper, monkeypatch, reason)
     assert not hopper
 
 
+def test_the_check_of_a_gpu(hopper, monkeypatch):
+    from contrastive_kernels.triton import hopper as host
+    from contrastive_kernels.triton import hopper_check
+
+    given = (torch.device("cpu"), (65, 67), (64,))
+    assert hopper_check.fault(*given) is None
+    assert hopper.count("attend_kernel") == 2 and hopper.count("gradient_sweep_kernel") == 6
+    right = host.weighed_gradients
+    monkeypatch.setattr(host, "weighed_gradients", lambda *a: right(*a).roll(1))
+    assert "the error of dy of rows is" in hopper_check.fault(*given)
+
+
 def recorded(kernels, stages: int, tiles: int, gradient: bool = False):
     """A program of so many tiles, and what it did."""
     n, m, dim, block = 128, 16 * tiles, 16, 16

@@ -16,7 +16,7 @@ COMPILED = ("contrastive_kernels._cpu", "contrastive_kernels._cuda")
 LAYERS = {
     "contrastive_kernels": (
         ("types", "autograd"),
-        ("files",),
+        ("files", "engines"),
         ("sources", "backends"),
         ("checks", "reference", "cpu", "triton", "workspace"),
         ("distributed",),
