@@ -6,8 +6,10 @@ What waits for the device is in test_launches too, in the host code of the kerne
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import oracles
 import pytest
@@ -72,6 +74,12 @@ def test_nothing_comes_from_the_host(device, name):
         value = call(row.function, case, given, backend="triton")
         value.sum().backward()
     assert value.device == device and not seen.found
+
+
+def test_the_page_lists_the_losses_that_are_tested():
+    text = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| tested so, ")]
+    assert re.findall(r"`(\w+)`", line) == NAMES
 
 
 def test_a_tensor_of_the_host_is_found(device):
