@@ -45,7 +45,7 @@ def fault(
         for taken in (True, False):
             try:
                 with engines.forced(taken):
-                    made.append(results(x, y, lses, grads))
+                    made.append(results(x, y, lses, grads, taken))
             except Exception as raised:
                 return f"{where}: {type(raised).__name__}: {raised}"
         for name, ours, theirs, oracle in zip(NAMES, *made, exact, strict=True):
@@ -62,11 +62,15 @@ def matrix(x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     return torch.full((), 9.0, device=x.device), (ids[0], ids[1])
 
 
-def results(x: Tensor, y: Tensor, lses: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """What the sweeps of an engine give, by NAMES."""
+def results(
+    x: Tensor, y: Tensor, lses: list[Tensor], grads: list[Tensor], taken: bool
+) -> list[Tensor]:
+    """What the sweeps of an engine give, by NAMES; `taken`: by that for Hopper."""
     scale, ids = matrix(x, y)
     none = (None, None)
     problem = Problem(x, y, scale, None, ids, none, True)
+    if taken and hopper.tile(problem, problem.side(ROWS), problem.side(COLUMNS)) is None:
+        raise RuntimeError("it does not take these sweeps")
     out = forward.stats(problem, ROWS, attend=True)
     found = [known(out.first), known(out.gradient), known(out.slope)]
     for sides in ((ROWS, COLUMNS), (ROWS,)):

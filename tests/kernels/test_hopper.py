@@ -296,6 +296,8 @@ def test_the_check_of_a_gpu(hopper, monkeypatch):
     right = host.weighed_gradients
     monkeypatch.setattr(host, "weighed_gradients", lambda *a: right(*a).roll(1))
     assert "the error of dy of rows is" in hopper_check.fault(*given)
+    monkeypatch.setattr(host, "TILES", {})
+    assert "it does not take these sweeps" in hopper_check.fault(*given)
 
 
 def recorded(kernels, stages: int, tiles: int, gradient: bool = False):
