@@ -111,7 +111,7 @@ def _sizes(given: Any) -> list[int]:
 def _can_nest(given: Given, first: Tensor) -> bool:
     if given.get("group") is not None:
         return False
-    return can_nest(resolve_backend(given.get("backend", "auto"), first.device), first)
+    return can_nest(resolve_backend(given.get("backend", "auto"), first.device))
 
 
 def _narrowed(given: Given, features: Sequence[str], end: int, size: int) -> Given:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import no_second_order, register_rules
-from ..backends import CPU_ERROR, rounds_weights
+from ..backends import CPU_ERROR
 from ..types import SoftplusSweep, Sweep
 from .pairs import Pairs, shared_arguments
 from .registration import NAMESPACE, mark
@@ -43,10 +43,9 @@ _OPTIONS = ("ends", "softplus", "normalize", "together")
 _KERNELS: Any = None if CPU_ERROR is not None else import_module("..cpu.nested", __package__)
 
 
-def can_nest(backend: str, x: Tensor) -> bool:
-    """Whether a sweep over features x and tensors of this process may be of several prefixes.
-    Products of bfloat16 that the processor has are those of single sweeps alone."""
-    return backend == "cpu" and not rounds_weights(backend, x.dtype, x.dtype)
+def can_nest(backend: str) -> bool:
+    """Whether a sweep over tensors of this process may be of several prefixes."""
+    return backend == "cpu"
 
 
 def softmax(given: Pairs, ends: tuple[int, ...], *, columns: bool) -> Sweep:

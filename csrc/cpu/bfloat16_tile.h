@@ -2,6 +2,8 @@
 // three products, and the products.
 #pragma once
 
+#include <vector>
+
 #include "bfloat16.h"
 #include "buffer.h"
 #include "matrix.h"
@@ -10,32 +12,48 @@ namespace ck {
 
 // Rows of bfloat16 features as they lie.
 struct BitRows {
-  const uint16_t* data;
-  int64_t stride;
+  const uint16_t* data = nullptr;
+  int64_t stride = 0;
 };
 
-// Rows of the features of one side, two by two, in panels of columns: made when first asked for.
+// Of each pair of a panel's row the number that a block of features has, 0 in the other's place.
+inline void keep_half(uint32_t* pairs, bool first) {
+  for (int i = 0; i < kPanel; ++i) pairs[i] &= first ? 0x0000ffffu : 0xffff0000u;
+}
+
+// Rows of the features of one side, two by two, in panels of columns, those of each block of
+// features after those of the one before: made when first asked for.
 class RowPairs {
  public:
   void forget() { made_ = false; }
-  // read() gives the rows as they lie; room: the most rows that there may be
+  // of blocks[k]; read() gives the rows as they lie; room: the most rows that there may be
   template <class Read>
-  PanelMatrix<const uint32_t> of(int64_t rows, int64_t d, int64_t room, Read read) {
+  PanelMatrix<const uint32_t> of(const std::vector<Range>& blocks, int64_t k, int64_t rows,
+                                 int64_t room, Read read) {
     const int64_t pairs = divide_up(rows, 2);
     if (!made_) {
-      if (memory_.empty()) memory_ = Buffer<uint32_t>(divide_up(room, 2) * width(d));
+      if (memory_.empty())
+        memory_ = Buffer<uint32_t>(divide_up(room, 2) * panels(blocks, blocks.size()) * kPanel);
       const BitRows from = read();
-      for_blocks({0, d}, kPanel, [&](Range part) {
-        bfloat16_kernels()->pair_rows(from.data + part.begin, from.stride, rows, part.size(),
-                                      memory_.data() + part.begin * pairs, kPanel);
-      });
+      uint32_t* out = memory_.data();
+      for (const Range& block : blocks)
+        for_blocks(block, kPanel, [&](Range part) {
+          bfloat16_kernels()->pair_rows(from.data + part.begin, from.stride, rows, part.size(), out,
+                                        kPanel);
+          out += pairs * kPanel;
+        });
       made_ = true;
     }
-    return {memory_.data(), kPanel, pairs * kPanel};
+    return {memory_.data() + panels(blocks, k) * pairs * kPanel, kPanel, pairs * kPanel};
   }
 
  private:
-  static int64_t width(int64_t d) { return divide_up(d, kPanel) * kPanel; }
+  // how many the first `count` blocks have
+  static int64_t panels(const std::vector<Range>& blocks, int64_t count) {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += divide_up(blocks[k].size(), kPanel);
+    return sum;
+  }
   Buffer<uint32_t> memory_;
   bool made_ = false;
 };

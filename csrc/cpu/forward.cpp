@@ -75,10 +75,9 @@ class ForwardSweep {
   // From now on logits are kept, as far as there is room.
   void keep(bool half) {
     constexpr int64_t kSmallest = 1 << 15;  // pairs whose product costs more than the memory does
-    constexpr int64_t kFewFeatures = 256;   // likewise, where products are fast
     if (!options_.keep || p_.paired) return;
     if (p_.x.rows() * p_.keys < kSmallest) return;
-    if (p_.fast && p_.x.d() <= kFewFeatures) return;
+    if (p_.x.d() <= p_.few_features()) return;
     keeper_ = take_logits(p_.x.rows(), p_.keys, p_.block_keys, sizeof(T), half);
     if (!keeper_) return;
     p_.kept = keeper_->logits();

@@ -95,9 +95,8 @@ class NestedBackward {
         if (both) tile.key_along = (p_.symmetric ? row_along_ : key_along_).data() + first_key;
         p_.kernels.prefix_backward(w.tile(), in_.softplus ? Fold::kSoftplus : Fold::kLse, tile);
         if (in_.grad_partner != nullptr) add_partners(w, tile, k);
-        const Range block = p_.block(k);
-        if (to_rows != nullptr) w.add_to_rows(to_rows + w.rows().begin * p_.x.d(), block, true);
-        if (to_keys != nullptr && both) w.add_to_keys(to_keys + w.keys().begin * p_.x.d(), block);
+        if (to_rows != nullptr) w.add_to_rows(to_rows + w.rows().begin * p_.x.d(), true, k);
+        if (to_keys != nullptr && both) w.add_to_keys(to_keys + w.keys().begin * p_.x.d(), k);
       }
     };
     for_tiles(p_, w, rows, keys, p_.symmetric, start, push, [&](Range block) {
@@ -131,7 +130,7 @@ class NestedBackward {
           const T one = inverse[k * n + i];
           // a norm that was raised to 1e-12 is a constant
           if (one < kLargestInverse<T>) radial += along[k * n + i] * one * one;
-          const Range block = p_.block(k);
+          const Range block = p_.blocks[k];
           p_.kernels.add_scaled(-static_cast<T>(radial),
                                 rows + (i - range.begin) * stride + block.begin, block.size(),
                                 u + i * d + block.begin);

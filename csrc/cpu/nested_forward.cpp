@@ -48,6 +48,7 @@ class NestedForward {
     const int64_t padded_keys = divide_up(p_.keys, p_.block_keys) * p_.block_keys;
     const double room = workspace_limit() - workspace_used();
     const int64_t sets = p_.best_kept(room / (padded * padded_keys * sizeof(T)));
+    if (sets == 0) return;
     keeper_ = take_logits(sets * padded, p_.keys, p_.block_keys, sizeof(T), p_.symmetric);
     if (!keeper_) return;
     p_.kept = keeper_->logits();

@@ -7,33 +7,32 @@
 namespace ck {
 
 // PairArguments of the whole features, which prefixes that end at `ends`, ascending, are of; the
-// last one is d.
+// last one is d. blocks[k] are the features that prefix k has and k - 1 has not.
 template <class T>
 struct NestedProblem : Problem<T> {
   NestedProblem(const PairArguments<T>& arguments, const std::vector<int64_t>& ends)
-      : Problem<T>(without_scale(arguments), false),
-        ends(ends),
+      : Problem<T>(without_scale(arguments), ends),
         logit_scale(arguments.scale),
         row_inverse(inverses(this->x)),
         key_inverse(this->symmetric ? Buffer<T>() : inverses(this->y)),
         key_scale(this->block_keys, logit_scale) {}
 
-  int64_t count() const { return static_cast<int64_t>(ends.size()); }
-  // the features that prefix k has and k - 1 has not
-  Range block(int64_t k) const { return {k > 0 ? ends[k - 1] : 0, ends[k]}; }
+  int64_t count() const { return static_cast<int64_t>(this->blocks.size()); }
   const T* of_rows(int64_t k) const { return row_inverse.data() + k * this->x.rows(); }
   const T* of_keys(int64_t k) const {
     return this->symmetric ? of_rows(k) : key_inverse.data() + k * this->keys;
   }
 
   // Of how many prefixes logits are kept where there is room for those of `room`: the longest
-  // ones, as what is made again of a prefix is made of all shorter ones; so many as save most.
+  // ones, as what is made again of a prefix is made of all shorter ones; so many as save most, or
+  // none. Each counts for half as many features as in a single sweep: it is scaled again too.
   int64_t best_kept(double room) const {
-    int64_t best = 1;
+    int64_t best = 0;
     double most = 0;
     for (int64_t sets = 1; sets <= count(); ++sets) {
       const double share = this->symmetric && room < sets ? 0 : std::min(1.0, room / sets);
-      const double saved = share * (ends.back() - block(count() - sets).begin);
+      const int64_t again = this->x.d() - this->blocks[count() - sets].begin;
+      const double saved = share * (again - sets * this->few_features() / 2);
       if (saved > most) best = sets, most = saved;
     }
     return best;
@@ -42,7 +41,6 @@ struct NestedProblem : Problem<T> {
   // the first prefix whose logits are kept
   int64_t first_kept() const { return count() - this->kept.rows / padded_rows(); }
 
-  const std::vector<int64_t> ends;
   const T logit_scale;
   Buffer<T> row_inverse, key_inverse;  // (prefixes, rows or keys): 1 / norm
   Buffer<T> key_scale;                 // of a tile's keys: that of logits
@@ -58,7 +56,7 @@ struct NestedProblem : Problem<T> {
     if (!this->normalize) return out;
     features.for_read_blocks({0, features.rows()}, [&](Range range, const T* rows, int64_t stride) {
       for (int64_t k = 0; k < count(); ++k)
-        this->kernels.norms(rows, stride, range.size(), ends[k],
+        this->kernels.norms(rows, stride, range.size(), this->blocks[k].end,
                             out.data() + k * features.rows() + range.begin, nullptr);
     });
     return out;
@@ -97,10 +95,15 @@ class NestedWorker : public Worker<T> {
         logits_[k] = {own_.data() + k * size, tile.ld};
       else
         logits_[k] = this->kept_place(k - first);
-      if (k >= first && !nested_.keeps) continue;  // they are there
-      this->multiply(nested_.block(k), {tile.data, tile.ld}, k > 0);
-      nested_.kernels.scaled_tile(tile.data, tile.ld, tile.keys, tile.rows, row_inverse(k),
-                                  key_inverse(k), logits_[k]);
+    }
+    const int64_t made = nested_.keeps ? nested_.count() : first;  // the others are there
+    for (int64_t i = 0; i < tile.rows; i += kPanel) {
+      const PanelMatrix<T> sums = this->panel({tile.data, tile.ld}, i);
+      for (int64_t k = 0; k < made; ++k) {
+        this->multiply(k, i, sums, k > 0);
+        nested_.kernels.scaled_tile(sums.data, sums.row, tile.keys, kPanel, row_inverse(k) + i,
+                                    key_inverse(k), this->panel(logits_[k], i));
+      }
     }
     return true;
   }
@@ -121,8 +124,6 @@ class NestedWorker : public Worker<T> {
     return out;
   }
 
-  using Worker<T>::add_to_keys;
-  using Worker<T>::add_to_rows;
   using Worker<T>::entry;
   T& coefficient(int64_t i, int64_t j) { return this->tile_.data[j * this->tile_.ld + i]; }
 

@@ -50,8 +50,10 @@ double largest_magnitude(const T* values, int64_t size) {
 }
 
 template <class T>
-bool multiplies_bits(const PairArguments<T>& a) {
+bool multiplies_bits(const PairArguments<T>& a, const std::vector<int64_t>& ends) {
   if (!std::is_same_v<T, float> || a.own_keys > 0 || bfloat16_kernels() == nullptr) return false;
+  // one feature that is normalised has no gradient, which sums of rounded numbers would miss by far
+  if (a.normalize && !ends.empty() && ends[0] == 1) return false;
   const auto fits = [](const Matrix& m) { return !m.given() || has_bits(m); };
   return fits(a.x) && fits(a.x_more) && fits(a.y) && fits(a.y_more);
 }
@@ -62,17 +64,25 @@ std::optional<Features<T>> other_features(const PairArguments<T>& a, bool bits) 
   return Features<T>(a.y, a.normalize, a.own_keys == 0, a.y_more, bits);
 }
 
+std::vector<Range> between(const std::vector<int64_t>& ends, int64_t d) {
+  if (ends.empty()) return {{0, d}};
+  std::vector<Range> blocks;
+  for (int64_t end : ends) blocks.push_back({blocks.empty() ? 0 : blocks.back().end, end});
+  return blocks;
+}
+
 }  // namespace
 
 template <class T>
-Problem<T>::Problem(const PairArguments<T>& a, bool may_be_bits)
-    : bits(may_be_bits && multiplies_bits(a)),
+Problem<T>::Problem(const PairArguments<T>& a, const std::vector<int64_t>& ends)
+    : bits(multiplies_bits(a, ends)),
       x(a.x, a.normalize, true, a.x_more, bits),
       other(other_features(a, bits)),
       y(other ? *other : x),
       symmetric(!a.y.given()),
       paired(a.own_keys > 0),
       keys(paired ? a.own_keys : y.rows()),
+      blocks(between(ends, a.x.d)),
       normalize(a.normalize),
       scale(a.scale),
       zeros(a.bias == nullptr ? keys : 0, T{0}),
@@ -108,7 +118,7 @@ int64_t tile_stride(int64_t rows) {
 template <class T>
 Worker<T>::Worker(const Problem<T>& problem) : problem_(problem) {
   const int64_t rows = problem.block_rows, keys = problem.block_keys, d = problem.x.d();
-  packed_ = Buffer<T>((problem.bits ? d / 2 : d) * rows);
+  packed_ = Buffer<T>(problem.all_terms() * rows);
   logits_ = Buffer<T>(keys * tile_stride<T>(rows));
   if (!problem.bits && !problem.x.direct()) x_buffer_ = Buffer<T>(rows * d);
   if (problem.paired) pair_inverse_ = Buffer<T>(keys * tile_stride<T>(rows));
@@ -136,14 +146,14 @@ void Worker<T>::take_rows(Range rows, bool scaled) {
     scales[i] = problem_.scale * problem_.x.inverse()[rows.begin + i];
   if (problem_.bits) {  // pairs of features move as one
     const BitRows bits = read_bits(problem_.x, rows);
-    pack(reinterpret_cast<const T*>(bits.data), bits.stride / 2, problem_.x.d() / 2, nullptr);
+    pack(reinterpret_cast<const T*>(bits.data), bits.stride / 2, nullptr);
     x_pairs_.forget();
   } else {
     x_rows_ = problem_.x.read(rows, x_buffer_.data(), &x_stride_);
     if (problem_.paired)
       std::fill_n(tile_.data, problem_.block_keys * tile_.ld, T{0});  // padded rows stay so
     else
-      pack(x_rows_, x_stride_, problem_.x.d(), scaled ? scales : nullptr);
+      pack(x_rows_, x_stride_, scaled ? scales : nullptr);
   }
   if (!problem_.exclude.given() && !problem_.keep.given()) return;
   Id* ids = ids_.data();
@@ -156,11 +166,19 @@ void Worker<T>::take_rows(Range rows, bool scaled) {
 }
 
 template <class T>
-void Worker<T>::pack(const T* x, int64_t stride, int64_t d, const T* scales) {
+void Worker<T>::pack(const T* x, int64_t stride, const T* scales) {
   for_blocks({0, rows_.size()}, kPanel, [&](Range part) {
-    problem_.kernels.pack(x + part.begin * stride, stride, static_cast<int>(part.size()), d,
-                          scales == nullptr ? nullptr : scales + part.begin,
-                          packed_.data() + part.begin * d, kPanel);
+    T* out = packed_.data() + part.begin * problem_.all_terms();
+    for (int64_t k = 0; k < static_cast<int64_t>(problem_.blocks.size()); ++k) {
+      const Range terms = problem_.terms(k), block = problem_.blocks[k];
+      problem_.kernels.pack(x + part.begin * stride + terms.begin, stride,
+                            static_cast<int>(part.size()), terms.size(),
+                            scales == nullptr ? nullptr : scales + part.begin, out, kPanel);
+      if (problem_.bits && block.begin % 2 != 0) keep_half(reinterpret_cast<uint32_t*>(out), false);
+      out += terms.size() * kPanel;
+      if (problem_.bits && block.end % 2 != 0)
+        keep_half(reinterpret_cast<uint32_t*>(out) - kPanel, true);
+    }
   });
 }
 
@@ -174,7 +192,7 @@ bool Worker<T>::make_tile(Range keys) {
   if (problem_.paired)
     make_paired_tile();
   else if (!kept || problem_.keeps)
-    make_logits(keys, logits);
+    make_logits(logits);
   return true;
 }
 
@@ -198,6 +216,7 @@ bool Worker<T>::aim(Range keys) {
     if (!problem_.exclude.given()) std::fill_n(key_ids, problem_.block_keys, Id{1});
   }
   y_rows_ = nullptr;
+  y_bits_ = {};
   y_pairs_.forget();
   return true;
 }
@@ -213,32 +232,32 @@ PanelMatrix<T> Worker<T>::kept_place(int64_t set) const {
 }
 
 template <class T>
-void Worker<T>::make_logits(Range keys, const PanelMatrix<T>& out) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (problem_.bits) {
-      const BitRows bits = read_bits(problem_.y, keys);
-      const int64_t pairs = problem_.x.d() / 2;
-      for (int64_t i = 0; i < tile_.rows; i += kPanel) {  // what the first-level cache holds
-        float* const part = out.data + i / kPanel * out.panel;
-        bfloat16_kernels()->multiply(
-            keys.size(), kPanel, pairs,
-            {reinterpret_cast<const uint32_t*>(bits.data), bits.stride / 2, 1},
-            {reinterpret_cast<const uint32_t*>(packed_.data()) + i * pairs, kPanel},
-            {part, out.row}, false);
-        problem_.kernels.scale_rows(part, out.row, tile_.keys, kPanel, row_scale_.data() + i);
-      }
-      return;
-    }
+void Worker<T>::make_logits(const PanelMatrix<T>& out) {
+  for (int64_t i = 0; i < tile_.rows; i += kPanel) {  // what the first-level cache holds
+    const PanelMatrix<T> part = panel(out, i);
+    multiply(0, i, part, false);
+    if (problem_.bits)
+      problem_.kernels.scale_rows(part.data, part.row, tile_.keys, kPanel, row_scale_.data() + i);
   }
-  multiply({0, problem_.x.d()}, out, false);
 }
 
 template <class T>
-void Worker<T>::multiply(Range features, const PanelMatrix<T>& out, bool add) {
-  if (y_rows_ == nullptr) read_keys();
-  problem_.kernels.multiply(
-      keys_.size(), tile_.rows, features.size(), {y_rows_ + features.begin, y_stride_, 1},
-      {packed_.data() + features.begin * kPanel, kPanel, problem_.x.d() * kPanel}, out, add);
+void Worker<T>::multiply(int64_t block, int64_t first, const PanelMatrix<T>& out, bool add) {
+  if (y_rows_ == nullptr && y_bits_.data == nullptr) read_keys();
+  const Range terms = problem_.terms(block);
+  const int64_t at = first * problem_.all_terms() + problem_.terms_before(block) * kPanel;
+  const T* rows = packed_.data() + at;
+  if constexpr (std::is_same_v<T, float>) {
+    if (problem_.bits) {
+      const auto* keys = reinterpret_cast<const uint32_t*>(y_bits_.data);
+      bfloat16_kernels()->multiply(keys_.size(), kPanel, terms.size(),
+                                   {keys + terms.begin, y_bits_.stride / 2, 1},
+                                   {reinterpret_cast<const uint32_t*>(rows), kPanel}, out, add);
+      return;
+    }
+  }
+  problem_.kernels.multiply(keys_.size(), kPanel, terms.size(),
+                            {y_rows_ + terms.begin, y_stride_, 1}, {rows, kPanel}, out, add);
 }
 
 template <class T>
@@ -250,8 +269,10 @@ BitRows Worker<T>::read_bits(const Features<T>& features, Range range) {
 
 template <class T>
 void Worker<T>::read_keys() {
-  T* buffer = y_buffer_.data();
-  y_rows_ = problem_.y.read(keys_, buffer, &y_stride_);
+  if (problem_.bits)
+    y_bits_ = read_bits(problem_.y, keys_);
+  else
+    y_rows_ = problem_.y.read(keys_, y_buffer_.data(), &y_stride_);
 }
 
 template <class T>
@@ -309,24 +330,20 @@ const T* Worker<T>::valid_lanes(int slot) {
 }
 
 template <class T>
-void Worker<T>::add_to_rows(T* out, bool accumulate) {
+void Worker<T>::add_to_rows(T* out, bool accumulate, int64_t block) {
   const int64_t d = problem_.x.d(), room = problem_.block_rows * problem_.block_keys;
+  const Range features = problem_.blocks[block];
   if constexpr (std::is_same_v<T, float>) {
     if (problem_.bits) {
-      const auto keys = y_pairs_.of(keys_.size(), d, problem_.block_keys,
+      const auto keys = y_pairs_.of(problem_.blocks, block, keys_.size(), problem_.block_keys,
                                     [&] { return read_bits(problem_.y, keys_); });
-      bfloat16_kernels()->multiply(rows_.size(), d, divide_up(keys_.size(), 2),
-                                   rounded_.of_rows(tile_, room), keys, {out, d}, accumulate);
+      bfloat16_kernels()->multiply(rows_.size(), features.size(), divide_up(keys_.size(), 2),
+                                   rounded_.of_rows(tile_, room), keys, {out + features.begin, d},
+                                   accumulate);
       return;
     }
   }
-  add_to_rows(out, {0, d}, accumulate);
-}
-
-template <class T>
-void Worker<T>::add_to_rows(T* out, Range features, bool accumulate) {
   if (y_rows_ == nullptr) read_keys();
-  const int64_t d = problem_.x.d();
   for_blocks({0, rows_.size()}, kPanel, [&](Range part) {  // of the tile as much as a cache holds
     problem_.kernels.multiply(part.size(), features.size(), keys_.size(),
                               {tile_.data + part.begin, 1, tile_.ld},
@@ -336,26 +353,21 @@ void Worker<T>::add_to_rows(T* out, Range features, bool accumulate) {
 }
 
 template <class T>
-void Worker<T>::add_to_keys(T* out) {
+void Worker<T>::add_to_keys(T* out, int64_t block) {
   const int64_t d = problem_.x.d(), room = problem_.block_rows * problem_.block_keys;
+  const Range features = problem_.blocks[block];
   if constexpr (std::is_same_v<T, float>) {
     if (problem_.bits) {
-      const auto rows = x_pairs_.of(rows_.size(), d, problem_.block_rows,
+      const auto rows = x_pairs_.of(problem_.blocks, block, rows_.size(), problem_.block_rows,
                                     [&] { return read_bits(problem_.x, rows_); });
-      bfloat16_kernels()->multiply(keys_.size(), d, divide_up(rows_.size(), 2),
-                                   rounded_.of_keys(tile_, rows_.size(), room), rows, {out, d},
-                                   true);
+      bfloat16_kernels()->multiply(keys_.size(), features.size(), divide_up(rows_.size(), 2),
+                                   rounded_.of_keys(tile_, rows_.size(), room), rows,
+                                   {out + features.begin, d}, true);
       return;
     }
   }
-  add_to_keys(out, {0, d});
-}
-
-template <class T>
-void Worker<T>::add_to_keys(T* out, Range features) {
   problem_.kernels.multiply(keys_.size(), features.size(), rows_.size(), {tile_.data, tile_.ld, 1},
-                            {x_rows_ + features.begin, x_stride_},
-                            {out + features.begin, problem_.x.d()}, true);
+                            {x_rows_ + features.begin, x_stride_}, {out + features.begin, d}, true);
 }
 
 template class Ids<float>;

@@ -62,8 +62,8 @@ class Ids {
 
 template <class T>
 struct Problem {
-  // may_be_bits: whether products may be those of bfloat16
-  explicit Problem(const PairArguments<T>& arguments, bool may_be_bits = true);
+  // ends: where blocks of features end whose products are made one after the other, ascending to d
+  explicit Problem(const PairArguments<T>& arguments, const std::vector<int64_t>& ends = {});
   Problem(const Problem&) = delete;
 
   bool bits;  // products are those of bfloat16: of features as they lie, and rounded tiles
@@ -71,9 +71,10 @@ struct Problem {
   Features<T> x;
   std::optional<Features<T>> other;
   const Features<T>& y;
-  bool symmetric;  // y is x
-  bool paired;     // row i has the keys y[i * keys ...]
-  int64_t keys;    // of a row
+  bool symmetric;             // y is x
+  bool paired;                // row i has the keys y[i * keys ...]
+  int64_t keys;               // of a row
+  std::vector<Range> blocks;  // of features; one, of all, where products are made at once
   bool normalize;
   T scale;
   Buffer<T> zeros, ones;  // (M,)
@@ -85,6 +86,21 @@ struct Problem {
   KeptLogits kept;
   bool keeps = false;  // tiles go there; else they come from there
 
+  // what the products of block k are sums over: features, or pairs of them, of which that at an odd
+  // end is one of both blocks
+  Range terms(int64_t k) const {
+    const Range block = blocks[k];
+    return bits ? Range{block.begin / 2, divide_up(block.end, 2)} : block;
+  }
+  // the number of those of the first `count` blocks
+  int64_t terms_before(int64_t count) const {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += terms(k).size();
+    return sum;
+  }
+  int64_t all_terms() const { return terms_before(blocks.size()); }
+  // products of so few are made again in no more time than it takes to keep what they give
+  int64_t few_features() const { return fast ? 256 : 0; }
   // the key that belongs to a row: of joined rows that of the other half, which is mutual
   int64_t partner(int64_t row) const { return symmetric ? (row + keys / 2) % keys : row; }
 };
@@ -122,10 +138,10 @@ class Worker {
   // 1 for the block's rows, 0 for the padding, in lane buffer `slot`
   const T* valid_lanes(int slot);
   T* lane_buffer(int slot) { return lanes_.data() + slot * problem_.block_rows; }
-  // out (rows, D) += tile^T keys, or = when not accumulating
-  void add_to_rows(T* out, bool accumulate);
-  // out (keys, D) += tile rows
-  void add_to_keys(T* out);
+  // out (rows, D) += tile^T keys, or = when not accumulating, of one block of features
+  void add_to_rows(T* out, bool accumulate, int64_t block = 0);
+  // out (keys, D) += tile rows, likewise
+  void add_to_keys(T* out, int64_t block = 0);
   // the same for keys of their own: adds to rows (may be null), sets the gradients of all keys
   // (N, M, D), of a dtype (may be null)
   void add_to_pairs(T* rows, void* keys, Dtype dtype);
@@ -144,28 +160,31 @@ class Worker {
   // where logits of the tile are kept, in a set of those of all rows; data is null where they are
   // not
   PanelMatrix<T> kept_place(int64_t set = 0) const;
-  // out = the products of some features of keys and packed rows, or += with `add`; not of bits
-  void multiply(Range features, const PanelMatrix<T>& out, bool add);
-  // add_to_rows and add_to_keys for some features; not of bits
-  void add_to_rows(T* out, Range features, bool accumulate);
-  void add_to_keys(T* out, Range features);
+  // the panel of an operand with lanes of rows that row `first` begins
+  static PanelMatrix<T> panel(const PanelMatrix<T>& of, int64_t first) {
+    return {of.data + first / kPanel * of.panel, of.row};
+  }
+  // out, a panel = the products of a block of features of keys and packed rows from `first` on, or
+  // += with `add`
+  void multiply(int64_t block, int64_t first, const PanelMatrix<T>& out, bool add);
 
   const Problem<T>& problem_;
   Tile<T> tile_{};
   Range rows_{}, keys_{};
 
  private:
-  // the block's rows x (of row length d) into panels of columns, times scales
-  void pack(const T* x, int64_t stride, int64_t d, const T* scales);
+  // the block's rows x, in terms, into panels of columns, times scales
+  void pack(const T* x, int64_t stride, const T* scales);
   void make_paired_tile();
-  void make_logits(Range keys, const PanelMatrix<T>& out);
+  void make_logits(const PanelMatrix<T>& out);
   BitRows read_bits(const Features<T>& features, Range range);
-  void read_keys();
+  void read_keys();  // for products
 
   Buffer<T> packed_, logits_, x_buffer_, y_buffer_, lanes_, pair_inverse_, row_scale_,
       pair_gradients_;
   Buffer<Id> ids_;
   std::vector<uint16_t> bits_buffer_;
+  BitRows y_bits_;  // until other rows are read
   RowPairs x_pairs_, y_pairs_;
   RoundedTile rounded_;
   const T* x_rows_ = nullptr;  // where bits are multiplied, these are not read

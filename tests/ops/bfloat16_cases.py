@@ -37,6 +37,18 @@ def siglip(losses: ModuleType, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor
     return losses.siglip_loss(x, y, scale, bias)
 
 
+def prefixes(
+    name: str, losses: ModuleType, x: Tensor, y: Tensor, *given: Tensor, **options
+) -> Tensor:
+    """The sum of a loss of three prefixes, of which one ends within a pair of features."""
+    loss, size = getattr(losses, name), x.shape[1]
+    dims = (size, size // 2, 7)
+    if losses is ck:
+        return loss(x, y, *given, dims=dims, **options)
+    parts = [loss(x[:, :end], y[:, :end], *given, **options) for end in dims]
+    return torch.stack(parts).sum(0)
+
+
 def calls(temperature: float) -> dict:
     """name: a loss of `contrastive_kernels` or of `dense`, and its tensors"""
     x = randn(N, D, seed=1, dtype=HALF)
@@ -50,6 +62,9 @@ def calls(temperature: float) -> dict:
         "nt_xent": (lambda m, *t: m.nt_xent(*t, temperature=temperature), (x, y)),
         "dcl": (lambda m, *t: m.dcl(*t, temperature=temperature), (x, y)),
         "sup_con": (lambda m, t: m.sup_con(t, LABELS, temperature=temperature), (x,)),
+        "clip_loss nested": (partial(prefixes, "clip_loss"), (x, y, scale)),
+        "siglip_loss nested": (partial(prefixes, "siglip_loss"), (x, y, scale, bias)),
+        "nt_xent nested": (partial(prefixes, "nt_xent", temperature=temperature), (x, y)),
     }
     if temperature == 1:
         positives = torch.stack([y, randn(N, D, seed=3, dtype=HALF)], 1)
@@ -148,7 +163,10 @@ def test_padding_adds_nothing():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["clip_loss", "nt_xent", "queue", "siglip_loss"])
+@pytest.mark.parametrize(
+    "name",
+    ["clip_loss", "nt_xent", "queue", "siglip_loss", "clip_loss nested", "nt_xent nested"],
+)
 def test_two_runs_and_kept_logits_give_equal_bits(name, threads):
     d = D if name == "queue" else 288  # logits of fewer features may not be worth keeping
     x, y = (randn(601, d, seed=s, dtype=HALF) for s in (1, 2))

@@ -10,8 +10,12 @@ import pytest
 from oracles import BACKENDS
 
 HERE = Path(__file__).parent
-FILES = HERE / "bfloat16_cases.py", HERE.parent / "losses" / "test_losses.py"
-CASES = "bfloat16_cases or (error_budget and cpu and bfloat16)"
+FILES = (
+    HERE / "bfloat16_cases.py",
+    HERE / "test_nested.py",
+    HERE.parent / "losses" / "test_losses.py",
+)
+CASES = "bfloat16_cases or products_of_bfloat16 or (error_budget and cpu and bfloat16)"
 NONE = 77
 PROGRAM = f"""
 import sys

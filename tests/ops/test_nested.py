@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import BACKENDS, DOUBLE, assert_equal_in_double, assert_within_budget, randn
+from oracles import (
+    BACKENDS,
+    DOUBLE,
+    assert_equal_in_double,
+    assert_within_budget,
+    randn,
+    value_and_gradients,
+)
 from torch import Tensor
 
 import contrastive_kernels as ck
@@ -172,6 +179,37 @@ def test_strides_and_half_types():
     for dtype in (torch.float16, torch.bfloat16):
         half = [t.detach().to(dtype) for t in given[:2]] + [torch.tensor(9.0)]
         assert_within_budget(nested((7, 40), **options), dense((7, 40), **options), half)
+
+
+# whole pairs of features, and ends between the two of one; with 1 normalised feature a gradient
+# is 0, of products of any size
+HALF_SHAPES = [
+    (1, 1, (2,)), (65, 1, (1, 3, 64)), (1, 67, (5, 6)), (67, 131, (3, 33, 66)),
+    (300, 270, (63, 64, 65, 190)), (40, 300, (32, 256)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "softplus", "itself"])
+@pytest.mark.parametrize("shape", HALF_SHAPES, ids=str)
+def test_products_of_bfloat16(shape, kind):
+    """Only coefficients of gradients are rounded, where the processor has such products."""
+    n, m, ends = shape
+    m = n if kind == "itself" else m
+    x = randn(n, ends[-1], dtype=torch.bfloat16)
+    given = [x, randn(m, ends[-1], seed=1, dtype=torch.bfloat16), torch.tensor(3.0)]
+    if kind == "itself":
+        ids, options = torch.arange(n).repeat(2), {"normalize": True, "together": True}
+        calls = [make(ends, (ids, ids), **options) for make in (of_itself, dense_of_itself)]
+    else:
+        given.append(randn(m, seed=2, dtype=torch.float32))
+        options = {"normalize": True, "columns": kind == "columns", "softplus": kind == "softplus"}
+        calls = [make(ends, aligned=n <= m, **options) for make in (nested, dense)]
+    got = value_and_gradients(finite(calls[0]), given)
+    exact = value_and_gradients(finite(calls[1]), [t.double() for t in given])
+    for a, right in zip(got, exact, strict=True):
+        eps = 2**-7 if a.dtype == torch.bfloat16 else 2e-6
+        size = right.abs().max() if a.dim() > 0 else exact[0].abs().sum().sqrt()
+        assert ((a.double() - right).abs() <= eps * size + 1e-7).all()
 
 
 def test_operators():
