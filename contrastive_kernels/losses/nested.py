@@ -48,7 +48,7 @@ def nested(
             ends, weights = check_dims(features[0], size, dims, weights)
             if any(found != size for name in features for found in _sizes(given.get(name))):
                 return cast(R, plain(**given))  # which says so
-            if not (_can_nest(given, cast(Tensor, first)) and fuses(given)):
+            if not (_can_nest(given, cast(Tensor, first), ends) and fuses(given)):
                 parts = [plain(**_narrowed(given, features, end, size)) for end in ends]
                 return cast(R, _total(parts, weights))
             longest = _narrowed(given, features, ends[-1], size)
@@ -108,10 +108,10 @@ def _sizes(given: Any) -> list[int]:
     return [shape[-1]] if shape else []
 
 
-def _can_nest(given: Given, first: Tensor) -> bool:
+def _can_nest(given: Given, first: Tensor, ends: Sequence[int]) -> bool:
     if given.get("group") is not None:
         return False
-    return can_nest(resolve_backend(given.get("backend", "auto"), first.device))
+    return can_nest(resolve_backend(given.get("backend", "auto"), first.device), first, ends)
 
 
 def _narrowed(given: Given, features: Sequence[str], end: int, size: int) -> Given:

@@ -8,7 +8,7 @@ Operators take `ends`, ascending, the last one D, and give a row of results for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import no_second_order, register_rules
-from ..backends import CPU_ERROR
+from ..backends import CPU_ERROR, rounds_weights
 from ..types import SoftplusSweep, Sweep
 from .pairs import Pairs, shared_arguments
 from .registration import NAMESPACE, mark
@@ -43,9 +43,11 @@ _OPTIONS = ("ends", "softplus", "normalize", "together")
 _KERNELS: Any = None if CPU_ERROR is not None else import_module("..cpu.nested", __package__)
 
 
-def can_nest(backend: str) -> bool:
-    """Whether a sweep over tensors of this process may be of several prefixes."""
-    return backend == "cpu"
+def can_nest(backend: str, x: Tensor, ends: Sequence[int]) -> bool:
+    """Whether a sweep over features x and tensors of this process may be of these prefixes. One
+    normalised feature has no gradient, which sums with rounded weights would miss by far."""
+    alone = ends[0] == 1 and rounds_weights(backend, x.dtype, x.dtype)
+    return backend == "cpu" and not alone
 
 
 def softmax(given: Pairs, ends: tuple[int, ...], *, columns: bool) -> Sweep:

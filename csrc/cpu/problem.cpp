@@ -50,10 +50,8 @@ double largest_magnitude(const T* values, int64_t size) {
 }
 
 template <class T>
-bool multiplies_bits(const PairArguments<T>& a, const std::vector<int64_t>& ends) {
+bool multiplies_bits(const PairArguments<T>& a) {
   if (!std::is_same_v<T, float> || a.own_keys > 0 || bfloat16_kernels() == nullptr) return false;
-  // one feature that is normalised has no gradient, which sums of rounded numbers would miss by far
-  if (a.normalize && !ends.empty() && ends[0] == 1) return false;
   const auto fits = [](const Matrix& m) { return !m.given() || has_bits(m); };
   return fits(a.x) && fits(a.x_more) && fits(a.y) && fits(a.y_more);
 }
@@ -75,7 +73,7 @@ std::vector<Range> between(const std::vector<int64_t>& ends, int64_t d) {
 
 template <class T>
 Problem<T>::Problem(const PairArguments<T>& a, const std::vector<int64_t>& ends)
-    : bits(multiplies_bits(a, ends)),
+    : bits(multiplies_bits(a)),
       x(a.x, a.normalize, true, a.x_more, bits),
       other(other_features(a, bits)),
       y(other ? *other : x),

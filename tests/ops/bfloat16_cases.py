@@ -38,11 +38,11 @@ def siglip(losses: ModuleType, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor
 
 
 def prefixes(
-    name: str, losses: ModuleType, x: Tensor, y: Tensor, *given: Tensor, **options
+    name: str, losses: ModuleType, x: Tensor, y: Tensor, *given: Tensor, least: int = 7, **options
 ) -> Tensor:
-    """The sum of a loss of three prefixes, of which one ends within a pair of features."""
+    """The sum of a loss of three prefixes, of which some end within a pair of features."""
     loss, size = getattr(losses, name), x.shape[1]
-    dims = (size, size // 2, 7)
+    dims = (size, size // 2, least)
     if losses is ck:
         return loss(x, y, *given, dims=dims, **options)
     parts = [loss(x[:, :end], y[:, :end], *given, **options) for end in dims]
@@ -65,6 +65,7 @@ def calls(temperature: float) -> dict:
         "clip_loss nested": (partial(prefixes, "clip_loss"), (x, y, scale)),
         "siglip_loss nested": (partial(prefixes, "siglip_loss"), (x, y, scale, bias)),
         "nt_xent nested": (partial(prefixes, "nt_xent", temperature=temperature), (x, y)),
+        "of one feature": (partial(prefixes, "clip_loss", least=1), (x, y, scale)),
     }
     if temperature == 1:
         positives = torch.stack([y, randn(N, D, seed=3, dtype=HALF)], 1)
