@@ -10,6 +10,8 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check
 # the peers bring never is, and the tests start hundreds of processes.
 INSTALL := $(PIP) install --no-compile
 export PYTHONDONTWRITEBYTECODE :=
+# One more than there are cores: some tests wait for processes of their own.
+WORKERS = $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -66,7 +68,7 @@ demo: setup
 test:
 	@$(MAKE) --no-print-directory -j2 lint $(VENV)/peers.stamp
 	@$(MAKE) --no-print-directory -j2 $(VENV)/oldest.stamp $(VENV)/docs.stamp
-	@$(RUN) -m pytest -q -n logical --maxprocesses=8 --dist=loadfile \
+	@$(RUN) -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=loadfile \
 	    --no-loadscope-reorder --durations=10 $(ARGS)
 
 # More calls, drawn anew each time; `make fuzz ARGS=--hypothesis-seed=7` draws those of a seed.
