@@ -226,6 +226,13 @@ def check_aligned(rows: int, keys: int, keep: Tensor | None, *, equal: bool = Fa
         raise ValueError("aligned rows take y (M, D) of as many rows or more, and no keep ids")
 
 
+def check_ends(ends: list[int], size: int) -> None:
+    """Raise unless these are ends of prefixes of `size` features, ascending, the last one all."""
+    before = [0, *ends[:-1]]
+    if not ends or any(a >= b for a, b in zip(before, ends, strict=True)) or ends[-1] != size:
+        raise ValueError(f"ends must ascend from above 0 to D = {size}, got {ends}")
+
+
 def float32_products(device: str) -> str:
     """What torch makes of products of float32 matrices there: "tf32", "bf16" or, exact, another."""
     # the one setting that the older ones also write, and that can be read after any of them

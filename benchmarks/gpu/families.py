@@ -140,6 +140,28 @@ def few(given: Inputs) -> Results:
         return given.differentiated({"lse": out.lse, "col_lse": out.col_lse, "pos": out.partner})
 
 
+def prefixes(given: Inputs) -> Results:
+    """Rows and columns at two prefixes of the features at once, and the logits of pairs."""
+    x, y = given.features("x", ROWS), given.features("y", KEYS)
+    scale = given.numbers("scale", 9.0).reshape(())
+    pairs = {"scale": scale, "exclude": (given.ids(ROWS, 3), given.ids(KEYS, 11))}
+    pairs |= {"normalize": True}
+    ends = (given.dim // 2, given.dim)
+    if not given.exact:
+        nested = ops.operands(x, y, **pairs, backend="triton", aligned=True, ends=ends)
+        out = ops.sweep(nested, columns=True)
+        return given.differentiated({"lse": out.lse, "col_lse": out.col_lse, "pos": out.partner})
+    parts = []
+    for end in ends:
+        short, keys = x[:, :end], y[:, :end]
+        one = reference.sweep(short, keys, **pairs, columns=True)
+        dots = reference.row_dot(short, keys[:ROWS, None], normalize=True)[:, 0]
+        parts.append((one.lse, one.col_lse, scale * dots))
+    names = ("lse", "col_lse", "pos")
+    whole = (torch.stack(each) for each in zip(*parts, strict=True))
+    return given.differentiated(dict(zip(names, whole, strict=True)))
+
+
 def nearest(given: Inputs) -> Results:
     """Values alone: of two products that differ by rounding either may come first."""
     x = given.features("x", ROWS, learned=False)
@@ -198,6 +220,7 @@ FAMILIES: dict[str, Callable[[Inputs], Results]] = {
     "own_keys": swept(own=True),
     "row_dot": row_dots,
     "few": few,
+    "prefixes": prefixes,
     "nearest": nearest,
     "late_interaction": late(None),
     "late_interaction_smooth": late(0.1),

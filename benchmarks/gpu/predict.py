@@ -18,7 +18,7 @@ import torch
 from contrastive_kernels import triton as operators
 from contrastive_kernels.triton import stored
 from contrastive_kernels.triton.compile import L2, Compiled, compiling
-from contrastive_kernels.triton.machine_code import Loops, loops
+from contrastive_kernels.triton.machine_code import Count, Loops, loops
 
 from ..harness.markdown import table
 from . import published, resources
@@ -152,6 +152,8 @@ def sweep(case: Workload, schedule: str, share: float, made: Compiled, issued: L
     groups = block_m // 64 if alone else warps // 4
     slices = math.ceil(case.dim / block_k)
     by_library = not made.instruction
+    if slices > 1 and issued.inner.special and not by_library:  # that over slices was unrolled
+        issued = Loops(Count(), issued.inner)
     count = issued.of_tile(1 if by_library else slices)
     if not count.all:  # without a loop
         count = issued.outer

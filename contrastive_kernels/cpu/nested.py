@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
-from ..backends import check_aligned
+from ..backends import check_aligned, check_ends
 from . import LSE, NOWHERE, SOFTPLUS, Gradients, Results, kept, may_be_differentiated
 from .operands import Operands, address, contiguous, operands
 
@@ -120,9 +120,7 @@ def nested_stats_backward(
 def _check(given: Operands, ends: list[int], x: Tensor) -> None:
     if given.own_keys:
         raise ValueError("prefixes need shared keys (M, D)")
-    before = [0, *ends[:-1]]
-    if not ends or any(a >= b for a, b in zip(before, ends, strict=True)) or ends[-1] != x.shape[1]:
-        raise ValueError(f"ends must ascend from above 0 to D = {x.shape[1]}, got {ends}")
+    check_ends(ends, x.shape[1])
 
 
 def _vectors(

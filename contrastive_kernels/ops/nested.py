@@ -1,6 +1,6 @@
 """One sweep at several prefixes of the features: products are made once, block of features by
-block, and every prefix has the statistics of its own norms. Only "cpu" has kernels of it; with
-other backends, and where a sweep is made in blocks, a loss makes one for each prefix.
+block, and every prefix has the statistics of its own norms. Where that is not to be had or does not
+pay, and where a sweep is made in blocks, a loss makes one for each prefix.
 
 Operators take `ends`, ascending, the last one D, and give a row of results for each. With
 `softplus` lse is the row sum of softplus, and there are no columns. The rest is as in schemas.py.
@@ -9,6 +9,7 @@ Operators take `ends`, ascending, the last one D, and give a row of results for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..autograd import no_second_order, register_rules
-from ..backends import CPU_ERROR, rounds_weights
+from ..backends import CPU_ERROR, INTERPRETED, rounds_weights
 from ..types import SoftplusSweep, Sweep
-from .pairs import Pairs, shared_arguments
-from .registration import NAMESPACE, mark
+from .pairs import Pairs, operand_dtype, shared_arguments
+from .registration import BACKENDS, NAMESPACE, mark, register_autocast
 from .schemas import GRADIENTS, PAIRS, empty_stats, pairs_gradients, record
 
 _SCHEMAS = {
@@ -40,12 +41,19 @@ _RESULTS = {name: record(name, schema.returns) for name, schema in _PARSED.items
 _SAVED = ("lse", "col_lse", "lse_low", "col_lse_low")
 _OPTIONS = ("ends", "softplus", "normalize", "together")
 
-_KERNELS: Any = None if CPU_ERROR is not None else import_module("..cpu.nested", __package__)
+# Of half features on a GPU: pairs of which launches cost more than their logits, and features from
+# which on the products of all prefixes cost more than reading the logits of each again.
+FEW_PAIRS, WIDE = 2**24, 2048
 
 
 def can_nest(backend: str, x: Tensor, ends: Sequence[int]) -> bool:
-    """Whether a sweep over features x and tensors of this process may be of these prefixes. One
-    normalised feature has no gradient, which sums with rounded weights would miss by far."""
+    """Whether a sweep over features x (N, D) and about as many keys, tensors of this process, is to
+    be one of these prefixes. On a CPU one normalised feature has no gradient, which sums with
+    rounded weights would miss by far; a GPU makes half products faster than it reads logits that
+    were stored."""
+    if backend == "triton":
+        half = operand_dtype(backend, x.dtype, x.device).itemsize == 2
+        return not half or x.shape[0] ** 2 <= FEW_PAIRS or x.shape[1] >= WIDE
     alone = ends[0] == 1 and rounds_weights(backend, x.dtype, x.dtype)
     return backend == "cpu" and not alone
 
@@ -73,7 +81,7 @@ def _call(given: Pairs, ends: tuple[int, ...], *, softplus: bool, columns: bool)
         **shared_arguments(given), ends=list(ends), softplus=softplus, normalize=given.normalize,
         columns=columns, together=given.together, aligned=given.aligned,
     )  # fmt: skip
-    return _RESULTS["nested_stats"](*_CALLS["nested_stats"](*arguments))
+    return _RESULTS["nested_stats"](*_CALLS["nested_stats", given.backend](*arguments))
 
 
 def _fake(*inputs: Any) -> Any:
@@ -100,7 +108,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     mark(ctx, out, lse=True, col_lse=given.columns, partner=given.aligned)
 
 
-def _differentiate(ctx: Any, *grads: Tensor | None) -> Any:
+def _differentiate(backend: str, ctx: Any, *grads: Tensor | None) -> Any:
     above = _RESULTS["nested_stats"](*grads)
     none = _ARGUMENTS["nested_stats"](*(None for _ in _ARGUMENTS["nested_stats"]._fields))
     if all(g is None for g in (above.lse, above.col_lse, above.partner)):
@@ -112,7 +120,8 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> Any:
         **saved, **ctx.options, grad_lse=above.lse, grad_col_lse=above.col_lse,
         grad_partner=above.partner, needs=[needs.x, needs.y, needs.scale, needs.bias],
     )  # fmt: skip
-    made = _RESULTS["nested_stats_backward"](*_CALLS["nested_stats_backward"](*arguments))
+    call = _CALLS["nested_stats_backward", backend]
+    made = _RESULTS["nested_stats_backward"](*call(*arguments))
     dx, dy = made.dx, made.dy
     if arguments.together and dx.shape[0] > 0:  # of the rows of both
         dx, dy = dx.split([saved["x"].shape[0], saved["y"].shape[0]])
@@ -137,21 +146,37 @@ def _fill(inputs: tuple, output: tuple) -> Any:
     return tuple(empty_stats(inputs[0], 0) if t is None else t for t in output)
 
 
-# fake, backward, context
-_RULES: dict[str, tuple[Callable, Callable, Callable]] = {
-    "nested_stats": (_fake, _differentiate, _setup),
-    "nested_stats_backward": (_fake_backward, no_second_order, _setup_nothing),
-}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_CALLS: dict[str, Callable] = {}
+_CALLS: dict[tuple[str, str], Callable] = {}
 
 
-def _register() -> None:
+def _register(backend: str) -> None:
+    kernels = None
+    if backend == "cpu" and CPU_ERROR is None:
+        kernels = import_module("..cpu.nested", __package__)
+    # fake, backward, context
+    rules: dict[str, tuple[Callable, Callable, Callable]] = {
+        "nested_stats": (_fake, partial(_differentiate, backend), _setup),
+        "nested_stats_backward": (_fake_backward, no_second_order, _setup_nothing),
+    }
     for name, schema in _SCHEMAS.items():
-        _library.define(f"{name}_cpu{schema}")
-        op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_cpu").default
-        kernel = getattr(_KERNELS, name, None)
-        _CALLS[name] = register_rules(_library, op, *_RULES[name], kernel, _fill)
+        _library.define(f"{name}_{backend}{schema}")
+        op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_{backend}").default
+        kernel = getattr(kernels, name, None)
+        _CALLS[name, backend] = register_rules(_library, op, *rules[name], kernel, _fill)
 
 
-_register()
+def _register_triton() -> None:
+    for name in _SCHEMAS:
+
+        def implementation(*args: Any, name: str = name) -> Any:
+            return getattr(import_module("..triton.nested", __package__), name)(*args)
+
+        for device in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            _library.impl(f"{name}_triton", implementation, device)
+    register_autocast(_library, "nested_stats_triton")
+
+
+for _backend in BACKENDS:
+    _register(_backend)
+_register_triton()

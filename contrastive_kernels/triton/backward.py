@@ -284,9 +284,10 @@ def stored_gradients(
                 for total_of, sums in ((bias, bias_sums), (upstream.values, values)):
                     if total_of is not None and sums is not None:
                         total_of[here] += sums.sum(0)
-            add_product(total, c, columns.features)
+            stored.multiply(total, c, columns.features, total)
             if both:
-                add_product(known(other_sum)[begin:end], c.T, mine.features)
+                theirs_sum = known(other_sum)[begin:end]
+                stored.multiply(theirs_sum, c.T, mine.features, theirs_sum)
         whole_rows = Parts(mine, start, total.unsqueeze(0), None, 1, 0)
         finish(problem, upstream, [work], [whole_rows], scaled=True)
     results: list[Tensor | None] = [None, None]
@@ -312,17 +313,6 @@ def coefficients(
         values, bias_sums, COEFFICIENT=upstream.coefficient, PUSH=folds.softplus_push,
         DONE=folds.softplus_done, **problem.constants(chosen) | {"DIM": dim},
     )  # fmt: skip
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, with the sum in the type of `total`."""
-    b = b.to(a.dtype)
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, out=total)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
 
 
 def paired_gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Gradients:

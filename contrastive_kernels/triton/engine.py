@@ -94,13 +94,14 @@ class Problem:
     """A similarity matrix: its two sides, and how their products are computed.
 
     y is None: x with itself. y (N, M, D): its products with x come too, and `dim` is 0. Else it is
-    what the kernels see of the `length` of the vectors, with zeros after them.
+    what the kernels see of the `length` of the vectors, with zeros after them. `aligned`: vectors
+    are copied if they cannot be read 16 bytes at a time.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor | None, scale: Tensor, bias: Tensor | None,
         exclude: tuple[Tensor | None, Tensor | None], keep: tuple[Tensor | None, Tensor | None],
-        normalize: bool, products: Tensor | None = None,
+        normalize: bool, products: Tensor | None = None, aligned: bool = True,
     ):  # fmt: skip
         self.symmetric = y is None
         self.paired = products is not None
@@ -120,7 +121,7 @@ class Problem:
         self.products = products
         self.dim = x.shape[-1]
         bytes_of_copies = sum(t.numel() * t.element_size() for t in self.inputs)
-        if not (self.paired or self.few or bytes_of_copies > COPY_BYTES):
+        if aligned and not (self.paired or self.few or bytes_of_copies > COPY_BYTES):
             made = wide(self.features[ROWS])
             self.features = (made, made if self.symmetric else wide(self.features[COLUMNS]))
             self.dim = made.shape[1]
@@ -192,11 +193,11 @@ class Problem:
             )  # fmt: skip
         self.packed = (packed[0], packed[-1])
 
-    def pack_partners(self, keep_rows: Tensor | None) -> Tensor:
+    def pack_partners(self, keep_rows: Tensor | None, into: Tensor | None = None) -> Tensor:
         """The logits of the rows and their partners, made where features are packed."""
         keys = 0 if self.paired else self.size(COLUMNS)
         check_aligned(self.size(ROWS), keys, keep_rows)
-        partner = self.empty(self.size(ROWS))
+        partner = self.empty(self.size(ROWS)) if into is None else into
         self.pack({}, {}, partner)
         return partner
 

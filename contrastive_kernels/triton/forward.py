@@ -138,7 +138,8 @@ def sweep_and_merge(
         sweep.stats_kernel, grid, own, other, problem.scale,
         problem.largest_bias if fixed else None, float16_scale, threshold,
         out._replace(gradient=None, slope=None), partial, each, programs[0], *second,
-        BOTH=len(works) > 1, FIXED=fixed, REPAIR=repair, **fold, **problem.constants(chosen),
+        BOTH=len(works) > 1, FIXED=fixed, REPAIR=repair, CONTINUED=False, **fold,
+        **problem.constants(chosen),
     )  # fmt: skip
     if partial.state is not None:
         merge_parts(problem, works, float16_scale, fold, fixed=fixed, repair=repair)

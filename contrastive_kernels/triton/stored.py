@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -63,13 +63,21 @@ def pieces(
 def products(rows: Side, columns: Side, buffer: Tensor) -> tuple[Side, Side]:
     """The sides of a piece, for kernels with DIM = 0, which read the inner products."""
     z = buffer[: rows.size * columns.size].view(rows.size, columns.size)
-    x, y = rows.features, columns.features.T
-    if x.is_cuda:
-        torch.mm(x, y, out_dtype=z.dtype, out=z)
-    else:
-        torch.mm(x.to(z.dtype), y.to(z.dtype), out=z)
+    multiply(z, rows.features, columns.features.T)
     width = columns.size
     return (
         rows._replace(features=z, stride=width, inner=1),
         columns._replace(features=z, stride=width, inner=1),
     )
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, before: Tensor | None = None) -> None:
+    """out = a b, or before + a b, with the sum in the type of `out`."""
+    b = b.to(a.dtype)
+    if not a.is_cuda:
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    mixed: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if before is None:
+        torch.mm(a, b, out=out, **mixed)
+    else:
+        torch.addmm(before, a, b, out=out, **mixed)

@@ -72,13 +72,15 @@ def stats_kernel(
     own, other, scale_ptr, largest_bias, float16_scale, threshold, out, partial, tiles_per_part,
     programs, other_out, other_partial, other_tiles_per_part, BOTH: tl.constexpr,
     DIM: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr,
-    TOP: tl.constexpr, SUM_EXPONENT: tl.constexpr, REPAIR: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    TOP: tl.constexpr, SUM_EXPONENT: tl.constexpr, REPAIR: tl.constexpr, CONTINUED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Folds each row of logits, and on request sums the other side's vectors, weighted.
 
     REPAIR: only for blocks with rows that a fixed shift did not suit. BOTH: the programs, one for
     each block and part, are in a row, and after the `programs` of the rows come the columns'.
+    CONTINUED: states of lse alone go on from what `partial` has of other vectors.
     """
     program = tl.program_id(0)
     if REPAIR:
@@ -90,21 +92,21 @@ def stats_kernel(
             block, part = block_and_part(program, own, BLOCK_M)
             stats_part(
                 block, part, own, other, scale_ptr, largest_bias, float16_scale, threshold, out,
-                partial, tiles_per_part, DIM, PUSH, DONE, FIXED, TOP, SUM_EXPONENT, BLOCK_M,
-                BLOCK_N, BLOCK_K, DTYPE, PRECISION,
+                partial, tiles_per_part, DIM, PUSH, DONE, FIXED, TOP, SUM_EXPONENT, CONTINUED,
+                BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
             )  # fmt: skip
         else:
             block, part = block_and_part(program - programs, other, BLOCK_M)
             stats_part(
                 block, part, other, own, scale_ptr, largest_bias, float16_scale, None,
                 other_out, other_partial, other_tiles_per_part, DIM, PUSH, DONE, FIXED, TOP,
-                SUM_EXPONENT, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
+                SUM_EXPONENT, CONTINUED, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
             )  # fmt: skip
     else:
         stats_part(
             program, tl.program_id(1), own, other, scale_ptr, largest_bias, float16_scale,
             threshold, out, partial, tiles_per_part, DIM, PUSH, DONE, FIXED, TOP, SUM_EXPONENT,
-            BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
+            CONTINUED, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION,
         )  # fmt: skip
 
 
@@ -112,8 +114,8 @@ def stats_kernel(
 def stats_part(
     block, part, own, other, scale_ptr, largest_bias, float16_scale, threshold, out, partial,
     tiles_per_part, DIM: tl.constexpr, PUSH: tl.constexpr, DONE: tl.constexpr, FIXED: tl.constexpr,
-    TOP: tl.constexpr, SUM_EXPONENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    TOP: tl.constexpr, SUM_EXPONENT: tl.constexpr, CONTINUED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Those of a block of own vectors with a part of the other side."""
     MEAN: tl.constexpr = out.second is not None
@@ -128,7 +130,12 @@ def stats_part(
     if FIXED:
         shift, least = fixed_shift(scale, largest_bias, other.size, SUM_EXPONENT)
         top = zeros + shift
-    state = (top, zeros, zeros)
+    if CONTINUED:
+        states = partial.state + tl.cast(part, tl.int64) * 6 * own.size + i
+        top = tl.load(states + own.size, mask=inside, other=0.0)
+        state = (top, tl.load(states, mask=inside, other=0.0), zeros)
+    else:
+        state = (top, zeros, zeros)
     counts = (zeros, zeros, zeros)
     x = load_resident(own, start, DIM, BLOCK_M, BLOCK_K, DTYPE)
     if ATTEND:

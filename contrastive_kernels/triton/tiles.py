@@ -81,9 +81,7 @@ def load_features(
 
 
 @triton.jit
-def load_rows(
-    x, i, k0, stride, inner, DIM: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, used=None
-):
+def load_rows(x, i, k0, stride, inner, DIM, BLOCK_K: tl.constexpr, ACC: tl.constexpr, used=None):
     """A slice of rows of any numbers, int64; 0 for those that are not used."""
     k = k0 + tl.arange(0, BLOCK_K)
     pointers = x + (i * stride)[:, None] + (k.to(tl.int64) * inner)[None, :]
@@ -207,7 +205,8 @@ def load_products(
     """Stored inner products, 0 beyond the end."""
     i, j = row_start + tl.arange(0, BLOCK_M), column_start + tl.arange(0, BLOCK_N)
     inside = (i < rows.size)[:, None] & (j < columns.size)[None, :]
-    pointers = rows.features + (tl.cast(i, tl.int64) * rows.stride)[:, None] + j[None, :]
+    pointers = rows.features + (tl.cast(i, tl.int64) * rows.stride)[:, None]
+    pointers += (j * rows.inner)[None, :]
     return tl.load(pointers, mask=inside, other=0.0)
 
 

@@ -22,7 +22,7 @@ import triton
 from benchmarks.gpu import gates, resources
 from contrastive_kernels import triton as operators
 from contrastive_kernels.triton import compile as ahead
-from contrastive_kernels.triton import max_sim, top_k
+from contrastive_kernels.triton import max_sim, nested, top_k
 from contrastive_kernels.triton.compile import L2, Compiled
 from contrastive_kernels.triton.configs import TILES, Tile
 from contrastive_kernels.triton.machine_code import Code, Count, code
@@ -138,6 +138,19 @@ def late(dim: int, *, own: int = 0, temperature: float = 0.0):
     max_sim.max_sim_backward(*given, winners, values, torch.empty_like(scores), [True, True])
 
 
+def prefixes(dim: int, *, softplus=False, **used: bool):
+    """Sweeps of rows and columns, or of softplus, at two prefixes, and their gradients."""
+    tensors, n = arguments(dim, drop=True, **used), resources.N
+    ends, columns = [dim // 2, dim], not (softplus or used.get("symmetric"))
+    nested.nested_stats(*tensors, ends, softplus, True, columns, False, True)
+    stats = torch.empty(2, n, device=resources.META)
+    grad_columns = stats if columns else None
+    needs = [True, columns, True, bool(used.get("bias"))]
+    nested.nested_stats_backward(
+        *tensors, *4 * [stats], stats, grad_columns, stats, ends, softplus, True, needs, False
+    )
+
+
 # What the losses launch beside the commonest case.
 VARIANTS: dict[str, Callable[[int], None]] = {
     "plain": lambda d: forward(d, unit=False),
@@ -167,6 +180,10 @@ VARIANTS: dict[str, Callable[[int], None]] = {
     "keys of each row": lambda d: products(d, 7),
     "runs of keys": lambda d: products(d),
     "runs of keys, float16": lambda d: products(d, half=True),
+    "prefixes by a library": lambda d: prefixes(d, bias=True),
+    "prefixes by a library, float16": lambda d: prefixes(d, half=True),
+    "prefixes of softplus by a library": lambda d: prefixes(d, softplus=True, bias=True),
+    "symmetric prefixes by a library": lambda d: prefixes(d, symmetric=True),
     "nearest": nearest,
     "late interaction": late,
     "late interaction, smooth": lambda d: late(d, own=2, temperature=0.1),

@@ -25,7 +25,7 @@ from contrastive_kernels import triton as operators
 from contrastive_kernels.losses.cases import call, tensors
 from contrastive_kernels.losses.table import CASES
 from contrastive_kernels.ops.schemas import ARGUMENTS
-from contrastive_kernels.triton import engine
+from contrastive_kernels.triton import engine, nested
 from contrastive_kernels.triton.compile import Counted, counting
 
 ARCHITECTURE = 90
@@ -84,8 +84,10 @@ def watched() -> Iterator[Operators]:
         return run
 
     with ExitStack() as stack:
-        for name in ARGUMENTS:
-            stack.enter_context(patch.object(operators, name, seen(getattr(operators, name))))
+        of_nested = ("nested_stats", "nested_stats_backward")
+        for module, names in ((operators, ARGUMENTS), (nested, of_nested)):
+            for name in names:
+                stack.enter_context(patch.object(module, name, seen(getattr(module, name))))
         # looks at the numbers themselves on a CPU alone
         plain = patch.object(checks, "check_numbers", lambda name, numbers, *_: numbers.long())
         stack.enter_context(plain)

@@ -18,7 +18,8 @@ import contrastive_kernels as ck
 from contrastive_kernels import reference
 from contrastive_kernels.ops import operands, softplus_sweep, sweep
 
-pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built here")
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built here")
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not usable here")
 
 # rows, keys, ends: one pair, primes, whole tiles and one more or less
 SHAPES = [
@@ -34,13 +35,13 @@ def ids_of(rows: int, keys: int, kind: str | None) -> dict[str, tuple[Tensor, Te
     return {"exclude": (own, other)} if kind == "exclude" else {"keep": (own, other % 3)}
 
 
-def nested(ends, *, columns=False, softplus=False, aligned=False, **options):
+def nested(ends, *, columns=False, softplus=False, aligned=False, backend="cpu", **options):
     """All results of x (N, D), y (M, D), scale and, where it is given, bias, in one vector."""
 
     def call(x, y, scale, *bias):
         given = operands(
-            x, y, scale=scale, bias=bias[0] if bias else None, ends=ends, backend="cpu",
-            aligned=aligned, **options,
+            x, y, scale=scale, bias=bias[0] if bias else None, ends=ends,
+            backend=backend, aligned=aligned, **options,
         )  # fmt: skip
         out = softplus_sweep(given) if softplus else sweep(given, columns=columns)
         lse = out.value if softplus else out.lse
@@ -76,11 +77,8 @@ def finite(call):
     return lambda *given: (lambda out: out.masked_fill(out == -torch.inf, 0.0))(call(*given))
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("ids", [None, "exclude", "keep"])
-@pytest.mark.parametrize("kind", ["rows", "columns", "softplus"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_of_two_sides(shape, kind, ids, normalize):
+def two_sides(shape, kind, ids, normalize, backend):
+    """What takes (x, y, scale, bias), ours and dense, and these in float64."""
     n, m, ends = shape
     options = {
         "columns": kind == "columns", "softplus": kind == "softplus", "normalize": normalize,
@@ -88,19 +86,80 @@ def test_of_two_sides(shape, kind, ids, normalize):
     }  # fmt: skip
     given = [randn(n, ends[-1]), randn(m, ends[-1], seed=1), torch.tensor(3.0, dtype=DOUBLE)]
     given.append(randn(m, seed=2))
-    assert_equal_in_double(finite(nested(ends, **options)), finite(dense(ends, **options)), given)
-    small = [t.float() for t in given]
-    assert_within_budget(finite(nested(ends, **options)), finite(dense(ends, **options)), small)
+    return (
+        finite(nested(ends, backend=backend, **options)), finite(dense(ends, **options)), given
+    )  # fmt: skip
 
 
-def of_itself(ends, ids, *, normalize, together):
+@needs_cpu
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("ids", [None, "exclude", "keep"])
+@pytest.mark.parametrize("kind", ["rows", "columns", "softplus"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_of_two_sides(shape, kind, ids, normalize):
+    ours, theirs, given = two_sides(shape, kind, ids, normalize, "cpu")
+    assert_equal_in_double(ours, theirs, given)
+    assert_within_budget(ours, theirs, [t.float() for t in given])
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("shape", "kind", "ids", "normalize"),
+    [
+        (SHAPES[0], "columns", None, True),
+        (SHAPES[2], "columns", "exclude", True),
+        (SHAPES[3], "rows", None, True),
+        (SHAPES[5], "columns", "keep", False),
+        (SHAPES[1], "softplus", "keep", False),
+        (SHAPES[2], "softplus", "exclude", True),
+    ],
+    ids=str,
+)
+def test_on_triton(shape, kind, ids, normalize):
+    ours, theirs, given = two_sides(shape, kind, ids, normalize, "triton")
+    assert_equal_in_double(ours, theirs, given)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Of Triton: 256 x 256 products at a time, and states of so few parts as can be."""
+    from contrastive_kernels.triton import engine, stored
+
+    monkeypatch.setattr(stored, "LEAST_BYTES", 1 << 18)
+    monkeypatch.setattr(engine, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(engine, "PARTIAL_BYTES", 1 << 12)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("columns", torch.bfloat16), ("softplus", torch.float32), ("rows", torch.float16)],
+)
+def test_pieces_on_triton(small_pieces, kind, dtype):
+    ours, theirs, given = two_sides((270, 520, (16, 40)), kind, "exclude", True, "triton")
+    x, y, scale, bias = given
+    assert_within_budget(ours, theirs, [x.to(dtype), y.to(dtype), scale.float(), bias.float()])
+
+
+@needs_triton
+@pytest.mark.parametrize(("n", "together"), [(33, True), (140, False)])
+def test_of_itself_on_triton(small_pieces, n, together):
+    rows = torch.arange(n).repeat(2)
+    given = [randn(n, 20), randn(n, 20, seed=1), torch.tensor(3.0, dtype=DOUBLE)]
+    options = {"normalize": True, "together": together}
+    ours = finite(of_itself((2, 20), (rows, rows), backend="triton", **options))
+    theirs = finite(dense_of_itself((2, 20), (rows, rows), **options))
+    assert_equal_in_double(ours, theirs, given)
+
+
+def of_itself(ends, ids, *, normalize, together, backend="cpu"):
     """lse and, where they are not copied, partners of the rows of x and y, which are one matrix."""
 
     def call(x, y, scale):
         both = {"more": y} if together else {}
         features = x if together else torch.cat((x, y))
         given = operands(
-            features, None, scale=scale, exclude=ids, ends=ends, backend="cpu", aligned=together,
+            features, None, scale=scale, exclude=ids, ends=ends, backend=backend, aligned=together,
             normalize=normalize, **both,
         )  # fmt: skip
         out = sweep(given)
@@ -122,6 +181,7 @@ def dense_of_itself(ends, ids, *, normalize, together):
     return call
 
 
+@needs_cpu
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("scale", [3.0, -2.0, 500.0])
 @pytest.mark.parametrize("n", [1, 33, 64, 150])
@@ -135,6 +195,7 @@ def test_of_itself(n, scale, together):
     assert_within_budget(ours, theirs, [t.float() for t in given], slack=64 + abs(scale))
 
 
+@needs_cpu
 @pytest.mark.parametrize("scale", [0.0, 1e2, 1e4])
 def test_scales(scale):
     """0, and logits that need a shift of their own; negatives alone may be far below them."""
@@ -149,6 +210,7 @@ def test_scales(scale):
     )
 
 
+@needs_cpu
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_what_is_kept_changes_no_bit(threads):
     before = torch.get_num_threads()
@@ -171,6 +233,7 @@ def test_what_is_kept_changes_no_bit(threads):
         assert all(map(torch.equal, some, found[0]))
 
 
+@needs_cpu
 def test_strides_and_half_types():
     wide = [randn(70, 2 * 40, seed=s, dtype=torch.float32) for s in (1, 2)]
     given = [w[:, ::2].requires_grad_() for w in wide] + [torch.tensor(9.0)]
@@ -211,21 +274,26 @@ def test_products_of_bfloat16(shape, kind):
         assert ((a.double() - right).abs() <= eps * size + 1e-7).all()
 
 
-def test_operators():
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_operators(backend):
+    operator = getattr(torch.ops.contrastive_kernels, f"nested_stats_{backend}").default
     x, y = (randn(6, 5, seed=s).requires_grad_() for s in (1, 2))
     scale = torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)
     none = 4 * (None,)
     for symmetric, softplus in ((False, False), (True, False), (False, True)):
         bias = None if symmetric else randn(6, seed=3).requires_grad_()
         columns = not (softplus or symmetric)
-        args = (x, y, scale, bias, *none, [2, 5], softplus, True, columns, symmetric, True)
-        torch.library.opcheck(torch.ops.contrastive_kernels.nested_stats_cpu.default, args)
+        together = symmetric and backend == "cpu"
+        y_or_none = None if symmetric and not together else y
+        args = (x, y_or_none, scale, bias, *none, [2, 5], softplus, True, columns, together, True)
+        torch.library.opcheck(operator, args)
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 @pytest.mark.parametrize("ends", [[], [0, 5], [2, 2, 5], [3], [5, 3], [3, 6]])
-def test_ends_that_do_not_fit(ends):
+def test_ends_that_do_not_fit(ends, backend):
     x, scale = randn(4, 5), torch.tensor(1.0, dtype=DOUBLE)
     with pytest.raises(ValueError, match="ends must ascend from above 0 to D = 5"):
-        torch.ops.contrastive_kernels.nested_stats_cpu(
+        getattr(torch.ops.contrastive_kernels, f"nested_stats_{backend}")(
             x, x, scale, *5 * (None,), ends, False, True, False, False, False
         )
