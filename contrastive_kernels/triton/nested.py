@@ -117,20 +117,26 @@ class Fold:
         most = engine.PARTIAL_BYTES // (count * kept * 6 * whole.scale.element_size())
         tiles = cdiv(others, self.chosen.block_n)
         self.each = cdiv(tiles, max(1, min(parts, most)))
-        self.states = whole.empty(count, cdiv(tiles, self.each), 6, size)
+        self.parts = cdiv(tiles, self.each)
+        self.states: Tensor | None = None
+        if self.parts > 1 or others < whole.size(1 - which):  # else a program comes to the end
+            self.states = whole.empty(count, self.parts, 6, size)
 
     def push(self, k: int, own: Side, other: Side, first: bool) -> None:
-        problem, parts = self.given.problems[k], self.states.shape[1]
+        problem, states = self.given.problems[k], self.states
+        partial = Partial() if states is None else Partial(states[k])
         engine.launch(
-            sweep.stats_kernel, (cdiv(own.size, self.chosen.block_m), parts), own, other,
-            problem.scale, None, None, None, self.out[k], Partial(self.states[k]), self.each, 0,
+            sweep.stats_kernel, (cdiv(own.size, self.chosen.block_m), self.parts), own, other,
+            problem.scale, None, None, None, self.out[k], partial, self.each, 0,
             None, None, 0, BOTH=False, FIXED=False, REPAIR=False, CONTINUED=not first, **self.fold,
             **problem.constants(self.chosen) | {"DIM": 0},
         )  # fmt: skip
 
     def end(self, k: int, own: Side, other: Side) -> None:
-        partial, parts = Partial(self.states[k]), self.states.shape[1]
-        work = forward.Work(own, other, self.out[k], partial, parts, self.each)
+        if self.states is None:
+            return
+        partial = Partial(self.states[k])
+        work = forward.Work(own, other, self.out[k], partial, self.parts, self.each)
         forward.merge_parts(self.given.whole, [work], None, self.fold, fixed=False)
 
 
