@@ -58,6 +58,32 @@ def no_transform(what: str) -> None:
         )
 
 
+def in_vmap() -> bool:
+    """Whether a transform around this is vmap, which runs many problems as one."""
+    if not in_transform():
+        return False
+    functorch = torch._C._functorch
+    around = functorch.get_interpreter_stack() or ()
+    return any(each.key() == functorch.TransformType.Vmap for each in around)
+
+
+def without_tangent(t: Tensor) -> Tensor:
+    """The numbers of a tensor that may have a derivative in forward mode, as a constant."""
+    return forward_ad.unpack_dual(t).primal if in_forward_mode() else t
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates what torch.compile cannot trace: a graph breaks there, once."""
+    untraced = torch._disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        # without it a first call need not import the compiler
+        return (untraced if torch.compiler.is_compiling() else function)(*args, **options)
+
+    return call
+
+
 def refuse_tangents(values: Iterable[Any]) -> None:
     """`no_forward_mode` if a tensor has a tangent."""
     if forward_ad._current_level >= 0 and any(

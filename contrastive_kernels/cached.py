@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .autograd import no_transform
 from .distributed import all_gather, resolve_group
 from .types import Group
 from .whitening import Whitening
@@ -64,9 +65,11 @@ def cached_step(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: a model that cannot be run in chunks: with batch norm or `Whitening` in
             training mode, or with state that changes from call to call; no gradient is enabled.
+        NotImplementedError: in transforms of torch.func and in forward mode.
     """
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk must be a whole number >= 1, got {chunk!r}")
+    no_transform("cached_step")  # which makes gradients itself
     if not torch.is_grad_enabled():
         raise RuntimeError("cached_step makes gradients: call it outside of torch.no_grad()")
     towers = _towers(model, inputs)

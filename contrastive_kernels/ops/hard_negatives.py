@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..autograd import in_vmap, outside_graphs, without_tangent
 from ..backends import resolve_backend
 from ..checks import (
     check_choice,
@@ -26,6 +27,7 @@ from .top_k import top_k
 PAIRS = 64  # whose scores are taken at a time, of their square
 
 
+@outside_graphs  # ids are read on the host, and say how many pairs are scored
 @collective
 @torch.no_grad()
 def hard_negatives(
@@ -77,6 +79,9 @@ def hard_negatives(
             those of all, ids count the keys of all ranks, and each rank draws for its queries.
         backend: as `top_k` takes it.
 
+    torch.compile breaks its graph here, once. Within torch.func.grad and forward mode what is mined
+    is constant; vmap cannot run it.
+
     Returns:
         HardNegatives(ids (N, num_negatives), scores likewise, positive_scores of the shape of
         positives); -1 and -inf where there are fewer negatives, -inf for no positive. Nothing has a
@@ -85,7 +90,13 @@ def hard_negatives(
     Raises:
         TypeError, ValueError: arguments that do not fit; the message names them.
         RuntimeError: the backend cannot run here, with the reason.
+        NotImplementedError: within vmap.
     """
+    if in_vmap():
+        raise NotImplementedError(
+            "hard_negatives cannot run within vmap, as how many pairs it scores depends on ids: "
+            "call it for each problem, outside"
+        )
     whole = group is None
     check_features("queries", queries, (2,), whole=whole)
     keys = as_source("keys", keys)
@@ -100,6 +111,8 @@ def hard_negatives(
             finite(name, value)
     _check_range(num_negatives, range_min, range_max, sampling)
     name = resolve_backend(backend, queries.device)
+    queries = without_tangent(queries)  # which no_grad leaves
+    keys = keys if is_source(keys) else without_tangent(cast(Tensor, keys))
 
     if isinstance(group, GroupCall):  # one generator is as good as another
         group.arguments["generator"] = None

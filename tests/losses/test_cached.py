@@ -306,3 +306,5 @@ def test_what_does_not_fit():
             call()
     with torch.no_grad(), pytest.raises(RuntimeError, match="outside of torch.no_grad"):
         step(one, x, ck.sup_con)
+    with pytest.raises(NotImplementedError, match="cached_step cannot be differentiated by torch"):
+        torch.func.grad(lambda x: step(one, x, ck.koleo))(x)

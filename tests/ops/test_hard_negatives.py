@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import oracles
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from oracles import BACKENDS, randn
 
@@ -164,6 +167,44 @@ def test_halves_and_gradients():
     assert torch.equal(found.ids, exact.ids) and found.scores.dtype == torch.float32
     torch.testing.assert_close(found.scores.double(), exact.scores, rtol=1e-6, atol=1e-6)
     assert not any(t.requires_grad for t in found)
+
+
+def test_transforms():
+    queries, keys, positives = data()
+    wanted = ck.hard_negatives(queries, keys, positives)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        found = ck.hard_negatives(x, keys, positives, backend=backend)
+        return (x @ keys.T).gather(1, found.ids).sum() + found.scores.sum()
+
+    expected = keys[wanted.ids].sum(1)
+    for backend in oracles.BACKENDS:
+        torch.testing.assert_close(torch.func.grad(total)(queries), expected)
+        pushed = torch.func.jvp(total, (queries,), (queries.cos(),))[1]
+        torch.testing.assert_close(pushed, (expected * queries.cos()).sum())
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(queries, queries)
+            found = ck.hard_negatives(dual, keys, positives, backend=backend)
+            assert all(forward_ad.unpack_dual(t).tangent is None for t in found)
+        with pytest.raises(NotImplementedError, match="hard_negatives cannot run within vmap"):
+            torch.func.vmap(torch.func.grad(total))(queries[None])
+
+
+def test_compiled_with_one_graph_break():
+    queries, keys, positives = data()
+    graphs = []
+
+    def seen(graph: torch.fx.GraphModule, _: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: ck.hard_negatives(2 * x, keys, positives).scores + 1, backend=seen
+    )
+    assert torch.equal(
+        compiled(queries), ck.hard_negatives(2 * queries, keys, positives).scores + 1
+    )
+    assert len(graphs) == 2
 
 
 ERRORS = {
