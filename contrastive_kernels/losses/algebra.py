@@ -38,6 +38,21 @@ def may_look(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()  # real numbers
 
 
+def cleared(features: Tensor, dropped: Tensor) -> Tensor:
+    """Features (N, D) of which no sum is to hold those that are dropped (N,), whatever they are:
+    their copy with zeros, where it is not known that 0 times them is 0."""
+    if may_look(features) and _all_small(features.detach(), dropped.nonzero().flatten()):
+        return features
+    return features.masked_fill(dropped.unsqueeze(1), 0.0)
+
+
+def _all_small(features: Tensor, which: Tensor) -> bool:
+    """Whether squares of these rows, too, are far from infinite; not of NaN."""
+    bound = torch.finfo(statistics_dtype(features)).max ** 0.25
+    blocks = (which[rows] for rows in row_blocks(len(which), features.shape[1]))
+    return all(bool(features[rows].abs().amax() <= bound) for rows in blocks)
+
+
 def weighted(weight: float, rows: Tensor) -> Tensor:
     """weight * rows, where a weight is most often 1."""
     return rows if weight == 1 else weight * rows

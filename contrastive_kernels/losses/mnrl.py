@@ -25,7 +25,7 @@ from ..checks import (
 from ..distributed import Batch, Shards, join
 from ..ops import Asked, Part, operands, positives, sweeps, swept_positives
 from ..types import Counts, Group, IdPair, Loss, Sweep, known
-from .algebra import add_up, log_add, masked_logsumexp, softplus
+from .algebra import add_up, cleared, log_add, masked_logsumexp, softplus
 from .base import ContrastiveLoss, loss
 from .nested import nested, weigh
 from .stats import mi_lower_bound, pair_stats, tie_limit
@@ -78,7 +78,7 @@ def mnrl(
             negatives of all ranks are candidates.
         negatives_mask: (N, K), bool: True where the hard negative k of query i is one. The others,
             padding of any value, are candidates of no query and have gradient 0; the documents are
-            copied for them.
+            copied for them on a GPU, and where their values are NaN, infinite or huge.
         scale: 1 / temperature: number or tensor of one element (may be learned).
         directions: which of the four; "query_to_doc" has to be among them.
         partition_mode: "joint": one sum over all directions; "per_direction": the mean of one loss
@@ -115,9 +115,10 @@ def mnrl(
     keep = None
     if negatives_mask is not None:
         counted = torch.cat((torch.ones_like(negatives_mask[:, :1]), negatives_mask), 1)
-        dropped = (~counted).T.flatten().int()
-        documents = documents.masked_fill(dropped.bool().unsqueeze(1), 0.0)
-        keep = (dropped[:n], dropped)
+        dropped = (~counted).T.flatten()
+        documents = cleared(documents, dropped)
+        ids = dropped.int()
+        keep = (ids[:n], ids)
     pairs = blocks == 1
     if pairs:
         of_documents = batch

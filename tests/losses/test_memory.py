@@ -33,7 +33,10 @@ SEVERAL = (
 OTHERS = (*MORE, *(name for name, *_ in IN_BLOCKS), "mnrl", "hcl", "cacr_views")
 ONE_SWEEP = [row.name for row in LOSSES if row.name not in OTHERS]
 LONG = 2**16  # features of 130 rows: more than there are sums of one side apart from gradients
-ADDED = ("info_nce both symmetric margin", "mnrl harder", "hcl", "cacr rbf", "cacr_views two")
+ADDED = (
+    "info_nce both symmetric margin", "mnrl harder", "mnrl masked documents", "hcl", "cacr rbf",
+    "cacr_views two",
+)  # fmt: skip
 HALF = {
     "info_nce": torch.bfloat16, "clip_loss": torch.float16, "nt_xent": torch.bfloat16,
     "sup_con": torch.float16, "mnrl": torch.bfloat16,
