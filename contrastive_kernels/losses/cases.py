@@ -150,7 +150,6 @@ class Row(NamedTuple):
     two_views: arguments that are two views (N, D), for the tests of errors.
     alone: whether a batch of one row has a loss.
     backends: that run it: those that there are kernels for, "auto" where there are none.
-    second_order: the backends that can be differentiated twice.
     """
 
     function: Callable[..., Any]
@@ -161,7 +160,6 @@ class Row(NamedTuple):
     two_views: tuple[str, str] | None = None
     alone: bool = False
     backends: tuple[str, ...] = ("reference", "cpu", "triton")
-    second_order: tuple[str, ...] = ("reference",)
 
     @property
     def name(self) -> str:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable
 from ..backends import resolve_backend
 from ..checks import check_features, check_other_rows, check_positive, check_reduction
-from ..distributed import Shards, join
-from ..ops import add_rows, can_tie, take_rows, top_k
+from ..distributed import join
+from ..ops import take_rows, top_k
 from ..types import Group
 from .algebra import unit
 from .base import ContrastiveLoss, loss
-from .units import units
+from .nearest import distances_to, in_blocks
 
 
 @loss
@@ -45,11 +42,7 @@ def koleo(
     backend = resolve_backend(backend, features.device)
     batch, _ = join(group, features.shape[0])
     check_other_rows("features", batch.total)
-    blocks = (
-        features.device.type == "cpu"
-        and can_tie(backend, features, 0)
-        and not isinstance(batch, Shards)
-    )
+    blocks = in_blocks(features, batch, backend)
     if not blocks:
         features, normalize = unit(features, normalize), False
     ids, keys = batch.own_ids(features.device), batch.gather_keys(features)
@@ -61,7 +54,10 @@ def koleo(
     else:  # a rank without rows
         nearest = torch.empty(0, dtype=torch.int64, device=features.device)
     if blocks:
-        distance = _Distance.apply(features, nearest, eps, normalize, backend)
+        which = nearest.unsqueeze(1)
+        distance = distances_to(
+            features, which, eps=eps, normalize=normalize, backend=backend
+        ).squeeze(1)
     else:
         distance = (features - take_rows(keys, nearest, backend) + eps).norm(dim=1)
     return batch.reduce_rows(-(distance + eps).log(), reduction)
@@ -69,33 +65,3 @@ def koleo(
 
 class KoLeo(ContrastiveLoss):
     function = staticmethod(koleo)
-
-
-class _Distance(torch.autograd.Function):
-    """|x_i - x_j + eps| of each row (N, D) and the one that `nearest` (N,) names, a block of rows
-    at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, nearest: Tensor, eps: float, normalize: bool, backend: str
-    ) -> Tensor:
-        x = units(features, normalize)
-        parts = [(x.of(rows) - x.of(nearest[rows]) + eps).norm(dim=1) for rows in x.blocks()]
-        distance = torch.cat(parts)
-        ctx.given = eps, normalize, backend
-        ctx.save_for_backward(features, nearest, distance)
-        return distance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        features, nearest, distance = ctx.saved_tensors
-        eps, normalize, backend = ctx.given
-        x = units(features, normalize)
-        grad = (grad / distance).masked_fill_(distance == 0, 0.0)
-        total = x.zeros(grad)
-        for rows in x.blocks():
-            each = (x.of(rows) - x.of(nearest[rows]) + eps) * grad[rows, None]
-            total[rows] += each
-            add_rows(total, nearest[rows], each.neg_(), backend)
-        return x.gradient(total), *4 * (None,)

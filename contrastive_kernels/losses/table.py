@@ -561,14 +561,7 @@ LOSSES = (
         exchanges=(),
         backends=BATCHED,
     ),
-    Row(
-        triplet,
-        Triplet,
-        TRIPLET_CASES,
-        exchanges=(),
-        backends=BATCHED,
-        second_order=BATCHED,
-    ),
+    Row(triplet, Triplet, TRIPLET_CASES, exchanges=(), backends=BATCHED),
     Row(nce, NCE, NCE_CASES, exchanges=(), two_views=("query", "key"), alone=True),
 )
 CASES = {name: (row, case) for row in LOSSES for name, case in row.cases.items()}

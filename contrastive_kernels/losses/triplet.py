@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..autograd import define, no_second_order, precise, register_rules
 from ..backends import resolve_backend
 from ..checks import (
@@ -20,9 +21,11 @@ from ..checks import (
 )
 from ..distributed import Batch, join
 from ..ops import NAMESPACE, full_precision, take_rows, top_k
-from ..types import Group
-from .algebra import count_equal_ids, row_blocks, softplus, unit
+from ..types import Group, TopK, known
+from .algebra import add_up, count_equal_ids, row_blocks, softplus, unit
 from .base import ContrastiveLoss, loss
+from .nearest import distances_to, in_blocks
+from .units import units
 
 MINING = ("hard", "semihard")
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
@@ -83,10 +86,13 @@ def triplet(
     backend = resolve_backend(backend, features.device)
     batch, _ = join(group, features.shape[0])
     check_other_rows("features", batch.total)
-    x = unit(features, normalize)
     if mining == "hard":
-        rows = _hard(x, labels, margin, distance, batch, backend)
+        if in_blocks(features, batch, backend):
+            rows = _hard_in_blocks(features, labels, margin, distance, normalize, backend)
+        else:
+            rows = _hard(unit(features, normalize), labels, margin, distance, batch, backend)
         return batch.reduce_rows(rows, reduction)
+    x = unit(features, normalize)
     every = batch.all_ids(labels)
     given = (x, batch.gather_keys(x), labels, every, batch.own.start, float(margin or 0), distance)
     rows = _dense_semi_hard(*given) if backend == "reference" else _semi_hard(*given)
@@ -107,22 +113,75 @@ def _hard(
     if len(x) == 0:  # a rank without rows
         return keys[:0].sum(1)
     with torch.no_grad():
-        # the order of <x_i, y_j> - |y_j|^2 / 2 is that of distances, whatever lies at the origin
         origin = keys.detach().nanmean(0)
-        y = keys.detach() - origin
-        y = torch.cat((y, -0.5 * y.square().sum(1, keepdim=True)), 1)
-        own = torch.cat((x.detach() - origin, x.new_ones(len(x), 1)), 1)
-        options: dict[str, Any] = {"normalize": False, "backend": backend}
-        same = (labels, every)
-        farthest = top_k(own, y, 1, keep=same, exclude=(ids, places), largest=False, **options).ids
-        nearest = top_k(own, y, 1, exclude=same, **options).ids
-        there = ((farthest >= 0) & (nearest >= 0)).squeeze(1)
+        own = _Rows(x.detach() - origin, labels, ids)
+        others = _Rows(keys.detach() - origin, every, places)
+        farthest, nearest = (found.ids.squeeze(1) for found in _mine(own, others, backend))
+        there = (farthest >= 0) & (nearest >= 0)
     of_positive, of_negative = (
-        _length(x - take_rows(keys, which.flatten().clamp(min=0), backend), distance)
+        _length(x - take_rows(keys, which.clamp(min=0), backend), distance)
         for which in (farthest, nearest)
     )
-    excess = of_positive - of_negative
-    rows = softplus(excess) if margin is None else (excess + margin).relu()
+    return _excess(of_positive - of_negative, there, margin)
+
+
+def _hard_in_blocks(
+    features: Tensor,
+    labels: Tensor,
+    margin: float | None,
+    distance: str,
+    normalize: bool,
+    backend: str,
+) -> Tensor:
+    """The same, of features that are made unit where they are taken."""
+    x, ids = units(features.detach(), normalize), torch.arange(len(features))
+    origin = add_up(x.of(rows).nansum(0) for rows in x.blocks()) / len(features)
+
+    def block(rows: slice) -> _Rows:
+        return _Rows(x.of(rows) - origin, labels[rows], ids[rows])
+
+    found = []
+    for rows in x.blocks():
+        own = block(rows)
+        best: list[TopK | None] = [None, None]
+        for columns in x.blocks():
+            made = _mine(own, block(columns), backend)
+            best = [
+                reference.merged(*pair, columns.start, 1) for pair in zip(best, made, strict=True)
+            ]
+        found.append(torch.cat([known(each).ids for each in best], 1))
+    which = torch.cat(found)
+    there = (which >= 0).all(1)
+    which = torch.where(there.unsqueeze(1), which, ids.unsqueeze(1))
+    lengths = distances_to(features, which, normalize=normalize, backend=backend)
+    of_positive, of_negative = _of_length(lengths, distance).unbind(1)
+    return _excess(of_positive - of_negative, there, margin)
+
+
+class _Rows(NamedTuple):
+    """Some rows of the batch, from an origin, with their labels and places in it."""
+
+    x: Tensor
+    labels: Tensor
+    places: Tensor
+
+
+def _mine(own: _Rows, keys: _Rows, backend: str) -> tuple[TopK, TopK]:
+    """(The farthest of the label of each row, the nearest of another), the first of both by
+    `values`."""
+    # the order of <x_i, y_j> - |y_j|^2 / 2 is that of distances, whatever lies at the origin
+    y = torch.cat((keys.x, -0.5 * keys.x.square().sum(1, keepdim=True)), 1)
+    x = torch.cat((own.x, own.x.new_ones(len(own.x), 1)), 1)
+    same, itself = (own.labels, keys.labels), (own.places, keys.places)
+    options: dict[str, Any] = {"normalize": False, "backend": backend}
+    return (
+        top_k(-x, y, 1, keep=same, exclude=itself, **options),
+        top_k(x, y, 1, exclude=same, **options),
+    )
+
+
+def _excess(difference: Tensor, there: Tensor, margin: float | None) -> Tensor:
+    rows = softplus(difference) if margin is None else (difference + margin).relu()
     return torch.where(there, rows, 0.0)
 
 
@@ -130,6 +189,10 @@ def _length(difference: Tensor, distance: str) -> Tensor:
     if distance == "euclidean":
         return difference.norm(dim=1)
     return _of_square(difference.square().sum(1), distance)
+
+
+def _of_length(length: Tensor, distance: str) -> Tensor:
+    return length if distance == "euclidean" else _of_square(length.square(), distance)
 
 
 def _of_square(square: Tensor, distance: str) -> Tensor:
@@ -209,7 +272,7 @@ def _mined(
     """(losses of a block of rows, their derivatives (n, M) in the distances, |x - y|), nothing of
     which is scattered: on a GPU that adds in no fixed order."""
     length = torch.cdist(x[block], y, compute_mode="donot_use_mm_for_euclid_dist")
-    far = length if distance == "euclidean" else _of_square(length.square(), distance)
+    far = _of_length(length, distance)
     unknown = far.isnan()  # neither near nor far
     far = far.masked_fill(unknown, 0.0)
     same = labels[block, None] == every

@@ -29,10 +29,10 @@ class Units(NamedTuple):
         x = x.to(statistics_dtype(x))
         return x if self.lengths is None else x / self.lengths[rows]
 
-    def blocks(self) -> list[slice]:
-        """Blocks of rows of at most BLOCK_PAIRS numbers."""
-        count, dim = self.features.shape
-        return algebra.row_blocks(count, dim)
+    def blocks(self, count: int | None = None) -> list[slice]:
+        """Blocks of all rows, or of so many, of at most BLOCK_PAIRS numbers."""
+        rows, dim = self.features.shape
+        return algebra.row_blocks(rows if count is None else count, dim)
 
     def zeros(self, like: Tensor) -> Tensor:
         """A sum of gradients to begin with; of several at once where `like` is several."""
@@ -40,13 +40,18 @@ class Units(NamedTuple):
 
     def gradient(self, of_units: Tensor) -> Tensor:
         """That of the features, from that of the units, which is overwritten."""
-        if self.lengths is not None:
-            for rows in self.blocks():
-                unit, lengths, grad = self.of(rows), self.lengths[rows], of_units[rows]
-                along = (grad * unit).sum(1, keepdim=True)
-                along.masked_fill_(lengths <= SHORTEST, 0.0)  # whose length is no part of it
-                grad.addcmul_(unit, along, value=-1).div_(lengths)
+        for rows in self.blocks():
+            self.gradient_of(rows, of_units[rows])
         return of_units.to(self.features.dtype)
+
+    def gradient_of(self, rows: slice, of_units: Tensor) -> Tensor:
+        """That of a block of rows, in the place of the one of its units."""
+        if self.lengths is None:
+            return of_units
+        unit, lengths = self.of(rows), self.lengths[rows]
+        along = (of_units * unit).sum(1, keepdim=True)
+        along.masked_fill_(lengths <= SHORTEST, 0.0)  # whose length is no part of it
+        return of_units.addcmul_(unit, along, value=-1).div_(lengths)
 
 
 def units(features: Tensor, normalize: bool) -> Units:

@@ -20,11 +20,12 @@ pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend i
 DRAWN = 64  # features, of which as many as are wanted are made
 FEATURES = {"D": 16384, "G": 16384, "K": 1}
 # Losses that hold more: docs/design.md says what.
-MORE = ("w_mse", "intl", "triplet", "late_interaction", "late_interaction_distill")
+MORE = ("w_mse", "intl", "late_interaction", "late_interaction_distill")
 # (loss, vectors that it holds for each row, pairs of a block): the queries that have a target; what
 # is gradient once it is multiplied by the one from above.
 IN_BLOCKS = [
-    ("gist", 0, 2**16), ("koleo", 0, 2**16), ("cpc", 3, 2**16), ("clip_distill", 4, 2**9)
+    ("gist", 0, 2**16), ("koleo", 0, 2**16), ("triplet", 0, 2**16), ("cpc", 3, 2**16),
+    ("clip_distill", 4, 2**9),
 ]  # fmt: skip
 SEVERAL = (
     "info_nce both symmetric margin", "mnrl harder", "mnrl one document, harder", "mnrl defaults",
@@ -99,6 +100,13 @@ def test_features_that_are_made_unit_or_gathered(name, vectors, pairs, monkeypat
     monkeypatch.setattr(rowwise, "BLOCK_ELEMENTS", 2**16)
     sizes = (32, 64)  # whole blocks
     assert copies(name, "N", sizes, torch.float32, 2**12) < vectors + 0.02
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["koleo", "triplet"])
+def test_sums_of_half_gradients_are_those_of_blocks(name, monkeypatch):
+    monkeypatch.setattr(algebra, "BLOCK_PAIRS", 2**16)
+    assert copies(name, "N", (32, 64), torch.bfloat16, 2**12) < 0.02
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -24,9 +24,10 @@ def both(labels, backend, **options):
 @parametrize_mining
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
-@pytest.mark.parametrize("block", [2**20, 200])
+# 200: 3 rows of semi-hard ones, 40: 8 of hard ones; the last block is smaller
+@pytest.mark.parametrize("block", [2**20, 200, 40])
 def test_definition(mining, backend, distance, block, monkeypatch):
-    monkeypatch.setattr(algebra, "BLOCK_PAIRS", block)  # 200: blocks of 3 rows, the last smaller
+    monkeypatch.setattr(algebra, "BLOCK_PAIRS", block)
     x = randn(14, 5, seed=3)
     x[9] = x[2] = x[4]  # of one label
     x[3] = x[1] = x[8]  # of two
