@@ -19,13 +19,13 @@ from ..checks import (
     check_reduction,
     finite,
 )
-from ..distributed import Batch, join
+from ..distributed import Batch, Shards, join
 from ..ops import NAMESPACE, full_precision, take_rows, top_k
-from ..types import Group, TopK, known
+from ..types import Group, TopK, known, statistics_dtype
 from .algebra import add_up, count_equal_ids, row_blocks, softplus, unit
 from .base import ContrastiveLoss, loss
 from .nearest import distances_to, in_blocks
-from .units import units
+from .units import Units, units
 
 MINING = ("hard", "semihard")
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
@@ -92,10 +92,14 @@ def triplet(
         else:
             rows = _hard(unit(features, normalize), labels, margin, distance, batch, backend)
         return batch.reduce_rows(rows, reduction)
-    x = unit(features, normalize)
     every = batch.all_ids(labels)
-    given = (x, batch.gather_keys(x), labels, every, batch.own.start, float(margin or 0), distance)
-    rows = _dense_semi_hard(*given) if backend == "reference" else _semi_hard(*given)
+    chosen = labels, every, batch.own.start, float(margin or 0), distance
+    if backend == "reference":
+        x = unit(features, normalize)
+        rows = _dense_semi_hard(x, batch.gather_keys(x), *chosen)
+    else:
+        keys = batch.gather_keys(features) if isinstance(batch, Shards) else None
+        rows = _semi_hard(features, keys, *chosen, normalize)
     pairs = batch.total_of(count_equal_ids(labels, every).sum()) - batch.total
     rows = rows * (batch.total / pairs.clamp(min=1).to(rows.dtype))
     return batch.reduce_rows(rows, reduction)
@@ -205,10 +209,18 @@ def _of_square(square: Tensor, distance: str) -> Tensor:
 
 @define(_library)
 def _semi_hard(
-    x: Tensor, y: Tensor, labels: Tensor, every: Tensor, first: int, margin: float, distance: str
+    features: Tensor,
+    keys: Tensor | None,
+    labels: Tensor,
+    every: Tensor,
+    first: int,
+    margin: float,
+    distance: str,
+    normalize: bool,
 ) -> Tensor:
-    """The losses (N,) of rows x (N, D), which are y[first : first + N]."""
-    rows = torch.empty_like(x[:, 0])
+    """The losses (N,) of features (N, D), which are keys[first : first + N]; None: all of them."""
+    x, y = _sides(features, keys, normalize)
+    rows = features.new_empty(len(features), dtype=statistics_dtype(features))
     for block in _blocks(x, y):
         rows[block] = _mined(block, x, y, labels, every, first, margin, distance)[0]
     return rows
@@ -216,17 +228,21 @@ def _semi_hard(
 
 @define(_library)
 def _semi_hard_backward(
-    x: Tensor,
-    y: Tensor,
+    features: Tensor,
+    keys: Tensor | None,
     labels: Tensor,
     every: Tensor,
     first: int,
     margin: float,
     distance: str,
+    normalize: bool,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    dx, dy = torch.empty_like(x), torch.zeros_like(y)
-    with full_precision(x):
+    """Of features and keys, without these an empty one."""
+    x, y = _sides(features, keys, normalize)
+    of_x = x.zeros(grad)
+    of_y = of_x if keys is None else y.zeros(grad)
+    with full_precision(features):
         for block in _blocks(x, y):
             _, weight, length = _mined(block, x, y, labels, every, first, margin, distance)
             weight *= grad[block, None]
@@ -234,15 +250,24 @@ def _semi_hard_backward(
                 weight = torch.where(length > 0, weight / length, 0.0)
             elif distance == "squared_euclidean":
                 weight *= 2
-            torch.mm(weight, y, out=dx[block])
-            torch.addcmul(-dx[block], weight.sum(1, keepdim=True), x[block], out=dx[block])
-            dy += weight.sum(0).unsqueeze(1) * y
-            dy.addmm_(weight.T, x[block], alpha=-1)
-    return dx, dy
+            own = x.of(block)
+            of_x[block].addcmul_(weight.sum(1, keepdim=True), own)
+            for columns in y.blocks():
+                part, others = weight[:, columns], y.of(columns)
+                of_x[block].addmm_(part, others, alpha=-1)
+                of_y[columns].addcmul_(part.sum(0).unsqueeze(1), others)
+                of_y[columns].addmm_(part.T, own, alpha=-1)
+    return x.gradient(of_x), features.new_empty(0) if keys is None else y.gradient(of_y)
 
 
-def _blocks(x: Tensor, y: Tensor) -> list[slice]:
-    return row_blocks(len(x), 4 * len(y))  # of so many matrices at a time
+def _sides(features: Tensor, keys: Tensor | None, normalize: bool) -> tuple[Units, Units]:
+    x = units(features, normalize)
+    return x, x if keys is None else units(keys, normalize)
+
+
+def _blocks(x: Units, y: Units) -> list[slice]:
+    rows, dim = x.features.shape
+    return row_blocks(rows, max(dim, 4 * len(y.features)))  # of so many matrices at a time
 
 
 @precise
@@ -251,7 +276,7 @@ def _dense_semi_hard(
 ) -> Tensor:
     """The same from the whole matrix, differentiable any number of times: between the places where
     a choice changes the loss is linear in the distances."""
-    given = (x.detach(), y.detach(), labels, every, first, margin, distance)
+    given = Units(x.detach(), None), Units(y.detach(), None), labels, every, first, margin, distance
     rows, weight, length = _mined(slice(0, len(x)), *given)
     square = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T
     square = square.masked_fill((weight == 0) | (length == 0), 0.0)
@@ -261,8 +286,8 @@ def _dense_semi_hard(
 
 def _mined(
     block: slice,
-    x: Tensor,
-    y: Tensor,
+    x: Units,
+    y: Units,
     labels: Tensor,
     every: Tensor,
     first: int,
@@ -271,7 +296,9 @@ def _mined(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses of a block of rows, their derivatives (n, M) in the distances, |x - y|), nothing of
     which is scattered: on a GPU that adds in no fixed order."""
-    length = torch.cdist(x[block], y, compute_mode="donot_use_mm_for_euclid_dist")
+    own, mode = x.of(block), "donot_use_mm_for_euclid_dist"
+    parts = [torch.cdist(own, y.of(columns), compute_mode=mode) for columns in y.blocks()]
+    length = torch.cat(parts, 1)
     far = _of_length(length, distance)
     unknown = far.isnan()  # neither near nor far
     far = far.masked_fill(unknown, 0.0)
@@ -288,7 +315,9 @@ def _mined(
     active = excess > 0
     # of the positives that count, those before a negative have chosen it or one before
     before = torch.searchsorted(far.masked_fill(~active, torch.inf).sort(1).values, ordered)
-    before = torch.where(torch.arange(len(y), device=x.device) < last, before, active.sum(1, True))
+    before = torch.where(
+        torch.arange(len(every), device=every.device) < last, before, active.sum(1, True)
+    )
     chosen = before.diff(dim=1, prepend=torch.zeros_like(before[:, :1]))
     weight = active.to(far.dtype) - chosen.gather(1, order.argsort(1))
     rows = torch.where(unknown.any(1) & positive.any(1), torch.nan, excess.sum(1))
@@ -296,19 +325,27 @@ def _mined(
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.first, ctx.margin, ctx.distance = inputs
+    *tensors, ctx.first, ctx.margin, ctx.distance, ctx.normalize = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    given = (*ctx.saved_tensors, ctx.first, ctx.margin, ctx.distance)
-    return *_semi_hard_backward(*given, grad), *5 * (None,)
+    features, keys, *ids = ctx.saved_tensors
+    chosen = *ids, ctx.first, ctx.margin, ctx.distance, ctx.normalize
+    of_features, of_keys = _semi_hard_backward(features, keys, *chosen, grad)
+    return of_features, None if keys is None else of_keys, *6 * (None,)
 
 
-register_rules(
-    _library, _semi_hard, lambda x, *_: x.new_empty(x.shape[0]), _backward, _setup
-)  # fmt: skip
-register_rules(
-    _library, _semi_hard_backward,
-    lambda x, y, *_: (torch.empty_like(x), torch.empty_like(y)), no_second_order,
-)  # fmt: skip
+def _fake(features: Tensor, *_: Any) -> Tensor:
+    return features.new_empty(features.shape[0], dtype=statistics_dtype(features))
+
+
+def _fake_backward(features: Tensor, keys: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    of_features = torch.empty_like(features, memory_format=torch.contiguous_format)
+    if keys is None:
+        return of_features, features.new_empty(0)
+    return of_features, torch.empty_like(keys, memory_format=torch.contiguous_format)
+
+
+register_rules(_library, _semi_hard, _fake, _backward, _setup)
+register_rules(_library, _semi_hard_backward, _fake_backward, no_second_order)

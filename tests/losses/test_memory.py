@@ -25,7 +25,7 @@ MORE = ("w_mse", "intl", "late_interaction", "late_interaction_distill")
 # is gradient once it is multiplied by the one from above.
 IN_BLOCKS = [
     ("gist", 0, 2**16), ("koleo", 0, 2**16), ("triplet", 0, 2**16), ("cpc", 3, 2**16),
-    ("clip_distill", 4, 2**9),
+    ("triplet semihard", 0, 2**16), ("clip_distill", 4, 2**9),
 ]  # fmt: skip
 SEVERAL = (
     "info_nce both symmetric margin", "mnrl harder", "mnrl one document, harder", "mnrl defaults",

@@ -83,8 +83,10 @@ def test_semi_hard_of_all_triples():
 def test_operators():
     x, y = randn(5, 3).requires_grad_(), randn(9, 3, seed=1).requires_grad_()
     labels = torch.arange(9) % 3
-    arguments = (x, y, labels[2:7], labels, 2, 0.3, "euclidean")
-    torch.library.opcheck(
-        torch.ops.contrastive_kernels.semi_hard.default, arguments,
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )  # fmt: skip
+    for of_x, keys, first in ((labels[2:7], y, 2), (labels[:5], None, 0)):
+        every = labels[:5] if keys is None else labels
+        arguments = (x, keys, of_x, every, first, 0.3, "euclidean", True)
+        torch.library.opcheck(
+            torch.ops.contrastive_kernels.semi_hard.default, arguments,
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )  # fmt: skip
