@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import subprocess
 import sys
 import types
 import warnings
 
 import pytest
 import torch
+from fresh import run_python
 from torch.nn.modules import module as hooks
 
 import contrastive_kernels as ck
@@ -170,7 +170,7 @@ def test_nothing_is_imported_before_it_is_asked_for():
         "import sys, contrastive_kernels, contrastive_kernels.integrations as i\n"
         "assert not set(i.PEERS) & set(sys.modules), set(i.PEERS) & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    run_python(program)
 
 
 def test_compiled_without_a_graph_break():

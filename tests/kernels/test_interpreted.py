@@ -1,16 +1,10 @@
 """Triton's interpreter as the tests prepare it computes what it computes as it comes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import oracles
 import pytest
+from fresh import run_python
 
 PROGRAM = """
-import sys
-
-sys.path[:0] = sys.argv[1:]
 import interpreted
 import torch
 from oracles import randn
@@ -43,7 +37,4 @@ assert all(torch.equal(a, b) for a, b in zip(before, run(), strict=True))
 @pytest.mark.skipif(oracles.DEVICE != "cpu", reason="kernels are not interpreted here")
 @pytest.mark.skipif("triton" not in oracles.BACKENDS, reason="Triton is not usable")
 def test_equal_bits():
-    tests = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-c", PROGRAM, str(tests), str(tests.parent)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(PROGRAM)

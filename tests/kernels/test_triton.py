@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 
 import oracles
 import pytest
 import sweeps
 import torch
+from fresh import run_python
 from torch import Tensor
 
 import contrastive_kernels as ck
@@ -265,11 +264,8 @@ for wanted, *settings in [
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_precision_of_float32_is_read_after_any_setting():
-    done = subprocess.run(
-        [sys.executable, "-c", PRECISIONS], capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
-    assert len(lines) == 14, done.stderr
+    lines = run_python(PRECISIONS).splitlines()
+    assert len(lines) == 14
     for line in lines:
         wanted, got, on_cpu, *_ = line.split()
         assert got == wanted and on_cpu in ("none", "ieee", "tf32", "bf16"), line

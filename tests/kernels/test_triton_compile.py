@@ -18,6 +18,7 @@ import pytest
 import torch
 import triton
 from compiles import HOPPER, code_from_json, from_json, tiles
+from fresh import run_python
 
 from benchmarks.gpu import resources
 from contrastive_kernels.__main__ import main
@@ -95,17 +96,15 @@ def test_what_is_kept_of_kernels_is_what_the_compiler_makes(compiled, machine):
 
 def test_a_launch_that_does_not_bind_is_listed():
     text = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
 from contrastive_kernels.triton import engine, gradient
 from contrastive_kernels.triton.compile import compiling
 with compiling(90) as made:
     engine.launch(gradient.finish_kernel, (1,), nothing=3)
 print(made[0].kernel, made[0].error)
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", text], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout.startswith("finish_kernel TypeError"), done.stdout + done.stderr
+    assert run_python(text).startswith("finish_kernel TypeError")
 
 
 def test_no_kernel_spills(compiled):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_python
 
 import contrastive_kernels as ck
 
@@ -220,9 +221,8 @@ print(before, len(os.listdir("/proc/self/task")))
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_engine_starts_no_thread_of_its_own():
-    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
-    before, after = done.stdout.split()
-    assert before == after and int(before) >= 3, done
+    before, after = run_python(THREADS).split()
+    assert before == after and int(before) >= 3
 
 
 def test_report_covers_every_backend():

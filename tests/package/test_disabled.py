@@ -1,18 +1,13 @@
 """CK_DISABLE=1: every loss is the dense reference, every drop-in the package's own code."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from fresh import run_python
 
 SCRIPT = """
-import json, sys, warnings
-sys.path.insert(0, "tests")
+import json, os, warnings
+os.environ["CK_DISABLE"] = "1"
 import torch
 import contrastive_kernels as ck
 import loss_calls
@@ -52,15 +47,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def said() -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=ROOT,
-        env={**os.environ, "CK_DISABLE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_python(SCRIPT))
 
 
 def test_every_loss_is_the_reference_and_says_so_once(said):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from fresh import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # as the kernels package imports a variant
 LOAD = """
-import importlib.util, sys
+import importlib.util, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+os.chdir(sys.argv[1])
 spec = importlib.util.spec_from_file_location("kernel_1a2b3c", sys.argv[1] + "/__init__.py")
 kernel = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = kernel
@@ -61,12 +62,4 @@ def test_make_hub_lays_out_the_python_files(tmp_path):
     assert found == {path.relative_to(sources) for path in sources.rglob("*.py")}
     assert (tmp_path / "hub" / "build.toml").exists()
 
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(package)],
-        cwd=tmp_path,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"  # nothing of the installed package
+    assert run_python(LOAD, str(package)).strip() == "[]"  # nothing of the installed package

@@ -1,11 +1,8 @@
 """Imports in fresh processes: what is loaded, what still works without it; the command line."""
 
-import multiprocessing
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import pytest
 import torch
+from fresh import run_python
 
 import contrastive_kernels as ck
 from contrastive_kernels import selfcheck
@@ -18,23 +15,6 @@ x, y = torch.randn(7, 5), torch.randn(11, 5)
 auto = ck.row_stats(x, y).lse
 torch.testing.assert_close(auto, torch.logsumexp(x @ y.T, 1))
 """
-
-
-# Starts a process without this package, where torch, which takes seconds, is imported already.
-FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["torch"])
-
-
-def run_python(script: str) -> str:
-    with TemporaryDirectory() as folder:
-        out, error = Path(folder, "out"), Path(folder, "error")
-        paths = [str(out), str(error)]
-        opened = f"import sys\nsys.stdout, sys.stderr = (open(p, 'w') for p in {paths})"
-        process = FRESH.Process(target=exec, args=(f"{opened}\n{script}", {}))
-        process.start()
-        process.join()
-        assert process.exitcode == 0, error.read_text()
-        return out.read_text()
 
 
 def block(module: str) -> str:
