@@ -5,8 +5,6 @@ from importlib import import_module
 
 import interpreted
 import pytest
-import torch
-import torch._functorch.config as functorch_config
 from hypothesis import HealthCheck, settings
 
 DEVICE = os.environ.get("CK_TEST_DEVICE", "cpu")
@@ -27,15 +25,8 @@ SLOWEST = (
 )
 # Each of their tests starts processes or compiles with torch for long: on a GPU they come last.
 LAST_ON_A_GPU = ("test_compile", "test_memory", "test_distributed_switches", "test_trainings")
-# results of an operator that share memory: torch raises where CI is set, elsewhere it warns
-functorch_config.error_on_custom_op_aliasing = True
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when contrastive_kernels is imported
-else:
-    torch.set_default_device(DEVICE)
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share the cores, with one thread each
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
 
 # `--hypothesis-profile=fuzz` is what `make fuzz` runs
 settings.register_profile(
@@ -48,11 +39,27 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+def pytest_configure(config):
+    """Imports torch, which takes seconds, but where tests are only handed to workers."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    import torch._functorch.config as functorch_config
+
+    # results of an operator that share memory: torch raises where CI is set, elsewhere it warns
+    functorch_config.error_on_custom_op_aliasing = True
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
+    if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # they share the cores, with one thread each
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def device(request):
     """On a GPU, makes tensors on the CPU where the test does not depend on the device."""
     if DEVICE != "cpu" and CPU_ONLY & {request.path.parent.name, request.path.stem}:
-        with torch.device("cpu"):
+        with import_module("torch").device("cpu"):
             yield
     else:
         yield
