@@ -5,10 +5,11 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from sklearn.manifold import TSNE
 
 import contrastive_kernels as ck
 from contrastive_kernels import demo, reference
-from contrastive_kernels.demo import evaluate, measure, processes, train
+from contrastive_kernels.demo import evaluate, measure, processes, report, train
 from contrastive_kernels.demo.data import IMAGES, Augmentation, ImageSet, Warp
 
 
@@ -96,6 +97,8 @@ def test_demo_from_end_to_end(monkeypatch, capsys, tmp_path):
     run = importlib.import_module("contrastive_kernels.demo.run")
     some = {name: train.METHODS[name] for name in ("nt_xent", "eqco")}
     monkeypatch.setattr(run, "METHODS", some)
+    # of as few rounds as it takes
+    monkeypatch.setattr(report, "TSNE", lambda **options: TSNE(**options | {"max_iter": 250}))
     assert demo.main(["--quick", "--steps", "1", "--output", str(tmp_path / "new")]) == 0
     path = tmp_path / "new" / "demo.png"
     assert path.read_bytes().startswith(b"\x89PNG")
