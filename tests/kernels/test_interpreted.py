@@ -12,8 +12,8 @@ from oracles import randn
 import sweeps
 from contrastive_kernels import ops
 
-x, y = (randn(n, 20, seed=n).requires_grad_() for n in (70, 90))
-ids = torch.arange(70) % 5, torch.arange(90) % 7
+x, y = (randn(n, 20, seed=n).requires_grad_() for n in (33, 70))
+ids = torch.arange(33) % 5, torch.arange(70) % 7
 
 
 def run():
