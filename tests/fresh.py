@@ -22,7 +22,7 @@ def run_python(script: str, *arguments: str) -> str:
         process = CONTEXT.Process(target=_run, args=(script, arguments, out, error))
         process.start()
         process.join()
-        assert process.exitcode == 0, error.read_text()
+        assert process.exitcode == 0, out.read_text() + error.read_text()
         return out.read_text()
 
 
