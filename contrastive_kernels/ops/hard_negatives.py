@@ -112,7 +112,7 @@ def hard_negatives(
     _check_range(num_negatives, range_min, range_max, sampling)
     name = resolve_backend(backend, queries.device)
     queries = without_tangent(queries)  # which no_grad leaves
-    keys = keys if is_source(keys) else without_tangent(cast(Tensor, keys))
+    keys = keys if is_source(keys) else without_tangent(keys)
 
     if isinstance(group, GroupCall):  # one generator is as good as another
         group.arguments["generator"] = None
