@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..autograd import define, no_second_order, precise, register_rules
 from ..backends import resolve_backend
 from ..checks import (
     check_choice,
@@ -20,22 +19,19 @@ from ..checks import (
     scalar,
 )
 from ..distributed import Shards, join
-from ..ops import NAMESPACE, can_tie, full_precision, row_dot, tied
-from ..reference import masked_softmax_stats
+from ..ops import row_dot
 from ..types import Group, Loss, LossStats, known
-from .algebra import gather_only, log_add, unit
+from .algebra import gather_only, log_add
 from .base import ContrastiveLoss, loss
-from .nested import nested
+from .guided_lse import dense_guided_lse, guided_lse, prefix_dots
+from .nested import nested, weigh
 from .stats import tie_limit
-from .units import row_and_column_blocks, units
 
 MARGINS = ("absolute", "relative")
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-
 
 @loss
-@nested("anchor", "positive", "negatives", fuses=lambda given: False)
+@nested("anchor", "positive", "negatives", swept=False)
 def gist(
     anchor: Tensor,
     positive: Tensor,
@@ -75,7 +71,8 @@ def gist(
 
     No sweep knows the guide: similarities are made for blocks of at most 2**20 pairs, in the
     forward and again in the backward pass, by torch's products on every backend but "reference".
-    That takes a few times 4 MiB (float32) whatever N is, and gradients of half features are summed
+    Those of all `dims` come from one pass, in smaller blocks, with the products of one call. That
+    takes a few times 4 MiB (float32) whatever N is, and gradients of half features are summed
     in float32. With a `group` each rank also holds anchors, positives and their guides of all
     ranks, O(N (D + G)): there is no exchange="ring".
 
@@ -132,21 +129,25 @@ def gist(
     )  # fmt: skip
 
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
-    if can_tie(backend, anchor):
-        dot, anchor, tied_positive = tied(_UnitDots(**options), anchor, positive)
-        dot, positive = dot.squeeze(1), known(tied_positive)
-    else:
-        dot = row_dot(unit(anchor, normalize), unit(positive, normalize), backend=backend)
+    shorter = [] if dims is None else list(dims[:-1])
+    dot, anchor, positive = prefix_dots(anchor, positive, shorter, **options)  # (K, N)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=dot.dtype, device=dot.device)
     pos = scale * dot
     if anchor_guide is None or positive_guide is None:
-        similar, pair = dot.detach(), (anchor.detach(), positive.detach())
+        similar = dot.detach()
+        pair = anchor.detach(), positive.detach()
+        pairs = [*([t[:, :end] for t in pair] for end in shorter), pair]
     else:
-        pair = anchor_guide, positive_guide
-        similar = row_dot(*pair, **options)
+        pairs = [(anchor_guide, positive_guide)]
+        similar = row_dot(*pairs[0], **options).unsqueeze(0)
     # a pair as similar as the positive stays; the products of pairs are torch's
-    limit = tie_limit(similar, *pair, 1.0, normalize, "reference")
+    limit = torch.stack(
+        [
+            tie_limit(own, *pair, 1.0, normalize, "reference")
+            for own, pair in zip(similar, pairs, strict=True)
+        ]
+    )
     limit = limit - margin * (similar.abs() if margin_strategy == "relative" else 1)
 
     features: list[Tensor | None] = [anchor, positive, negatives, None, None]
@@ -156,16 +157,16 @@ def gist(
             given[3:] = [batch.gather_keys(known(t).to(dot.dtype)) for t in given[:2]]
         if sharded_negatives:  # else every rank has them all
             given[2] = others.gather_keys(known(given[2]).to(dot.dtype))
-    lse = _dense_guided_lse if backend == "reference" else _guided_lse
+    lse = dense_guided_lse if backend == "reference" else guided_lse
     kinds = [contrast_anchors, contrast_positives, normalize]
-    made = lse(*features, *of_guide, limit, scale.to(dot.dtype), batch.own.start, kinds)
+    made = lse(*features, *of_guide, limit, scale.to(dot.dtype), batch.own.start, kinds, shorter)
     # of large logits what is left of the difference of two, before anything smaller is added
     parts = (made[0].detach() - pos) + made[1]
     rows = log_add(torch.zeros_like(pos), *parts.unbind())
-    value = batch.reduce_rows(rows, reduction)
+    value = batch.reduce_rows(weigh(rows, weights or [1.0]), reduction)
     if not return_stats:
         return value
-    return value, LossStats(positive_similarity=batch.mean(dot), lse=(rows + pos).detach())
+    return value, LossStats(positive_similarity=batch.mean(dot[-1]), lse=(rows + pos)[-1].detach())
 
 
 class GIST(ContrastiveLoss):
@@ -180,224 +181,3 @@ def _check_guide(name: str, features: Tensor, guide: Tensor) -> None:
             f"{name}_guide must have the {features.shape[0]} rows of {name} on {features.device}, "
             f"got {guide.shape[0]} on {guide.device}"
         )
-
-
-class _UnitDots(NamedTuple):
-    """<x_i, y_i> of the very vectors that the other pairs are products of, whose rounding then is
-    the same in both."""
-
-    normalize: bool
-    backend: str
-
-    def values(self, x: Tensor, y: Tensor | None) -> Tensor:
-        pair = (unit(t, self.normalize) for t in (x, known(y).squeeze(1)))
-        return row_dot(*pair, backend=self.backend).unsqueeze(1)
-
-    def gradients(
-        self, x: Tensor, y: Tensor | None, values: Tensor, grad: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        of_x, of_y = (units(t, self.normalize) for t in (x, known(y).squeeze(1)))
-        every = slice(None)
-        dx = of_x.gradient(grad * of_y.of(every)) if needs[0] else None
-        dy = of_y.gradient(grad * of_x.of(every)) if needs[1] else None
-        return dx, None if dy is None else dy.unsqueeze(1)
-
-
-class _Contrast(NamedTuple):
-    """Anchors or positives x against keys y, by their places among features. first: key first + i
-    is row i's own, its positive or without a guide itself, which is left out; None: none is."""
-
-    x: int
-    y: int
-    first: int | None = None
-
-
-def _contrasts(
-    features: Sequence[Tensor | None], guided: bool, first: int, kinds: Sequence[bool]
-) -> list[_Contrast]:
-    anchors, positives = (0, 1) if features[3] is None else (3, 4)
-    itself = None if guided else first
-    found = [_Contrast(0, positives, first)]
-    if kinds[0]:
-        found.append(_Contrast(0, anchors, itself))
-    if kinds[1]:
-        found.append(_Contrast(1, positives, itself))
-    if features[2] is not None:
-        found.append(_Contrast(0, 2))
-    return found
-
-
-@define(_library)
-def _guided_lse(
-    anchor: Tensor,
-    positive: Tensor,
-    negatives: Tensor | None,
-    anchors: Tensor | None,
-    positives: Tensor | None,
-    anchor_guide: Tensor | None,
-    positive_guide: Tensor | None,
-    negatives_guide: Tensor | None,
-    anchors_guide: Tensor | None,
-    positives_guide: Tensor | None,
-    limit: Tensor,
-    scale: Tensor,
-    first: int,
-    kinds: Sequence[bool],
-) -> Tensor:
-    """(2, C, N), for each contrast the two parts of lse_i = top_i + log sum_j exp(scale <x_i, y_j>
-    - top_i) over the pairs with <x_guide_i, y_guide_j>, without guides <x_i, y_j>, <= limit_i, of
-    which top_i is the largest logit. -inf and no gradient for a row without a pair.
-
-    In two parts, as softmax exp(z - top - log sum) adds up to 1 however large logits are. top is a
-    constant to the gradient: what it does cancels.
-
-    anchors, positives: those of all ranks, None: the same. kinds: whether anchors and positives are
-    contrasted among themselves; whether all are normalised.
-    """
-    features = (anchor, positive, negatives, anchors, positives)
-    guides = (anchor_guide, positive_guide, negatives_guide, anchors_guide, positives_guide)
-    contrasts = _contrasts(features, anchor_guide is not None, first, kinds)
-    sums = scale.new_zeros(len(contrasts), len(anchor))
-    tops = torch.full_like(sums, torch.finfo(sums.dtype).min)  # -inf less this is -inf
-    for i, rows, _, _, _, z in _blocks(features, guides, limit, scale, contrasts, kinds[2]):
-        top = torch.maximum(tops[i, rows], z.amax(1))
-        sums[i, rows] *= (tops[i, rows] - top).exp_()
-        sums[i, rows] += z.sub_(top[:, None]).exp_().sum(1)
-        tops[i, rows] = top
-    return torch.stack((tops, sums.log_()))
-
-
-@define(_library)
-def _guided_lse_backward(
-    anchor: Tensor,
-    positive: Tensor,
-    negatives: Tensor | None,
-    anchors: Tensor | None,
-    positives: Tensor | None,
-    anchor_guide: Tensor | None,
-    positive_guide: Tensor | None,
-    negatives_guide: Tensor | None,
-    anchors_guide: Tensor | None,
-    positives_guide: Tensor | None,
-    limit: Tensor,
-    scale: Tensor,
-    first: int,
-    kinds: Sequence[bool],
-    lse: Tensor,
-    grad: Tensor,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    features = (anchor, positive, negatives, anchors, positives)
-    guides = (anchor_guide, positive_guide, negatives_guide, anchors_guide, positives_guide)
-    contrasts, normalize = _contrasts(features, anchor_guide is not None, first, kinds), kinds[2]
-    tops, sums = lse
-    sums = sums.masked_fill(sums == -torch.inf, 0.0)  # no pair: exp(-inf) below, not exp(nan)
-    made = [
-        units(t, False).zeros(grad) if need and t is not None else None
-        for t, need in zip(features, needs, strict=False)
-    ]
-    of_scale = torch.zeros_like(scale)
-    for i, rows, columns, x, y, z in _blocks(features, guides, limit, scale, contrasts, normalize):
-        weights = z.sub_(tops[i, rows, None]).sub_(sums[i, rows, None]).exp_()
-        weights.mul_(grad[i, rows, None])
-        to_x, to_y = made[contrasts[i].x], made[contrasts[i].y]
-        if to_x is not None or needs[5]:
-            attended = weights @ y
-            of_scale += (attended * x).sum()
-            if to_x is not None:
-                to_x[rows].addcmul_(attended, scale)
-        if to_y is not None:
-            to_y[columns].addmm_(weights.T, scale * x)
-    found = [
-        scale.new_empty(0) if total is None else units(known(t), normalize).gradient(total)
-        for t, total in zip(features, made, strict=True)
-    ]
-    return found[0], found[1], found[2], found[3], found[4], of_scale
-
-
-def _blocks(
-    features: Sequence[Tensor | None],
-    guides: Sequence[Tensor | None],
-    limit: Tensor,
-    scale: Tensor,
-    contrasts: list[_Contrast],
-    normalize: bool,
-) -> Iterator[tuple[int, slice, slice, Tensor, Tensor, Tensor]]:
-    """(number of the contrast, rows, columns, x and y of these, their logits, -inf where a pair is
-    dropped, to be written to) of one block of pairs after another."""
-    all_units = [None if t is None else units(t, normalize) for t in features]
-    all_guides = [None if t is None else units(t, normalize) for t in guides]
-    dim = max(t.shape[1] for t in (features[0], guides[0]) if t is not None)
-    with full_precision(limit):
-        for i, contrast in enumerate(contrasts):
-            x, y = (known(all_units[k]) for k in contrast[:2])
-            x_guide, y_guide = (all_guides[k] for k in contrast[:2])
-            sizes = len(x.features), len(y.features)
-            for rows, blocks in row_and_column_blocks(*sizes, dim):
-                x_rows = x.of(rows)
-                guide_rows = None if x_guide is None else x_guide.of(rows)
-                for columns in blocks:
-                    y_rows = y.of(columns)
-                    z = similar = x_rows @ y_rows.T
-                    if guide_rows is not None:
-                        similar = guide_rows @ known(y_guide).of(columns).T
-                    dropped = similar > limit[rows, None]
-                    if contrast.first is not None:
-                        shift = contrast.first + rows.start - columns.start
-                        if -dropped.shape[0] < shift < dropped.shape[1]:
-                            dropped.diagonal(shift).fill_(True)
-                    z.mul_(scale).masked_fill_(dropped, -torch.inf)
-                    del similar, dropped
-                    yield i, rows, columns, x_rows, y_rows, z
-
-
-@precise
-def _dense_guided_lse(*given: Any) -> Tensor:
-    """The same from whole matrices, differentiable any number of times."""
-    features, guides, (limit, scale, first, kinds) = given[:5], given[5:10], given[10:]
-    guided = guides[0] is not None
-    tops, sums = [], []
-    for contrast in _contrasts(features, guided, first, kinds):
-        x, y = (unit(features[k], kinds[2]) for k in contrast[:2])
-        z = similar = x @ y.T
-        if guided:
-            x_guide, y_guide = (unit(guides[k], kinds[2]) for k in contrast[:2])
-            similar = x_guide @ y_guide.T
-        dropped = similar.detach() > limit[:, None]
-        if contrast.first is not None:
-            dropped.diagonal(contrast.first).fill_(True)
-        z = scale * z
-        top = z.detach().masked_fill(dropped, torch.finfo(z.dtype).min).amax(1)
-        tops.append(top)
-        sums.append(masked_softmax_stats(z - top[:, None], ~dropped)[0])
-    return torch.stack((torch.stack(tops), torch.stack(sums)))
-
-
-def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.first, ctx.kinds = inputs
-    ctx.save_for_backward(*tensors, output)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, lse = ctx.saved_tensors
-    needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[11]]
-    made = _guided_lse_backward(*tensors, ctx.first, ctx.kinds, lse, grad[1], needs)
-    found = [t if need else None for t, need in zip(made, needs, strict=True)]
-    return *found[:5], *6 * (None,), found[5], None, None
-
-
-def _fake(*given: Any) -> Tensor:
-    contrasts = _contrasts(given[:5], given[5] is not None, *given[12:])
-    return given[11].new_empty(2, len(contrasts), given[0].shape[0])
-
-
-def _fake_backward(*given: Any) -> tuple[Tensor, ...]:
-    features, scale, needs = given[:5], given[11], given[-1]
-    return *(
-        t.new_empty(t.shape) if need and t is not None else scale.new_empty(0)
-        for t, need in zip(features, needs, strict=False)
-    ), torch.empty_like(scale)  # fmt: skip
-
-
-register_rules(_library, _guided_lse, _fake, _backward, _setup)
-register_rules(_library, _guided_lse_backward, _fake_backward, no_second_order)

@@ -22,14 +22,15 @@ Given = dict[str, Any]
 
 
 def nested(
-    *features: str, fuses: Callable[[Given], bool] = lambda given: True
+    *features: str, fuses: Callable[[Given], bool] = lambda given: True, swept: bool = True
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a loss with options `dims` and `weights`; `features` are the arguments that have
     prefixes.
 
     Where one sweep can serve all prefixes, for arguments that it `fuses`, the loss gets `dims` in
     ascending order, the last one D, and their weights, makes sweeps with these `ends` and
-    `weigh`s what comes of them. Elsewhere it is called for each prefix, without dims.
+    `weigh`s what comes of them. Elsewhere it is called for each prefix, without dims. A loss that
+    is not `swept` makes its own products, of all prefixes on every backend but "reference".
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -48,7 +49,7 @@ def nested(
             ends, weights = check_dims(features[0], size, dims, weights)
             if any(found != size for name in features for found in _sizes(given.get(name))):
                 return cast(R, plain(**given))  # which says so
-            if not (_can_nest(given, cast(Tensor, first), ends) and fuses(given)):
+            if not (_can_nest(given, cast(Tensor, first), ends, swept) and fuses(given)):
                 parts = [plain(**_narrowed(given, features, end, size)) for end in ends]
                 return cast(R, _total(parts, weights))
             longest = _narrowed(given, features, ends[-1], size)
@@ -108,10 +109,11 @@ def _sizes(given: Any) -> list[int]:
     return [shape[-1]] if shape else []
 
 
-def _can_nest(given: Given, first: Tensor, ends: Sequence[int]) -> bool:
-    if given.get("group") is not None:
+def _can_nest(given: Given, first: Tensor, ends: Sequence[int], swept: bool) -> bool:
+    if swept and given.get("group") is not None:
         return False
-    return can_nest(resolve_backend(given.get("backend", "auto"), first.device), first, ends)
+    backend = resolve_backend(given.get("backend", "auto"), first.device)
+    return can_nest(backend, first, ends) if swept else backend != "reference"
 
 
 def _narrowed(given: Given, features: Sequence[str], end: int, size: int) -> Given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -19,11 +20,14 @@ from oracles import (
     value_and_gradients,
 )
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from contrastive_kernels import info_nce, reference
-from contrastive_kernels.losses import algebra
+from contrastive_kernels.losses import algebra, guided_lse
 from contrastive_kernels.losses.gist import gist
+from contrastive_kernels.ops import rowwise
 
+aten = torch.ops.aten
 OPTIONS = [
     {
         "contrast_anchors": anchors, "contrast_positives": positives, "margin": margin,
@@ -197,6 +201,81 @@ def test_statistics():
     assert stats.rank is None
 
 
+PREFIXES = {"dims": (7, 2, 4), "weights": (1.0, 0.5, 2.0), "reduction": "none"}
+
+
+def prefixes_apart(guides: list[Tensor | None], **options):
+    """The weighted sum of the losses of prefixes, by definition."""
+
+    def total(*inputs: Tensor, **more) -> Tensor:
+        parts = []
+        for end, weight in zip(PREFIXES["dims"], PREFIXES["weights"], strict=True):
+            cut = [t[:, :end] for t in inputs[:3]]
+            parts.append(weight * definition(guides, reduction="none", **options, **more)(*cut))
+        return torch.stack(parts).sum(0)
+
+    return total
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("block", [2**20, 40])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_prefixes_in_one_pass(guided, block, normalize, monkeypatch):
+    monkeypatch.setattr(algebra, "BLOCK_PAIRS", block)
+    # 2**20: the dots of positives are nodes of their own; 40: they are tied to the operands
+    monkeypatch.setattr(rowwise, "BLOCK_ELEMENTS", block)
+    inputs, guides = features(9, 5, 7, 4)
+    guides = guides if guided else [None, None, None]
+    scale = torch.tensor(5.0, dtype=DOUBLE)
+    options = {"margin": -0.1, "normalize": normalize}
+    assert_equal_in_double(
+        lambda a, p, n, s: fused(guides, **options, **PREFIXES)(a, p, n, scale=s),
+        lambda a, p, n, s: prefixes_apart(guides, **options)(a, p, n, scale=s),
+        [*inputs, scale],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_budget_of_prefixes(dtype):
+    inputs, guides = features(23, 9, 7, 8, dtype)
+    for temperature in (1.0, 0.01):
+        assert_within_budget(
+            fused(guides, temperature=temperature, **PREFIXES),
+            prefixes_apart(guides, temperature=temperature), inputs,
+        )  # fmt: skip
+
+
+def test_duplicates_of_the_positive_stay_at_every_prefix():
+    """They are as similar as it is, whatever rounding says of either."""
+    anchor = randn(33, 96, dtype=torch.float32)
+    positive = anchor + randn(96, seed=1, dtype=torch.float32)
+    dims, alone = (96, 17, 5), {"contrast_anchors": False, "contrast_positives": False}
+    one = positive[:1].expand(33, -1).contiguous()
+    loss = gist(anchor, one, dims=dims, reduction="none", **alone)
+    torch.testing.assert_close(loss, torch.full_like(loss, 3 * math.log(33)))
+
+
+def test_prefixes_cost_the_products_of_the_longest(monkeypatch):
+    (anchor, positive, _), _ = features(12, 1, 24, 1)
+    anchor.requires_grad_()
+    counters = []
+
+    def into(total, x, y, out_shape=None, **scales):
+        return 2 * x[0] * x[1] * y[1]
+
+    def count(_):  # within the operators
+        counters.append(FlopCounterMode(display=False, custom_mapping={aten.addmm_: into}))
+        return counters[-1]
+
+    monkeypatch.setattr(guided_lse, "full_precision", count)
+    counts = []
+    for dims in (None, (24, 16, 8)):
+        gist(anchor, positive, dims=dims).backward()
+        counts.append(sum(counter.get_total_flops() for counter in counters))
+        counters.clear()
+    assert counts[0] == counts[1] > 0
+
+
 PAIR = {"anchor": (4, 3), "positive": (4, 3), "anchor_guide": (4, 2), "positive_guide": (4, 2)}
 
 
@@ -249,12 +328,16 @@ def test_operators(whole, guided):
     """Of one process, and as a rank has them, without negatives."""
     anchor, positive, negatives = (randn(5, 3, seed=i).requires_grad_() for i in (1, 2, 3))
     guides = [randn(5, 2, seed=i) for i in (4, 5, 6)]
-    limit, scale = randn(5, seed=7), torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)
+    kinds, shorter = [True, False, whole], [] if guided else [2]
+    limit, scale = (
+        randn(1 + len(shorter), 5, seed=7),
+        torch.tensor(3.0, dtype=DOUBLE, requires_grad=True),
+    )
     more, more_guides = ((negatives, None, None), (guides[2], None, None)) if whole else (
         (None, randn(7, 3, seed=8), randn(7, 3, seed=9)),
         (None, randn(7, 2, seed=8), randn(7, 2, seed=9)),
     )  # fmt: skip
     of_guide = (*guides[:2], *more_guides) if guided else 5 * (None,)
     kinds = [True, False, whole]
-    arguments = anchor, positive, *more, *of_guide, limit, scale, 1, kinds
+    arguments = anchor, positive, *more, *of_guide, limit, scale, 1, kinds, shorter
     torch.library.opcheck(torch.ops.contrastive_kernels.guided_lse.default, arguments)
