@@ -136,8 +136,8 @@ def gist(
     pos = scale * dot
     if anchor_guide is None or positive_guide is None:
         similar = dot.detach()
-        pair = anchor.detach(), positive.detach()
-        pairs = [*([t[:, :end] for t in pair] for end in shorter), pair]
+        ends = [*shorter, None]
+        pairs = [(anchor.detach()[:, :end], positive.detach()[:, :end]) for end in ends]
     else:
         pairs = [(anchor_guide, positive_guide)]
         similar = row_dot(*pairs[0], **options).unsqueeze(0)

@@ -46,22 +46,22 @@ class Units(NamedTuple):
         """A sum of gradients to begin with; of several at once where `like` is several."""
         return like.new_zeros(self.features.shape, dtype=statistics_dtype(self.features))
 
-    def gradient(self, of_units: Tensor, along: Sequence[Tensor] = ()) -> Tensor:
-        """That of the features, from that of the units, which is overwritten. along (N,), for each
-        shorter prefix u: <u, g> of its gradient g where it is of unit length itself."""
+    def gradient(self, of_units: Tensor, along: Tensor | None = None) -> Tensor:
+        """That of the features, from that of the units, which is overwritten. along (K, N) or
+        more: for each shorter prefix u <u, g> of the gradient g where it is of unit length."""
         for rows in self.blocks():
-            self.gradient_of(rows, of_units[rows], [t[rows] for t in along])
+            self.gradient_of(rows, of_units[rows], along)
         return of_units.to(self.features.dtype)
 
-    def gradient_of(self, rows: slice, of_units: Tensor, along: Sequence[Tensor] = ()) -> Tensor:
+    def gradient_of(self, rows: slice, of_units: Tensor, along: Tensor | None = None) -> Tensor:
         """That of a block of rows, in the place of the one of its units."""
         if self.lengths is None:
             return of_units
         unit, lengths = self.of(rows), self.lengths[rows]
-        for k, ((end, length), each) in enumerate(zip(self.shorter, along, strict=False)):
+        for k, (end, length) in enumerate(self.shorter):
             share, constant = self.share(k, rows), known(length)[rows] <= SHORTEST
-            radial = (each.unsqueeze(1) / share / share).masked_fill_(constant, 0.0)
-            of_units[:, :end].addcmul_(unit[:, :end], radial, value=-1)
+            radial = known(along)[k, rows, None] / share / share
+            of_units[:, :end].addcmul_(unit[:, :end], radial.masked_fill_(constant, 0.0), value=-1)
         radial = (of_units * unit).sum(1, keepdim=True)
         radial.masked_fill_(lengths <= SHORTEST, 0.0)  # whose length is no part of it
         return of_units.addcmul_(unit, radial, value=-1).div_(lengths)
