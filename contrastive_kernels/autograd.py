@@ -191,9 +191,9 @@ def _reaches_derivative(args: tuple) -> bool:
     )
 
 
-def reaches_kernel(args: tuple) -> bool:
-    """Whether a kernel of CPU tensors may take these arguments: they lie in memory as they are, and
-    nothing comes before."""
+def reaches_kernel(args: tuple, gpu: bool = False) -> bool:
+    """Whether a kernel of CPU tensors, or of a `gpu` too, may take these arguments: they lie in
+    memory as they are, and nothing comes before."""
     if (
         torch.compiler.is_compiling()
         or in_transform()
@@ -206,7 +206,11 @@ def reaches_kernel(args: tuple) -> bool:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
             # without storage: gradients that are taken as a batch
-            if not arg.is_cpu or arg.is_neg() or not torch._C._has_storage(arg):
+            if (
+                not (arg.is_cpu or (gpu and arg.is_cuda))
+                or arg.is_neg()
+                or not torch._C._has_storage(arg)
+            ):
                 return False
         elif arg is not None and isinstance(arg, Tensor):
             return False

@@ -18,22 +18,30 @@ def peak_of(step: Callable[[], tuple[Tensor | None, ...]]) -> int:
 
     Allocations of other threads than this one are not seen: call it with one thread.
     """
-    with (
-        _engine_counts(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found,
-    ):
-        kept = step()
+    kept, changes = _changes(step)
     live = peak = 0
-    for event in sorted(_allocations(found), key=lambda event: event.start_ns()):
-        live += event.nbytes()
+    for change in changes:
+        live += change
         peak = max(peak, live)
     memory = (t.untyped_storage() for t in kept if t is not None)  # which two may share
     return peak - sum({part.data_ptr(): part.nbytes() for part in memory}.values())
 
 
-def _allocations(found: profile) -> list:
+def all_of(step: Callable[[], Any]) -> int:
+    """The bytes that were allocated during a call, whether at one time or not."""
+    return sum(max(change, 0) for change in _changes(step)[1])
+
+
+def _changes(step: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """(Result of a call, the bytes of each block that was taken or, below 0, given back.)"""
+    with (
+        _engine_counts(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found,
+    ):
+        kept = step()
     events = found.profiler.kineto_results.events()
-    return [event for event in events if event.name() == "[memory]"]
+    memory = [event for event in events if event.name() == "[memory]"]
+    return kept, [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..types import known
 from . import backward, forward, hopper_check, row_dots
 from .backward import Gradients, Upstream
-from .engine import COLUMNS, ROWS, Needs, Problem
+from .engine import COLUMNS, ROWS, Into, Needs, Problem
 from .launching import device_of
 from .sweep import Outputs
 
@@ -91,6 +91,7 @@ def row_stats_backward(
     normalize: bool,
     needs: list[bool],
     together: bool,
+    into: Into = (None, None),
 ) -> Gradients:
     assert not together
     exclude, keep = (exclude_rows, exclude_cols), (keep_rows, keep_cols)
@@ -107,13 +108,16 @@ def row_stats_backward(
             upstream.add(ROWS, lse, mean, grad_lse, grad_mean, half, lse_low)
             upstream.add(COLUMNS, col_lse, col_mean, grad_col_lse, grad_col_mean, half, col_lse_low)
             upstream.add_partner(grad_partner, lse, half, lse_low)
-            out = backward.gradients(problem, upstream, missing)
+            out = backward.gradients(problem, upstream, missing, into)
         else:
             out = backward.no_gradients(x, x if y is None else y, lse.dtype)
         if made:
             grad = known(grad_lse).masked_fill(lse == -torch.inf, 0.0)
             if wanted.x:
-                dx = torch.mul(attended, grad[:, None], out=torch.empty_like(attended))
+                if into[ROWS] is None:
+                    dx = torch.mul(attended, grad[:, None], out=torch.empty_like(attended))
+                else:
+                    dx = known(into[ROWS]).addcmul_(attended, grad[:, None])
                 out = out._replace(x=dx)
             if wanted.scale:
                 out = out._replace(scale=(grad * slope).sum())

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..types import known
 from . import engine, folds, forward, hopper, row_dots, stored
 from .configs import Tile
-from .engine import COLUMNS, ROWS, Needs, Problem, cdiv, next_power_of_2
+from .engine import COLUMNS, ROWS, Into, Needs, Problem, cdiv, next_power_of_2
 from .gradient import coefficient_kernel, finish_kernel, gradient_kernel
 from .sweep import Partial
 from .tiles import Side
@@ -73,11 +73,13 @@ def no_gradients(x: Tensor, y: Tensor, dtype: torch.dtype) -> Gradients:
     return Gradients(x.new_empty(0), y.new_empty(0), scale, bias)
 
 
-def gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Gradients:
-    """4 N M D for each side."""
+def gradients(
+    problem: Problem, upstream: Upstream, needs: Needs, into: Into = (None, None)
+) -> Gradients:
+    """4 N M D for each side; those of x and y are added to `into`."""
     problem.pack(upstream.sides[ROWS], upstream.sides[COLUMNS])
     if problem.paired:
-        return paired_gradients(problem, upstream, needs)
+        return paired_gradients(problem, upstream, needs, into)
     by_side: list[Tensor | None] = [None, None]
     slope = bias = None
     rows = needs.x or (needs.scale and (problem.symmetric or not needs.y))
@@ -85,13 +87,15 @@ def gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Gradients:
     if problem.dim > problem.resident:
         own = problem.stored_side(needs)
         by_side, slope, bias = stored_gradients(
-            problem, upstream, own, rows and columns, needs.bias
+            problem, upstream, own, rows and columns, needs.bias, into
         )
     else:
         sides = [which for which, wanted in ((ROWS, rows), (COLUMNS, columns)) if wanted]
         whole = problem.few and all(len(problem.blocks(which)) == 1 for which in sides)
+        # of one launch no two programs may add to the same rows
+        whole = whole and not (into[ROWS] is not None and into[COLUMNS] is not None)
         for together in [sides] if whole else [[which] for which in sides]:
-            for made in side_gradients(problem, upstream, together, needs.bias):
+            for made in side_gradients(problem, upstream, together, needs.bias, into):
                 by_side[made.which], bias = made.gradient, made.bias
                 slope = made.slope if slope is None else slope
     if bias is not None and upstream.partner is not None:
@@ -126,13 +130,25 @@ def summed_softplus(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
 
 
 class Work(NamedTuple):
-    """Gradient of one side, its derivative by the scale (size,), and sums of dL/dz (size,)."""
+    """Gradient of one side, its derivative by the scale (size,), and sums of dL/dz (size,). add: to
+    what is in `gradient`."""
 
     which: int
     gradient: Tensor
     slope: Tensor | None
     bias: Tensor | None
     float16_scale: Tensor | None
+    add: bool
+
+    @classmethod
+    def into(
+        cls, problem: Problem, which: int, there: Tensor | None, *others: Tensor | None
+    ) -> Work:
+        gradient = there
+        if gradient is None:
+            dtype = problem.inputs[which].dtype
+            gradient = problem.empty(problem.size(which), problem.length, dtype=dtype)
+        return cls(which, gradient, *others, add=there is not None)
 
 
 class Parts(NamedTuple):
@@ -149,18 +165,17 @@ class Parts(NamedTuple):
 
 
 def side_gradients(
-    problem: Problem, upstream: Upstream, sides: list[int], with_bias: bool
+    problem: Problem, upstream: Upstream, sides: list[int], with_bias: bool, into: Into
 ) -> list[Work]:
     """Those of one side, or of both by as many launches, for a block of vectors each."""
     chosen = problem.tile("gradient")
     works: list[Work] = []
     for which in sides:
-        n, dtype = problem.size(which), problem.inputs[which].dtype
+        n = problem.size(which)
         bias = problem.empty(n) if with_bias and which == COLUMNS else None
         float16_scale = problem.float16_scale(upstream.largest, problem.side(1 - which))
-        gradient = problem.empty(n, problem.length, dtype=dtype)
         slope = None if works else problem.empty(n)
-        works.append(Work(which, gradient, slope, bias, float16_scale))
+        works.append(Work.into(problem, which, into[which], slope, bias, float16_scale))
     blocks = [problem.blocks(which) for which in sides]
     for bounds in zip(*blocks, strict=True):
         parts = [
@@ -230,12 +245,12 @@ def finish(
         None if work.slope is None else work.slope[rows], first.sums,
         first.number, first.start, programs[0], *second, BOTH=len(parts) > 1,
         SYMMETRIC=problem.symmetric, DIM=problem.dim, LENGTH=problem.length, SCALED=scaled,
-        BLOCK_M=block, BLOCK_K=width,
+        ADD=work.add, OTHER_ADD=len(works) > 1 and works[1].add, BLOCK_M=block, BLOCK_K=width,
     )  # fmt: skip
 
 
 def stored_gradients(
-    problem: Problem, upstream: Upstream, which: int, both: bool, with_bias: bool
+    problem: Problem, upstream: Upstream, which: int, both: bool, with_bias: bool, into: Into
 ) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
     """Gradients by chunks of dL/dz that are stored: 2 N M D, and 2 more by a library's products for
     each side. Returns them by side, the derivative by the scale, and sums of dL/dz."""
@@ -255,9 +270,8 @@ def stored_gradients(
     chunk = problem.empty(height * width, dtype=operand)
     own_sum = problem.empty(height, dim)
     other_sum = problem.zeros(m, dim) if both else None
-    gradient = problem.empty(n, problem.length, dtype=problem.inputs[which].dtype)
     bias = problem.zeros(n) if with_bias else None
-    work = Work(which, gradient, problem.empty(n), bias, float16_scale)
+    work = Work.into(problem, which, into[which], problem.empty(n), bias, float16_scale)
     if upstream.values is not None:
         upstream.values.zero_()
     for start in range(0, n, height):
@@ -291,11 +305,9 @@ def stored_gradients(
         whole_rows = Parts(mine, start, total.unsqueeze(0), None, 1, 0)
         finish(problem, upstream, [work], [whole_rows], scaled=True)
     results: list[Tensor | None] = [None, None]
-    results[which] = gradient
+    results[which] = work.gradient
     if other_sum is not None:
-        dtype = problem.inputs[1 - which].dtype
-        theirs_whole = problem.empty(m, problem.length, dtype=dtype)
-        theirs = Work(1 - which, theirs_whole, None, None, float16_scale)
+        theirs = Work.into(problem, 1 - which, into[1 - which], None, None, float16_scale)
         whole = Parts(other, 0, other_sum.unsqueeze(0), None, 1, 0)
         finish(problem, upstream, [theirs], [whole], scaled=True)
         results[1 - which] = theirs.gradient
@@ -315,7 +327,7 @@ def coefficients(
     )  # fmt: skip
 
 
-def paired_gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Gradients:
+def paired_gradients(problem: Problem, upstream: Upstream, needs: Needs, into: Into) -> Gradients:
     """`gradients` for keys of their own: dL/dz is as large as the products, y is D times larger."""
     chosen = problem.tile("stats")
     own, other = problem.side(ROWS), problem.side(COLUMNS)
@@ -325,6 +337,6 @@ def paired_gradients(problem: Problem, upstream: Upstream, needs: Needs) -> Grad
     dbias = c.sum(0) if needs.bias else problem.empty(0)
     dscale = (c * products).sum() if needs.scale else problem.empty(0)
     dx, dy = row_dots.products_backward(
-        *problem.features, c.mul_(problem.scale), problem.normalize, needs.x, needs.y
+        *problem.features, c.mul_(problem.scale), problem.normalize, needs.x, needs.y, into=into
     )
     return Gradients(dx, dy, dscale, dbias)

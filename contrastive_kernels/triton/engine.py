@@ -18,6 +18,9 @@ from .tiles import RANGE, Side
 
 ROWS, COLUMNS = 0, 1
 
+# Contiguous gradients of x and y, to which those are added in place.
+Into = tuple[Tensor | None, Tensor | None]
+
 # A part of dL/dz that is stored where vectors are too long to be held, and its columns at most.
 CHUNK_BYTES, CHUNK_COLUMNS = 256 << 20, 1 << 20
 # Copies of features that cannot be read 16 bytes at a time as they lie; elements that Triton counts

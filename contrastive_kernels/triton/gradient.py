@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import dot, load_block, load_features, load_rows, logits, partner_of
+from .tiles import dot, load_block, load_features, load_rows, logits, partner_of, store_or_add
 
 
 @triton.jit(do_not_specialize=["tiles_per_part", "programs", "other_tiles_per_part"])
@@ -77,27 +77,28 @@ def finish_kernel(
     own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts, count, start,
     programs, other_float16_scale, other_gradient, other_parts, other_count, BOTH: tl.constexpr,
     SYMMETRIC: tl.constexpr, DIM: tl.constexpr, LENGTH: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr, OTHER_ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of own vectors, those from `start` on, from sums of dL/dz_ij y_j, (parts, N, D),
-    added in their order, and from dL/d their logit with their partner; BOTH as above."""
+    added in their order, and from dL/d their logit with their partner; BOTH as above. ADD: to what
+    is there."""
     program = tl.program_id(0)
     if BOTH:
         if program < programs:
             finish_block(
                 program, own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts,
-                count, start, SYMMETRIC, DIM, LENGTH, SCALED, BLOCK_M, BLOCK_K,
+                count, start, SYMMETRIC, DIM, LENGTH, SCALED, ADD, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         else:
             finish_block(
                 program - programs, other, own, scale_ptr, grad_partner, other_float16_scale,
                 other_gradient, None, other_parts, other_count, start, SYMMETRIC, DIM, LENGTH,
-                SCALED, BLOCK_M, BLOCK_K,
+                SCALED, OTHER_ADD, BLOCK_M, BLOCK_K,
             )  # fmt: skip
     else:
         finish_block(
             program, own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts,
-            count, start, SYMMETRIC, DIM, LENGTH, SCALED, BLOCK_M, BLOCK_K,
+            count, start, SYMMETRIC, DIM, LENGTH, SCALED, ADD, BLOCK_M, BLOCK_K,
         )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def finish_kernel(
 def finish_block(
     block, own, other, scale_ptr, grad_partner, float16_scale, gradient, slope, parts, count,
     own_start, SYMMETRIC: tl.constexpr, DIM: tl.constexpr, LENGTH: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     start = block * BLOCK_M
     i = start + tl.arange(0, BLOCK_M)
@@ -127,7 +128,7 @@ def finish_block(
             more *= tl.load(float16_scale)
         weighted += more
     store_gradient(
-        gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, LENGTH, SCALED
+        gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, LENGTH, SCALED, ADD
     )
 
 
@@ -257,12 +258,13 @@ def in_range(inverse, DTYPE: tl.constexpr):
 @triton.jit
 def store_gradient(
     gradient, slope, weighted, x, own, i, k, inside, scale, float16_scale, LENGTH: tl.constexpr,
-    SCALED: tl.constexpr,
+    SCALED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Writes d/dx_i of sum_j G_ij z_ij, and its derivative by the scale, from sum_j G_ij y_j.
 
     With u = x / |x| the normalisation projects: dx = (du - u <u, du>) / |x|; a norm that was raised
     to 1e-12 is a constant. SCALED: the sum has the factor 1 / |x| already. LENGTH: of a gradient.
+    ADD: to what is there.
     """
     if float16_scale is not None:
         weighted = weighted / tl.load(float16_scale)
@@ -278,8 +280,7 @@ def store_gradient(
         projected = tl.where(inverse < 1e12, inverse * inverse * along, 0.0)
         weighted -= x * projected[:, None]
     pointers = gradient + (tl.cast(i, tl.int64) * LENGTH)[:, None] + k[None, :]
-    value = (weighted * scale).to(gradient.dtype.element_ty)
-    tl.store(pointers, value, mask=inside[:, None] & (k < LENGTH)[None, :])
+    store_or_add(pointers, weighted * scale, inside[:, None] & (k < LENGTH)[None, :], ADD)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ They are bound by reading the features, not by arithmetic.
 import triton
 import triton.language as tl
 
-from .tiles import inverse_norm, load_rows
+from .tiles import inverse_norm, load_rows, store_or_add
 
 
 @triton.jit
@@ -72,10 +72,11 @@ def row_dot_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def row_dot_backward_kernel(
     x, y, grad, x_gradient, y_gradient, rows, x_stride, x_inner, y_stride, y_key_stride, y_inner,
-    DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    ADD_X: tl.constexpr, ADD_Y: tl.constexpr, DIM: tl.constexpr, NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x_i and y_i from g = dL/d<x_i, y_i>, with one y for each x."""
+    """Gradients of x_i and y_i from g = dL/d<x_i, y_i>, with one y for each x. ADD_X, ADD_Y: to
+    what is there."""
     at, inside = program_pairs(rows, BLOCK)
     g = tl.load(grad + at)
     used = g != 0
@@ -89,15 +90,19 @@ def row_dot_backward_kernel(
         a = load_rows(x, at, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
         b = load_rows(y, at, k0, y_stride, y_inner, DIM, BLOCK_K, ACC, used)
         if x_gradient is not None:
-            store_side(x_gradient, a, b, x_inverse, across, along, at, inside, k0, DIM, NORMALIZE)
+            store_side(
+                x_gradient, a, b, x_inverse, across, along, at, inside, k0, DIM, NORMALIZE, ADD_X
+            )  # fmt: skip
         if y_gradient is not None:
-            store_side(y_gradient, b, a, y_inverse, across, along, at, inside, k0, DIM, NORMALIZE)
+            store_side(
+                y_gradient, b, a, y_inverse, across, along, at, inside, k0, DIM, NORMALIZE, ADD_Y
+            )  # fmt: skip
 
 
 @triton.jit
 def store_side(
     gradient, own, other, inverse, across, along, at, inside, k0, DIM: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    NORMALIZE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """across other - along own / |own|^2: a slice of the gradient of the own vectors."""
     value = other * across[:, None]
@@ -107,14 +112,14 @@ def store_side(
     k = k0 + tl.arange(0, own.shape[1])
     mask = inside[:, None] & (k < DIM)[None, :]
     pointers = gradient + (at * DIM)[:, None] + k[None, :]
-    tl.store(pointers, value.to(gradient.dtype.element_ty), mask=mask)
+    store_or_add(pointers, value, mask, ADD)
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def row_dot_keys_kernel(
     x, y, owners, grad, gradient, weights, along, pairs, keys, x_stride, x_inner, y_stride,
-    y_key_stride, y_inner, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    y_key_stride, y_inner, ADD: tl.constexpr, DIM: tl.constexpr, NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of y_ik from g = dL/d<x_i, y_ik>; weights g / |y| and along = g <x, y> / |x|^2 |y|
     for `row_dot_queries_kernel`."""
@@ -137,14 +142,16 @@ def row_dot_keys_kernel(
             a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
             b = load_rows(y, i, k0, y_stride, y_inner, DIM, BLOCK_K, ACC, y_inverse != 0)
             across = g * x_inverse * y_inverse
-            store_side(gradient, b, a, y_inverse, across, g * dots, at, inside, k0, DIM, NORMALIZE)
+            store_side(
+                gradient, b, a, y_inverse, across, g * dots, at, inside, k0, DIM, NORMALIZE, ADD
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def row_dot_queries_kernel(
     x, y, ends, weights, along, gradient, rows, keys, x_stride, x_inner, y_stride, y_key_stride,
-    y_inner, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    y_inner, ADD: tl.constexpr, DIM: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x_i: (sum_k weights_ik y_ik - x_i sum_k along_ik) / |x_i|."""
     start = tl.program_id(0) * BLOCK_M
@@ -182,5 +189,4 @@ def row_dot_queries_kernel(
         a = load_rows(x, i, k0, x_stride, x_inner, DIM, BLOCK_K, ACC)
         value = (value - a * total[:, None]) * inverse_norm(squares)[:, None]
     pointers = gradient + (i * DIM)[:, None] + k[None, :]
-    mask = inside[:, None] & (k < DIM)[None, :]
-    tl.store(pointers, value.to(gradient.dtype.element_ty), mask=mask)
+    store_or_add(pointers, value, inside[:, None] & (k < DIM)[None, :], ADD)

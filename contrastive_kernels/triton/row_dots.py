@@ -11,7 +11,7 @@ from ..types import statistics_dtype
 from . import engine
 from . import row_dot_kernels as kernels
 from .configs import INTERPRETED, arithmetic
-from .engine import cdiv, next_power_of_2
+from .engine import Into, cdiv, next_power_of_2
 
 # Pairs (x_i, y_ik) of a program.
 PROGRAM_PAIRS = 1024 if INTERPRETED else 64
@@ -68,17 +68,22 @@ def products_backward(
     needs_x: bool,
     needs_y: bool,
     ends: Tensor | None = None,
+    into: Into = (None, None),
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and y from those of <x_i, y_ik>. A key whose product has the gradient 0 is not
-    read: NaN in one that is left out goes nowhere."""
+    """Gradients of x and y from those of <x_i, y_ik>; `into`: contiguous ones, to which they are
+    added. A key whose product has the gradient 0 is not read: NaN in one that is left out goes
+    nowhere."""
     of = pairing(x, y, ends)
-    dx, dy = (torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device)
-              for t, need in ((x, needs_x), (y, needs_y)))  # fmt: skip
+    dx, dy = (
+        torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device) if there is None
+        else there for t, need, there in ((x, needs_x, into[0]), (y, needs_y, into[1]))
+    )  # fmt: skip
+    add_x, add_y = (there is not None for there in into)
     if of.keys == 1 and ends is None:
         engine.launch(
             kernels.row_dot_backward_kernel, (cdiv(of.rows, PROGRAM_PAIRS),), x, y, grad,
             dx if needs_x else None, dy if needs_y else None, of.rows, *of.strides,
-            NORMALIZE=normalize, BLOCK=PROGRAM_PAIRS, **of.constants,
+            ADD_X=add_x, ADD_Y=add_y, NORMALIZE=normalize, BLOCK=PROGRAM_PAIRS, **of.constants,
         )  # fmt: skip
         return dx, dy
     weights = along = None
@@ -87,7 +92,7 @@ def products_backward(
     engine.launch(
         kernels.row_dot_keys_kernel, (cdiv(of.total, PROGRAM_PAIRS),), x, y, of.owners, grad,
         dy if needs_y else None, weights, along, of.total, of.keys, *of.strides,
-        NORMALIZE=normalize, BLOCK=PROGRAM_PAIRS, **of.constants,
+        ADD=add_y, NORMALIZE=normalize, BLOCK=PROGRAM_PAIRS, **of.constants,
     )  # fmt: skip
     if needs_x:
         block_n = min(PROGRAM_PAIRS, next_power_of_2(of.keys))
@@ -95,6 +100,7 @@ def products_backward(
         grid = (cdiv(of.rows, block_m), cdiv(of.constants["DIM"], of.constants["BLOCK_K"]))
         engine.launch(
             kernels.row_dot_queries_kernel, grid, x, y, ends, weights, along, dx, of.rows, of.keys,
-            *of.strides, NORMALIZE=normalize, BLOCK_M=block_m, BLOCK_N=block_n, **of.constants,
+            *of.strides, ADD=add_x, NORMALIZE=normalize, BLOCK_M=block_m, BLOCK_N=block_n,
+            **of.constants,
         )  # fmt: skip
     return dx, dy

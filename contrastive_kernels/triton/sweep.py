@@ -283,7 +283,7 @@ def merge_block(
         x = load_features(own, start, 0, DIM, BLOCK_M, BLOCK_K, scale.dtype)
         store_gradient(
             out.gradient, out.slope, weighted * norm[:, None], x, own, i, k, inside, scale,
-            float16_scale, LENGTH, False,
+            float16_scale, LENGTH, False, False,
         )  # fmt: skip
 
 

@@ -234,3 +234,11 @@ def partner_of(i, size, HALF: tl.constexpr):
 def inverse_norm(squares):
     """1 / max(norm, 1e-12)"""
     return 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)
+
+
+@triton.jit
+def store_or_add(pointers, value, mask, ADD: tl.constexpr):
+    """Writes a block of a gradient, or adds it to what is there."""
+    if ADD:
+        value += tl.load(pointers, mask=mask, other=0.0).to(value.dtype)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)

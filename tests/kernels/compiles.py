@@ -99,7 +99,9 @@ def softplus(dim: int, *, above=False, summed=False, unit=True, **used):
     operators.row_softplus(*tensors, above, unit, needs, False)
 
 
-def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=False, **used):
+def backward(
+    dim: int, *, rows=True, columns=False, mean=False, unit=True, key=False, add=False, **used
+):  # fmt: skip
     tensors = arguments(dim, **used)
     size = FEW if used.get("few") else resources.N
     some, none = (torch.empty(n, device=resources.META) for n in (size, 0))
@@ -108,7 +110,8 @@ def backward(dim: int, *, rows=True, columns=False, mean=False, unit=True, key=F
     needs = [not key, key, True, key and bool(used.get("bias"))]
     statistics = [*4 * [some], none, none, some, some]
     partner = some if used.get("few") else None
-    operators.row_stats_backward(*tensors, *statistics, *grads, partner, unit, needs, False)
+    into = (torch.empty_like(tensors[0]), None) if add else (None, None)
+    operators.row_stats_backward(*tensors, *statistics, *grads, partner, unit, needs, False, into)
 
 
 def products(dim: int, keys: int | None = None, half=False):
@@ -169,6 +172,7 @@ VARIANTS: dict[str, Callable[[int], None]] = {
     "backward plain": lambda d: backward(d, unit=False),
     "key bias backward": lambda d: backward(d, drop=True, bias=True, key=True),
     "mean backward": lambda d: backward(d, drop=True, mean=True),
+    "added backward": lambda d: backward(d, drop=True, add=True),
     "rows and columns backward": lambda d: backward(d, drop=True, columns=True),
     "rows and columns with mean backward": lambda d: backward(d, columns=True, mean=True),
     "few rows and columns": lambda d: forward(d, columns=True, drop=True, few=True),
