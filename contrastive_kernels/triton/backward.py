@@ -142,13 +142,14 @@ class Work(NamedTuple):
 
     @classmethod
     def into(
-        cls, problem: Problem, which: int, there: Tensor | None, *others: Tensor | None
-    ) -> Work:
+        cls, problem: Problem, which: int, there: Tensor | None, slope: Tensor | None,
+        bias: Tensor | None, float16_scale: Tensor | None,
+    ) -> Work:  # fmt: skip
         gradient = there
         if gradient is None:
             dtype = problem.inputs[which].dtype
             gradient = problem.empty(problem.size(which), problem.length, dtype=dtype)
-        return cls(which, gradient, *others, add=there is not None)
+        return cls(which, gradient, slope, bias, float16_scale, there is not None)
 
 
 class Parts(NamedTuple):
