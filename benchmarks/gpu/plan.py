@@ -33,11 +33,11 @@ TESTS = (
 )  # fmt: skip
 # Of the processor alone, or compiled ahead of time for every GPU, which takes minutes.
 LEFT_OUT = (
-    "tests/bench", "tests/distributed", "tests/package", "tests/site", "tests/kernels/test_fold.py",
-    "tests/kernels/test_hopper.py", "tests/kernels/test_interpreted.py",
-    "tests/kernels/test_launches.py", "tests/kernels/test_products.py",
-    "tests/kernels/test_real_tiles.py", "tests/kernels/test_triton_compile.py",
-    "tests/whitening/test_whiten_block.py",
+    "tests/bench", "tests/distributed", "tests/package", "tests/site",
+    "tests/kernels/test_added.py", "tests/kernels/test_fold.py", "tests/kernels/test_hopper.py",
+    "tests/kernels/test_interpreted.py", "tests/kernels/test_launches.py",
+    "tests/kernels/test_products.py", "tests/kernels/test_real_tiles.py",
+    "tests/kernels/test_triton_compile.py", "tests/whitening/test_whiten_block.py",
 )  # fmt: skip
 
 
